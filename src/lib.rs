@@ -1,0 +1,1 @@
+//! Updates the Linux kernel under running applications: see `ARCHITECTURE.md`.

@@ -1,0 +1,1 @@
+//! VM harness and the guest programs that drive `tracker` on real kernels.

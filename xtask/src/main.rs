@@ -1,0 +1,2 @@
+//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|bench`.
+fn main() {}
