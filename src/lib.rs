@@ -1,1 +1,6 @@
 //! Updates the Linux kernel under running applications: see `ARCHITECTURE.md`.
+
+pub mod error;
+pub mod image;
+pub mod model;
+pub mod sys;

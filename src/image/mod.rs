@@ -1,0 +1,38 @@
+//! Images: how a checkpoint lies on its carrier (docs/image-format.md).
+//!
+//! Two streams. *Metadata* is a header and framed, checksummed CBOR records,
+//! closed by a commit record: without it the image does not exist. *Pages* are
+//! 4 KiB slots that the records point into.
+
+mod codec;
+mod header;
+mod record;
+mod store;
+
+pub use codec::{decode, encode};
+pub use header::{FORMAT_VERSION, Header};
+pub use record::RecordKind;
+pub use store::{DirectoryStore, RangeStore, Store, StoreError};
+
+use crate::model::frozen::{Application, System};
+
+/// The decoded metadata of one image.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Image {
+    /// State of the machine; only images made for a kexec have it.
+    pub system: Option<System>,
+    /// Applications, each restored independently of the others.
+    pub applications: Vec<Application>,
+}
+
+/// Why metadata is not a valid image. `offset` counts bytes from its start.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("Image invalid at byte {offset}, record {record}: {reason}; make a new checkpoint")]
+pub struct ImageError {
+    /// Number of the record, 0 = the header.
+    pub record: u64,
+    /// Byte offset of that record.
+    pub offset: u64,
+    /// What is wrong.
+    pub reason: String,
+}

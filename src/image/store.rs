@@ -1,0 +1,332 @@
+//! Carriers: where metadata and page slots are kept.
+
+use crate::model::frozen::PAGE_SIZE;
+use crc32fast::hash;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Why a carrier could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The operating system refused.
+    #[error("{operation} {path}: {source}; check the path, its permissions and free space")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A checkpoint never overwrites an image.
+    #[error("{0} exists already; name a directory that does not exist")]
+    Exists(PathBuf),
+    /// Pages and metadata do not fit.
+    #[error("The arena holds {capacity} bytes and {needed} are needed; reserve a larger one")]
+    Full {
+        /// Bytes the carrier has.
+        capacity: u64,
+        /// Bytes the image takes.
+        needed: u64,
+    },
+    /// No sealed image on this carrier.
+    #[error("{0} holds no sealed image: {1}")]
+    NotSealed(PathBuf, &'static str),
+}
+
+/// A carrier. Page slots may be written in any order and again; the image
+/// exists once [`Store::commit`] has returned.
+pub trait Store: Send + Sync {
+    /// Writes whole pages starting at `slot`.
+    ///
+    /// # Errors
+    /// The carrier is full or refuses.
+    fn write_pages(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError>;
+
+    /// Reads whole pages starting at `slot`.
+    ///
+    /// # Errors
+    /// The carrier refuses or ends before.
+    fn read_pages(&self, slot: u64, bytes: &mut [u8]) -> Result<(), StoreError>;
+
+    /// The descriptor that holds the page slots and the byte offset of slot 0
+    /// in it, so that a restored task can read its pages itself.
+    fn page_file(&self) -> (BorrowedFd<'_>, u64);
+
+    /// Seals the image: `slots` page slots are in use, `metadata` describes them.
+    ///
+    /// # Errors
+    /// The carrier is full or refuses; the image does not exist then.
+    fn commit(&mut self, metadata: &[u8], slots: u64) -> Result<(), StoreError>;
+
+    /// The metadata of a sealed image.
+    ///
+    /// # Errors
+    /// There is none, or the carrier refuses.
+    fn metadata(&self) -> Result<Vec<u8>, StoreError>;
+}
+
+fn io_error<'a>(
+    operation: &'static str,
+    path: &'a Path,
+) -> impl FnOnce(io::Error) -> StoreError + 'a {
+    move |source| StoreError::Io {
+        operation,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// An image in a directory: `metadata` and `pages`. Mode 0700/0600, since it
+/// holds the application's memory; no symbolic link is followed.
+#[derive(Debug)]
+pub struct DirectoryStore {
+    path: PathBuf,
+    pages: File,
+}
+
+impl DirectoryStore {
+    const METADATA: &str = "metadata";
+    const PAGES: &str = "pages";
+
+    /// Makes a new image directory.
+    ///
+    /// # Errors
+    /// It exists already, or cannot be made.
+    pub fn create(path: &Path) -> Result<Self, StoreError> {
+        match DirBuilder::new().mode(0o700).create(path) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(StoreError::Exists(path.to_owned()));
+            }
+            result => result.map_err(io_error("mkdir", path))?,
+        }
+        let pages = Self::new_file(&path.join(Self::PAGES))?;
+        Ok(Self {
+            path: path.to_owned(),
+            pages,
+        })
+    }
+
+    /// Opens an existing image.
+    ///
+    /// # Errors
+    /// It is not there or cannot be read.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let name = path.join(Self::PAGES);
+        let pages = OpenOptions::new()
+            .read(true)
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(&name)
+            .map_err(io_error("open", &name))?;
+        Ok(Self {
+            path: path.to_owned(),
+            pages,
+        })
+    }
+
+    /// Removes an image that was never sealed.
+    pub fn discard(self) {
+        for name in [Self::PAGES, Self::METADATA, "metadata.part"] {
+            let _ = std::fs::remove_file(self.path.join(name));
+        }
+        let _ = std::fs::remove_dir(&self.path);
+    }
+
+    fn new_file(path: &Path) -> Result<File, StoreError> {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(path)
+            .map_err(io_error("create", path))
+    }
+}
+
+impl Store for DirectoryStore {
+    fn write_pages(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        self.pages
+            .write_all_at(bytes, slot * PAGE_SIZE)
+            .map_err(io_error("write", &self.path))
+    }
+
+    fn read_pages(&self, slot: u64, bytes: &mut [u8]) -> Result<(), StoreError> {
+        self.pages
+            .read_exact_at(bytes, slot * PAGE_SIZE)
+            .map_err(io_error("read", &self.path))
+    }
+
+    fn page_file(&self) -> (BorrowedFd<'_>, u64) {
+        (self.pages.as_fd(), 0)
+    }
+
+    fn commit(&mut self, metadata: &[u8], slots: u64) -> Result<(), StoreError> {
+        self.pages
+            .set_len(slots * PAGE_SIZE)
+            .map_err(io_error("truncate", &self.path))?;
+        let part = self.path.join("metadata.part");
+        let name = self.path.join(Self::METADATA);
+        let mut file = Self::new_file(&part)?;
+        file.write_all(metadata).map_err(io_error("write", &part))?;
+        std::fs::rename(&part, &name).map_err(io_error("rename", &name))
+    }
+
+    fn metadata(&self) -> Result<Vec<u8>, StoreError> {
+        let name = self.path.join(Self::METADATA);
+        match std::fs::read(&name) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(StoreError::NotSealed(
+                self.path.clone(),
+                "it has no metadata",
+            )),
+            result => result.map_err(io_error("read", &name)),
+        }
+    }
+}
+
+/// An image in a range of bytes that survives kexec: a pmem block device, or
+/// any file or block device in tests.
+///
+/// Block 0 is the superblock, page slots follow, metadata stands behind the
+/// last slot in use. The superblock is written last: until then, and from
+/// [`RangeStore::create`] on, the range holds no image.
+#[derive(Debug)]
+pub struct RangeStore {
+    path: PathBuf,
+    file: File,
+    capacity: u64,
+}
+
+const SUPERBLOCK_MAGIC: &[u8; 8] = b"TRKARENA";
+const SUPERBLOCK_LEN: usize = 36;
+
+impl RangeStore {
+    /// Prepares `path` for a new image; the old one is gone afterwards.
+    ///
+    /// # Errors
+    /// It cannot be opened or written.
+    pub fn create(path: &Path) -> Result<Self, StoreError> {
+        let store = Self::open_file(path)?;
+        store.erase()?;
+        Ok(store)
+    }
+
+    /// Opens a range that may hold an image.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::open_file(path)
+    }
+
+    /// Makes the image on this range not exist any more.
+    ///
+    /// # Errors
+    /// The range cannot be written.
+    pub fn erase(&self) -> Result<(), StoreError> {
+        self.write_at(&[0; 4096], 0)?;
+        self.sync()
+    }
+
+    fn open_file(path: &Path) -> Result<Self, StoreError> {
+        use std::io::{Seek, SeekFrom};
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(path)
+            .map_err(io_error("open", path))?;
+        let capacity = file
+            .seek(SeekFrom::End(0))
+            .map_err(io_error("seek", path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            capacity,
+        })
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), StoreError> {
+        let needed = offset + bytes.len() as u64;
+        if needed > self.capacity {
+            return Err(StoreError::Full {
+                capacity: self.capacity,
+                needed,
+            });
+        }
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(io_error("write", &self.path))
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.file
+            .sync_data()
+            .map_err(io_error("fdatasync", &self.path))
+    }
+}
+
+impl Store for RangeStore {
+    fn write_pages(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        self.write_at(bytes, (slot + 1) * PAGE_SIZE)
+    }
+
+    fn read_pages(&self, slot: u64, bytes: &mut [u8]) -> Result<(), StoreError> {
+        self.file
+            .read_exact_at(bytes, (slot + 1) * PAGE_SIZE)
+            .map_err(io_error("read", &self.path))
+    }
+
+    fn page_file(&self) -> (BorrowedFd<'_>, u64) {
+        (self.file.as_fd(), PAGE_SIZE)
+    }
+
+    fn commit(&mut self, metadata: &[u8], slots: u64) -> Result<(), StoreError> {
+        let offset = (slots + 1) * PAGE_SIZE;
+        self.write_at(metadata, offset)?;
+        self.sync()?;
+        let mut block = [0_u8; PAGE_SIZE as usize];
+        block[..8].copy_from_slice(SUPERBLOCK_MAGIC);
+        block[8..12].copy_from_slice(&super::FORMAT_VERSION.to_le_bytes());
+        block[12..20].copy_from_slice(&offset.to_le_bytes());
+        block[20..28].copy_from_slice(&(metadata.len() as u64).to_le_bytes());
+        let crc = hash(&block[..SUPERBLOCK_LEN - 4]);
+        block[SUPERBLOCK_LEN - 4..SUPERBLOCK_LEN].copy_from_slice(&crc.to_le_bytes());
+        self.write_at(&block, 0)?;
+        self.sync()
+    }
+
+    fn metadata(&self) -> Result<Vec<u8>, StoreError> {
+        let unsealed = |why| StoreError::NotSealed(self.path.clone(), why);
+        let mut block = [0_u8; SUPERBLOCK_LEN];
+        self.file
+            .read_exact_at(&mut block, 0)
+            .map_err(io_error("read", &self.path))?;
+        let u64_at =
+            |at: usize| u64::from_le_bytes(block[at..at + 8].try_into().unwrap_or_default());
+        let u32_at =
+            |at: usize| u32::from_le_bytes(block[at..at + 4].try_into().unwrap_or_default());
+        if &block[..8] != SUPERBLOCK_MAGIC {
+            return Err(unsealed("it has no superblock"));
+        }
+        if hash(&block[..SUPERBLOCK_LEN - 4]) != u32_at(SUPERBLOCK_LEN - 4) {
+            return Err(unsealed("its superblock is damaged"));
+        }
+        let (offset, len) = (u64_at(12), u64_at(20));
+        if offset
+            .checked_add(len)
+            .is_none_or(|end| end > self.capacity)
+        {
+            return Err(unsealed("its metadata reaches beyond the end"));
+        }
+        let len = usize::try_from(len).map_err(|_| unsealed("its metadata is too long"))?;
+        let mut bytes = vec![0; len];
+        self.file
+            .read_exact_at(&mut bytes, offset)
+            .map_err(io_error("read", &self.path))?;
+        Ok(bytes)
+    }
+}

@@ -1,0 +1,186 @@
+//! Descriptor tables and open file descriptions.
+
+use super::{ContentId, FileIdentity, PathRef, Socket};
+use crate::model::ids::{Fd, OfdId, Pid};
+use serde::{Deserialize, Serialize};
+
+/// One descriptor table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesTable {
+    /// Descriptors in ascending order.
+    pub fds: Vec<FdEntry>,
+}
+
+/// One descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdEntry {
+    /// Number.
+    pub fd: Fd,
+    /// What it refers to.
+    pub ofd: OfdId,
+    /// `FD_CLOEXEC`.
+    pub cloexec: bool,
+}
+
+/// One open file description.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OpenFile {
+    /// `F_GETFL` flags: access mode and status flags.
+    pub flags: u32,
+    /// File offset in bytes.
+    pub pos: u64,
+    /// `F_SETOWN`/`F_SETSIG`, when set.
+    pub owner: Option<FileOwner>,
+    /// flock(2) and fcntl(2) locks held through it.
+    pub locks: Vec<FileLock>,
+    /// What it is.
+    pub kind: FileKind,
+}
+
+/// Who gets `SIGIO` of an open file description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileOwner {
+    /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
+    pub kind: i32,
+    /// The id.
+    pub id: i32,
+    /// `F_SETSIG` value; 0 = `SIGIO`.
+    pub signal: i32,
+}
+
+/// A lock on a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileLock {
+    /// Which family.
+    pub kind: LockKind,
+    /// Exclusive rather than shared.
+    pub exclusive: bool,
+    /// First byte.
+    pub start: u64,
+    /// Length in bytes, 0 = to the end of the file.
+    pub len: u64,
+    /// Process that holds a POSIX lock.
+    pub pid: Pid,
+}
+
+/// Lock families.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockKind {
+    /// flock(2).
+    Flock,
+    /// fcntl(2) `F_SETLK`.
+    Posix,
+    /// fcntl(2) `F_OFD_SETLK`.
+    Ofd,
+}
+
+/// The kinds of open file descriptions that are carried.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FileKind {
+    /// A regular file on a filesystem.
+    Regular(FileIdentity),
+    /// A directory.
+    Directory(PathRef),
+    /// A character device without state of its own: null, zero, full, random, urandom.
+    CharDevice {
+        /// Its name.
+        at: PathRef,
+        /// `MKDEV(major, minor)` of the device.
+        rdev: u32,
+    },
+    /// A memfd or a deleted file.
+    Content(ContentId),
+    /// One end of a pipe; ends with one id belong together.
+    Pipe {
+        /// Inode number of the pipe.
+        id: u64,
+        /// The queue, carried by the first end in order of `OfdId` only.
+        state: Option<PipeState>,
+    },
+    /// A named FIFO; as a pipe.
+    Fifo {
+        /// Its name.
+        at: PathRef,
+        /// Queue, as for a pipe.
+        state: Option<PipeState>,
+    },
+    /// eventfd(2).
+    Eventfd {
+        /// Counter.
+        count: u64,
+        /// `EFD_SEMAPHORE`.
+        semaphore: bool,
+    },
+    /// timerfd_create(2).
+    Timerfd(Timerfd),
+    /// signalfd(2) with its mask.
+    Signalfd {
+        /// Signals it reads.
+        mask: u64,
+    },
+    /// epoll_create(2) with its interest list.
+    Epoll {
+        /// Items in the order they are added.
+        items: Vec<EpollItem>,
+    },
+    /// inotify_init(2) with its watches.
+    Inotify {
+        /// Watches in ascending order of their descriptor.
+        watches: Vec<InotifyWatch>,
+    },
+    /// pidfd_open(2) of a process of the same application.
+    Pidfd {
+        /// The process.
+        pid: Pid,
+    },
+    /// A socket.
+    Socket(Box<Socket>),
+}
+
+/// What a pipe holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PipeState {
+    /// `F_GETPIPE_SZ`, bytes.
+    pub capacity: u32,
+    /// Bytes written and not yet read. In packet mode (`O_DIRECT`) one entry a packet, else one entry.
+    pub packets: Vec<serde_bytes::ByteBuf>,
+}
+
+/// timerfd state; times in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timerfd {
+    /// `CLOCK_*`.
+    pub clock: i32,
+    /// `TFD_TIMER_*` flags of the last timerfd_settime(2).
+    pub settime_flags: i32,
+    /// Time left; 0 = not armed.
+    pub remaining: u64,
+    /// Period.
+    pub interval: u64,
+    /// Expirations not yet read.
+    pub ticks: u64,
+}
+
+/// One item of an epoll interest list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpollItem {
+    /// Descriptor number it was added under.
+    pub fd: Fd,
+    /// The description it watches (which the number may no longer name).
+    pub ofd: OfdId,
+    /// `EPOLL*` bits, `EPOLLONESHOT` disarm state included.
+    pub events: u32,
+    /// `epoll_data_t`.
+    pub data: u64,
+}
+
+/// One inotify watch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InotifyWatch {
+    /// Watch descriptor.
+    pub wd: i32,
+    /// `IN_*`.
+    pub mask: u32,
+    /// What is watched.
+    pub at: PathRef,
+}

@@ -1,0 +1,166 @@
+//! Address spaces.
+
+use super::PathRef;
+use serde::{Deserialize, Serialize};
+
+/// Bytes in a page, and in a page slot of an image. x86-64 only.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// One address space.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Mm {
+    /// The bounds prctl(PR_SET_MM_MAP) takes.
+    pub bounds: MmBounds,
+    /// `AT_*` vector as /proc/PID/auxv gives it.
+    #[serde(with = "serde_bytes")]
+    pub auxv: Vec<u8>,
+    /// Mappings in address order.
+    pub vmas: Vec<Vma>,
+    /// Private pages that differ from what the mapping alone would give.
+    pub pages: Vec<PageRun>,
+    /// The vDSO's code as it was mapped, which threads may be running in.
+    pub vdso: Option<Vdso>,
+    /// `MCL_FUTURE`/`MCL_ONFAULT` default flags (`mm->def_flags`), raw `VM_*`.
+    pub def_flags: u64,
+}
+
+/// `struct prctl_mm_map` without its auxv and descriptor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct MmBounds {
+    pub start_code: u64,
+    pub end_code: u64,
+    pub start_data: u64,
+    pub end_data: u64,
+    pub start_brk: u64,
+    pub brk: u64,
+    pub start_stack: u64,
+    pub arg_start: u64,
+    pub arg_end: u64,
+    pub env_start: u64,
+    pub env_end: u64,
+}
+
+/// One mapping.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Vma {
+    /// First address.
+    pub start: u64,
+    /// Address behind the last byte.
+    pub end: u64,
+    /// `PROT_*`.
+    pub prot: u32,
+    /// `MAP_SHARED` rather than `MAP_PRIVATE`.
+    pub shared: bool,
+    /// `MAP_GROWSDOWN` (the main stack has it).
+    pub growsdown: bool,
+    /// `MAP_NORESERVE`.
+    pub noreserve: bool,
+    /// Locked by mlock(2).
+    pub locked: bool,
+    /// `MADV_*` values to replay, in order.
+    pub advice: Vec<i32>,
+    /// What is mapped.
+    pub backing: Backing,
+}
+
+/// What a mapping shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Backing {
+    /// Private anonymous memory (heap and stacks too).
+    Anonymous,
+    /// A file on disk.
+    File {
+        /// The file.
+        file: FileIdentity,
+        /// Offset of `start` in the file, bytes.
+        offset: u64,
+        /// Opened for writing (a shared mapping that may become writable).
+        writable: bool,
+    },
+    /// Shared anonymous memory, a memfd or a deleted file.
+    Content {
+        /// Whose bytes.
+        id: ContentId,
+        /// Offset of `start` in the content, bytes.
+        offset: u64,
+    },
+    /// The vDSO's code.
+    Vdso,
+    /// The vDSO's data pages, which cannot be read.
+    Vvar,
+}
+
+/// A file together with what tells whether it has changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileIdentity {
+    /// Name and inode.
+    pub at: PathRef,
+    /// Size in bytes.
+    pub size: u64,
+    /// Modification time, nanoseconds since the epoch.
+    pub mtime: i64,
+}
+
+/// Pages that lie together both in an address space (or content) and in the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageRun {
+    /// Address of the first page (or offset within a content).
+    pub addr: u64,
+    /// Number of pages.
+    pub pages: u64,
+    /// First page slot in the image's page area.
+    pub slot: u64,
+}
+
+/// Names one [`Content`]; the inode number of the shmem file it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ContentId(pub u64);
+
+/// Bytes that live only in memory and are reached through a file or a shared mapping.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Content {
+    /// What it is.
+    pub kind: ContentKind,
+    /// Size in bytes.
+    pub size: u64,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Owner.
+    pub gid: u32,
+    /// Pages that are not zero.
+    pub pages: Vec<PageRun>,
+}
+
+/// Where a [`Content`] came from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ContentKind {
+    /// mmap(MAP_SHARED | MAP_ANONYMOUS).
+    #[default]
+    SharedAnonymous,
+    /// memfd_create(2) with this name and these `F_SEAL_*`.
+    Memfd {
+        /// Name without the `memfd:` prefix.
+        name: String,
+        /// `F_GET_SEALS`.
+        seals: u32,
+    },
+    /// A file with no name left; made anew in the directory it was in, then unlinked.
+    Deleted {
+        /// Its last path.
+        at: PathRef,
+    },
+}
+
+/// The vDSO of the kernel the application ran on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vdso {
+    /// Where it was mapped (`AT_SYSINFO_EHDR`).
+    pub addr: u64,
+    /// Its bytes.
+    #[serde(with = "serde_bytes")]
+    pub code: Vec<u8>,
+}

@@ -1,0 +1,91 @@
+//! What a checkpoint carries: one application's kernel state at one instant.
+//!
+//! Written by `capture/`, encoded by `image/`, consumed by `restore/`. Kernel
+//! addresses serve as identities only (`OfdId`, `MmId`, …): two descriptors
+//! with one `OfdId` share one open file description. All times are nanoseconds.
+
+mod file;
+mod mm;
+mod socket;
+mod system;
+mod task;
+
+pub use file::*;
+pub use mm::*;
+pub use socket::*;
+pub use system::*;
+pub use task::*;
+
+use super::ids::{Fd, FilesId, MmId, OfdId, Pid};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// One application: everything in its cgroup subtree.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Application {
+    /// What kind of application this is and how it is started afresh.
+    pub header: ApplicationHeader,
+    /// Processes, parents before their children.
+    pub processes: Vec<Process>,
+    /// Address spaces by identity (more than one process with `CLONE_VM`).
+    pub mms: BTreeMap<MmId, Mm>,
+    /// Descriptor tables by identity (shared with `CLONE_FILES`).
+    pub files: BTreeMap<FilesId, FilesTable>,
+    /// Open file descriptions by identity.
+    pub ofds: BTreeMap<OfdId, OpenFile>,
+    /// Contents that exist nowhere on disk: shared anonymous memory, memfds,
+    /// files that are deleted but open.
+    pub contents: BTreeMap<ContentId, Content>,
+}
+
+/// The part of an application that is known without looking at its tasks.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ApplicationHeader {
+    /// Name given to `tracker run --name`, or made from the PID.
+    pub name: String,
+    /// Cgroup path below the cgroup2 mount, without leading slash.
+    pub cgroup: String,
+    /// Command that starts it afresh when a restore fails; empty when unknown.
+    pub command: Vec<String>,
+    /// Working directory of that command.
+    pub directory: String,
+    /// `uname -r` of the kernel it was captured on.
+    pub kernel_release: String,
+    /// The application's clocks at the moment of capture.
+    pub clocks: Clocks,
+}
+
+/// Clocks as the application saw them when it was frozen, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clocks {
+    /// `CLOCK_MONOTONIC`, time namespace offset included.
+    pub monotonic: u64,
+    /// `CLOCK_BOOTTIME`, time namespace offset included.
+    pub boottime: u64,
+    /// `CLOCK_REALTIME`.
+    pub realtime: u64,
+}
+
+/// One object that keeps an application from being checkpointed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blocker {
+    /// The process that holds the object.
+    pub pid: Pid,
+    /// Its descriptor, where the object has one.
+    pub fd: Option<Fd>,
+    /// The object in the kernel's terms, e.g. `io_uring` or `mapping 7f..-7f.. of /dev/dri/card0`.
+    pub object: String,
+    /// Why it cannot be carried and what the operator can do.
+    pub reason: String,
+}
+
+impl fmt::Display for Blocker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PID {}", self.pid)?;
+        if let Some(fd) = self.fd {
+            write!(f, " fd {fd}")?;
+        }
+        write!(f, ": {}: {}", self.object, self.reason)
+    }
+}

@@ -1,0 +1,176 @@
+//! Sockets.
+
+use crate::model::ids::OfdId;
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+use std::net::SocketAddr;
+
+/// One socket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Socket {
+    /// Inode number, which /proc/net shows.
+    pub inode: u64,
+    /// Options in the order setsockopt(2) replays them.
+    pub options: Vec<SockOption>,
+    /// What kind it is and where it stands.
+    pub state: SocketState,
+}
+
+/// One value of getsockopt(2), replayed as it is by setsockopt(2).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SockOption {
+    /// `SOL_*`.
+    pub level: i32,
+    /// `SO_*`, `TCP_*`, `IP_*`, …
+    pub name: i32,
+    /// Value bytes.
+    pub value: ByteBuf,
+}
+
+/// Socket families and their states.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum SocketState {
+    /// TCP that is not connected and does not listen.
+    TcpIdle {
+        /// IPv6 rather than IPv4.
+        v6: bool,
+        /// Address it is bound to.
+        local: Option<SocketAddr>,
+    },
+    /// A TCP listener whose accept queue was empty.
+    TcpListen {
+        /// Address it listens on.
+        local: SocketAddr,
+        /// listen(2) argument.
+        backlog: u32,
+        /// IPv6 socket (which may carry IPv4 too).
+        v6: bool,
+    },
+    /// A TCP connection.
+    TcpConnection(Box<TcpConnection>),
+    /// Unix domain socket.
+    Unix(UnixSocket),
+    /// UDP over IPv4 or IPv6.
+    Udp {
+        /// IPv6 rather than IPv4.
+        v6: bool,
+        /// Bound address.
+        local: Option<SocketAddr>,
+        /// Connected address.
+        remote: Option<SocketAddr>,
+        /// Datagrams not read yet: sender and bytes.
+        queue: Vec<(SocketAddr, ByteBuf)>,
+    },
+    /// Netlink without anything queued.
+    Netlink {
+        /// `NETLINK_*`.
+        protocol: i32,
+        /// Bound port id.
+        port: u32,
+        /// Multicast groups.
+        groups: u32,
+    },
+}
+
+/// A TCP connection as TCP_REPAIR shows it (tcp(7), Documentation on TCP_REPAIR).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TcpConnection {
+    /// IPv6 socket.
+    pub v6: bool,
+    /// Our end.
+    pub local: SocketAddr,
+    /// Their end.
+    pub remote: SocketAddr,
+    /// Kernel state (`TCP_ESTABLISHED` = 1 …, include/net/tcp_states.h).
+    pub state: u8,
+    /// `TCP_QUEUE_SEQ` of the send queue: sequence number behind the last byte in it.
+    pub write_seq: u32,
+    /// `TCP_QUEUE_SEQ` of the receive queue: next sequence number expected.
+    pub rcv_nxt: u32,
+    /// Bytes sent or to be sent and not acknowledged; they end at `write_seq`.
+    pub send_queue: ByteBuf,
+    /// How many bytes at the end of `send_queue` were never sent (`SIOCOUTQNSD`).
+    pub unsent: u32,
+    /// Bytes received and not read; they end at `rcv_nxt`.
+    pub recv_queue: ByteBuf,
+    /// `TCP_REPAIR_WINDOW`.
+    pub window: TcpWindow,
+    /// Negotiated options.
+    pub negotiated: TcpOptions,
+}
+
+/// `struct tcp_repair_window`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct TcpWindow {
+    pub snd_wl1: u32,
+    pub snd_wnd: u32,
+    pub max_window: u32,
+    pub rcv_wnd: u32,
+    pub rcv_wup: u32,
+}
+
+/// Options agreed in the handshake.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TcpOptions {
+    /// Peer's MSS (`mss_clamp`).
+    pub mss_clamp: u32,
+    /// Window scale (theirs, ours); `None` when not negotiated.
+    pub wscale: Option<(u8, u8)>,
+    /// Selective acknowledgements.
+    pub sack: bool,
+    /// `TCP_TIMESTAMP` value at capture; `None` when not negotiated.
+    pub timestamp: Option<u32>,
+}
+
+/// A Unix domain socket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UnixSocket {
+    /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
+    pub socktype: i32,
+    /// Name, if bound.
+    pub address: Option<UnixAddress>,
+    /// Where it stands.
+    pub state: UnixState,
+    /// Messages not read yet.
+    pub queue: Vec<UnixMessage>,
+    /// `shutdown(2)` done: bit 0 receive, bit 1 send.
+    pub shutdown: u8,
+}
+
+/// Name of a Unix socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UnixAddress {
+    /// In the filesystem; bytes without the terminating NUL.
+    Path(ByteBuf),
+    /// In the abstract namespace; bytes after the leading NUL.
+    Abstract(ByteBuf),
+}
+
+/// Where a Unix socket stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UnixState {
+    /// Neither connected nor listening.
+    Unconnected,
+    /// listen(2) with this backlog; its accept queue was empty.
+    Listening {
+        /// listen(2) argument.
+        backlog: u32,
+    },
+    /// Connected to a socket of the same application.
+    Connected {
+        /// The other end.
+        peer: OfdId,
+    },
+    /// Was connected; the other end is closed.
+    PeerClosed,
+}
+
+/// One unit of a Unix socket's receive queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnixMessage {
+    /// Bytes.
+    pub data: ByteBuf,
+    /// Descriptors in flight (SCM_RIGHTS).
+    pub fds: Vec<OfdId>,
+}

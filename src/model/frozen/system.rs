@@ -1,0 +1,54 @@
+//! The part of the machine's own state that restored applications need.
+
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+/// Network and identity of the machine, put back before any application is restored.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct System {
+    /// `uname -n`.
+    pub hostname: String,
+    /// Network interfaces that carry addresses.
+    pub interfaces: Vec<Interface>,
+    /// Routes of the main and other tables, except the local table and what
+    /// the kernel derives from addresses; in the order they must be added.
+    pub routes: Vec<Route>,
+    /// `net.*` and other sysctls that must be as they were: (path below /proc/sys, value).
+    pub sysctls: Vec<(String, String)>,
+}
+
+/// One network interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Name, e.g. `eth0`.
+    pub name: String,
+    /// Hardware address, by which the interface is found again if its name differs.
+    pub mac: ByteBuf,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// `IFF_UP`.
+    pub up: bool,
+    /// Addresses in `ADDR/PREFIX` text form (both families).
+    pub addresses: Vec<String>,
+}
+
+/// One route.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Destination as `ADDR/PREFIX`; `None` = default route.
+    pub destination: Option<String>,
+    /// IPv6 rather than IPv4.
+    pub v6: bool,
+    /// Gateway address.
+    pub gateway: Option<String>,
+    /// Outgoing interface.
+    pub interface: String,
+    /// Preferred source address.
+    pub source: Option<String>,
+    /// Metric.
+    pub priority: u32,
+    /// Routing table.
+    pub table: u32,
+    /// `RT_SCOPE_*`.
+    pub scope: u8,
+}

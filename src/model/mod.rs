@@ -1,0 +1,6 @@
+//! The pure core: what `tracker` knows about an application's kernel state.
+//!
+//! No I/O, no clock, no libc, no BPF: state in, state out, and it cannot fail.
+
+pub mod frozen;
+pub mod ids;

@@ -1,0 +1,4 @@
+//! The system-call seam: everything unsafe that is not BPF.
+//!
+//! One file per kernel noun; every function here is a safe wrapper with the
+//! errors of its system call.
