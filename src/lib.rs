@@ -1,6 +1,6 @@
 //! Updates the Linux kernel under running applications: see `ARCHITECTURE.md`.
 
-pub mod cli;
+pub mod bpf;
 pub mod error;
 pub mod image;
 pub mod model;

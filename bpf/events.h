@@ -1,0 +1,501 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/*
+ * The wire contract between the BPF programs and the tracker.
+ *
+ * Every record that crosses from kernel to user space is laid out here and
+ * nowhere else: build.rs runs bindgen over this file (struct thread_rec becomes
+ * ThreadRec), so the Rust side cannot disagree. Rules: fixed-width types only,
+ * no implicit padding, every size asserted, pointers travel as opaque __u64
+ * identities, and each record starts with a struct rec_hdr.
+ */
+#ifndef TRACKER_EVENTS_H
+#define TRACKER_EVENTS_H
+
+#include <linux/types.h>
+
+#define TRK_COMM_LEN 16
+#define TRK_NAME_LEN 32
+#define TRK_SUN_PATH_LEN 108
+#define TRK_NR_RLIMITS 16
+#define TRK_NR_SIGNALS 64
+#define TRK_AUXV_WORDS 64
+
+#define TRK_ASSERT_SIZE(type, size)                                                                \
+	_Static_assert(sizeof(type) == (size), #type " must be " #size " bytes")
+
+enum rec_kind {
+	REC_THREAD = 1,
+	REC_PROCESS = 2,
+	REC_MM = 3,
+	REC_SIGACTIONS = 4,
+	REC_TIMER = 5,
+	REC_FILE = 6,
+	REC_EVENTFD = 7,
+	REC_PIPE = 8,
+	REC_TIMERFD = 9,
+	REC_SIGNALFD = 10,
+	REC_SOCKET = 11,
+	REC_PIDFD = 12,
+	REC_EPOLL_ITEM = 13,
+	REC_WATCH = 14,
+	REC_LOCK = 15,
+	REC_VMA = 16,
+};
+
+/* What an iterator pass reports besides its main records. */
+enum iter_want {
+	WANT_TASKS = 1,
+	WANT_SIGACTIONS = 2,
+	WANT_TIMERS = 4,
+	WANT_EPOLL = 8,
+	WANT_WATCHES = 16,
+	WANT_LOCKS = 32,
+};
+
+/* What every record starts with; size counts the header itself. */
+struct rec_hdr {
+	__u32 kind; /* enum rec_kind, or an event kind */
+	__u32 size;
+};
+TRK_ASSERT_SIZE(struct rec_hdr, 8);
+
+/* What kind of open file a struct file is. */
+enum file_kind {
+	FILE_OTHER = 0, /* named by file_rec.name and file_rec.magic */
+	FILE_REGULAR = 1,
+	FILE_DIRECTORY = 2,
+	FILE_CHAR_DEVICE = 3,
+	FILE_BLOCK_DEVICE = 4,
+	FILE_SYMLINK = 5, /* O_PATH | O_NOFOLLOW only */
+	FILE_FIFO = 6,    /* named, on a real filesystem */
+	FILE_PIPE = 7,    /* from pipe(2) */
+	FILE_SOCKET = 8,
+	FILE_EVENTFD = 9,
+	FILE_EPOLL = 10,
+	FILE_TIMERFD = 11,
+	FILE_SIGNALFD = 12,
+	FILE_INOTIFY = 13,
+	FILE_FANOTIFY = 14,
+	FILE_PIDFD = 15,
+	FILE_MEMFD = 16, /* shmem or hugetlb file made by memfd_create(2) */
+	FILE_IO_URING = 17,
+	FILE_USERFAULTFD = 18,
+	FILE_PERF_EVENT = 19,
+	FILE_BPF = 20,
+	FILE_MQUEUE = 21,
+	FILE_NAMESPACE = 22,
+};
+
+/* Which system call a restart_block would continue. */
+enum restart_kind {
+	RESTART_NONE = 0,
+	RESTART_NANOSLEEP = 1,
+	RESTART_FUTEX_WAIT = 2,
+	RESTART_POLL = 3,
+	RESTART_CPU_NANOSLEEP = 4,
+	RESTART_ALARM_NANOSLEEP = 5,
+	RESTART_UNKNOWN = 6,
+};
+
+/* thread_rec.flags */
+enum thread_flag {
+	THREAD_RESTORE_SIGMASK = 1, /* saved_sigmask replaces blocked at the return to user space */
+	THREAD_NO_NEW_PRIVS = 2,
+	THREAD_IO_URING = 4, /* has an io_uring context */
+	THREAD_FROZEN = 8,   /* stopped by the cgroup freezer */
+	THREAD_PTRACED = 16,
+};
+
+/* One thread; ids are those of the initial PID namespace. */
+struct thread_rec {
+	struct rec_hdr hdr;
+	__u32 tid;
+	__u32 tgid;
+	__u32 ns_tid;   /* TID in the thread's own PID namespace */
+	__u32 ns_level; /* depth of that namespace, 0 is the initial one */
+	__u32 tracer;   /* PID of the ptracer, 0 if none */
+	__u32 state;    /* task_struct.__state */
+	__u32 exit_state;
+	__s32 exit_code;
+	__s32 exit_signal;
+	__s32 pdeath_signal;
+	__u32 personality;
+	__u32 policy;
+	__s32 static_prio;
+	__u32 rt_priority;
+	__u32 flags;      /* enum thread_flag */
+	__u32 task_flags; /* task_struct.flags, PF_* */
+	__u64 start_boottime_ns;
+	__u64 task; /* identities of the kernel's objects */
+	__u64 files;
+	__u64 mm;
+	__u64 fs;
+	__u64 sighand;
+	__u64 signal;
+	__u64 cred;
+	__u64 nsproxy;
+	__u64 cgroup_id;
+	__u64 blocked; /* signal masks: bit 0 is signal 1 */
+	__u64 saved_sigmask;
+	__u64 pending;
+	__u64 sas_ss_sp;
+	__u64 sas_ss_size;
+	__u32 sas_ss_flags;
+	__u32 seccomp_mode;
+	__u32 seccomp_filters;
+	__u32 ngroups;
+	__u64 robust_list;
+	__u64 set_child_tid;
+	__u64 clear_child_tid;
+	__u64 rseq;
+	__u32 rseq_len; /* 0 where the kernel does not say (before 6.3) */
+	__u32 rseq_sig;
+	__u32 uid; /* as the initial user namespace counts */
+	__u32 gid;
+	__u32 euid;
+	__u32 egid;
+	__u32 suid;
+	__u32 sgid;
+	__u32 fsuid;
+	__u32 fsgid;
+	__u64 cap_inheritable;
+	__u64 cap_permitted;
+	__u64 cap_effective;
+	__u64 cap_bset;
+	__u64 cap_ambient;
+	__u32 securebits;
+	__u32 user_ns;
+	__u32 mnt_ns;
+	__u32 uts_ns;
+	__u32 ipc_ns;
+	__u32 net_ns;
+	__u32 pid_ns;
+	__u32 time_ns;
+	__u32 cgroup_ns;
+	__u32 restart_kind; /* enum restart_kind */
+	__u64 restart_fn;   /* kernel address, for RESTART_UNKNOWN */
+	__u64 restart_expires_ns;
+	__u32 restart_clock;
+	__u32 restart_arg; /* futex flags, poll nfds */
+	__u64 restart_ptr; /* futex word, pollfd array, remaining-time pointer */
+	__u64 timer_slack_ns;
+	__u64 jobctl;
+	char comm[TRK_COMM_LEN];
+};
+TRK_ASSERT_SIZE(struct thread_rec, 424);
+
+struct rlimit_rec {
+	__u64 cur;
+	__u64 max;
+};
+TRK_ASSERT_SIZE(struct rlimit_rec, 16);
+
+/* process_rec.flags */
+enum process_flag {
+	PROCESS_CHILD_SUBREAPER = 1,
+	PROCESS_SESSION_LEADER = 2,
+	PROCESS_HAS_TTY = 4,
+	PROCESS_REAL_TIMER_ARMED = 8,
+};
+
+/* What the threads of a process share through signal_struct. */
+struct process_rec {
+	struct rec_hdr hdr;
+	__u32 pid;
+	__u32 ppid;
+	__u32 pgid;
+	__u32 sid;
+	__u32 nr_threads;
+	__u32 flags; /* enum process_flag */
+	__s32 oom_score_adj;
+	__s32 group_exit_code;
+	__u64 signal;
+	__u64 shared_pending;
+	__u64 signal_flags; /* SIGNAL_* */
+	/* ITIMER_REAL expires on CLOCK_MONOTONIC of the initial time namespace */
+	__u64 itimer_real_expires_ns;
+	__u64 itimer_real_interval_ns;
+	/* the CPU timers expire at an amount of CPU time; cpu_* is what is used so far,
+	 * valid while either is armed */
+	__u64 itimer_virt_expires_ns;
+	__u64 itimer_virt_interval_ns;
+	__u64 itimer_prof_expires_ns;
+	__u64 itimer_prof_interval_ns;
+	__u64 cpu_utime_ns;
+	__u64 cpu_stime_ns;
+	__u64 cpu_runtime_ns;
+	__u32 next_timer_id;
+	__u32 pad;
+	struct rlimit_rec rlimits[TRK_NR_RLIMITS];
+};
+TRK_ASSERT_SIZE(struct process_rec, 400);
+
+/* An address space. */
+struct mm_rec {
+	struct rec_hdr hdr;
+	__u64 mm;
+	__u64 flags; /* MMF_*, dumpable in the two lowest bits */
+	__u64 def_flags;
+	__u64 start_code;
+	__u64 end_code;
+	__u64 start_data;
+	__u64 end_data;
+	__u64 start_brk;
+	__u64 brk;
+	__u64 start_stack;
+	__u64 arg_start;
+	__u64 arg_end;
+	__u64 env_start;
+	__u64 env_end;
+	__u64 vdso;
+	__u64 exe_file;
+	__u64 exe_ino;
+	__u32 exe_dev;
+	__u32 tgid;
+	__u32 map_count;
+	__u32 auxv_words; /* valid words of auxv */
+	__u64 aio;        /* ioctx_table, 0 without AIO contexts */
+	__u64 auxv[TRK_AUXV_WORDS];
+};
+TRK_ASSERT_SIZE(struct mm_rec, 680);
+
+struct sigaction_rec {
+	__u64 handler;
+	__u64 flags;
+	__u64 restorer;
+	__u64 mask;
+};
+TRK_ASSERT_SIZE(struct sigaction_rec, 32);
+
+/* The signal actions of a process; actions[0] is that of signal 1. */
+struct sigactions_rec {
+	struct rec_hdr hdr;
+	__u32 pid;
+	__u32 pad;
+	__u64 sighand;
+	struct sigaction_rec actions[TRK_NR_SIGNALS];
+};
+TRK_ASSERT_SIZE(struct sigactions_rec, 2072);
+
+/* A POSIX timer. */
+struct timer_rec {
+	struct rec_hdr hdr;
+	__u32 pid;
+	__s32 id;
+	__s32 clock;
+	__s32 notify; /* SIGEV_* */
+	__s32 signo;
+	__u32 target; /* TID for SIGEV_THREAD_ID */
+	__u64 value;  /* sigev_value */
+	__u64 interval_ns;
+	/* absolute, on base_clock; for CPU clocks an amount of CPU time; 0 is disarmed */
+	__u64 expires_ns;
+	__u32 base_clock; /* CLOCK_* that expires_ns counts on */
+	__s32 overrun_last;
+	__s64 overrun;
+};
+TRK_ASSERT_SIZE(struct timer_rec, 72);
+
+/* One file descriptor. Details of some kinds follow in a record of their own. */
+struct file_rec {
+	struct rec_hdr hdr;
+	__u64 files; /* files_struct, the table the descriptor is in */
+	__u64 file;  /* struct file, the open file description */
+	__u64 inode;
+	__u64 private_data;
+	__u32 tgid;
+	__u32 tid;
+	__u32 fd;
+	__u32 cloexec;
+	__u32 kind;  /* enum file_kind */
+	__u32 flags; /* O_* */
+	__u32 fmode; /* FMODE_* */
+	__u32 mode;  /* st_mode */
+	__s64 pos;
+	__s64 size;
+	__u64 ino;
+	__u64 refs;  /* references to the open file description */
+	__u64 magic; /* superblock magic */
+	__u32 dev;   /* superblock's device, kernel encoding: major << 20 | minor */
+	__u32 rdev;  /* same encoding */
+	__u32 nlink;
+	__u32 mnt_id;
+	__u32 owner_pid;  /* F_GETOWN, initial PID namespace */
+	__u32 owner_type; /* enum pid_type: 0 thread, 1 process, 2 process group */
+	__s32 owner_sig;  /* F_GETSIG */
+	__u32 owner_uid;
+	__u32 owner_euid;
+	__u32 has_locks;         /* non-zero if the inode carries locks or leases */
+	char name[TRK_NAME_LEN]; /* dentry name, cut to fit */
+};
+TRK_ASSERT_SIZE(struct file_rec, 184);
+
+struct eventfd_rec {
+	struct rec_hdr hdr;
+	__u64 count;
+	__u32 flags; /* EFD_SEMAPHORE is bit 0 */
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct eventfd_rec, 24);
+
+struct pipe_rec {
+	struct rec_hdr hdr;
+	__u64 pipe;  /* pipe_inode_info */
+	__u64 bytes; /* queued */
+	__u32 slots; /* ring size in buffers, 4096 bytes each for F_GETPIPE_SZ */
+	__u32 used;  /* buffers in use */
+	__u32 readers;
+	__u32 writers;
+};
+TRK_ASSERT_SIZE(struct pipe_rec, 40);
+
+struct timerfd_rec {
+	struct rec_hdr hdr;
+	__s32 clock;
+	__u32 settime_flags; /* TFD_TIMER_* */
+	__u64 interval_ns;
+	__u64 expires_ns; /* absolute, on base_clock of the initial time namespace; 0 is disarmed */
+	__u32 base_clock;
+	__u32 expired; /* non-zero if it fired and was not read since */
+	__u64 ticks;
+};
+TRK_ASSERT_SIZE(struct timerfd_rec, 48);
+
+struct signalfd_rec {
+	struct rec_hdr hdr;
+	__u64 mask; /* signals it accepts: bit 0 is signal 1 */
+};
+TRK_ASSERT_SIZE(struct signalfd_rec, 16);
+
+struct pidfd_rec {
+	struct rec_hdr hdr;
+	__u32 pid; /* initial PID namespace */
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct pidfd_rec, 16);
+
+/* sock_rec.flags */
+enum sock_flag {
+	SOCK_REUSEADDR = 1,
+	SOCK_REUSEPORT = 2,
+	SOCK_V6ONLY = 4,
+	SOCK_HAS_FILTER = 8,
+};
+
+struct sock_rec {
+	struct rec_hdr hdr;
+	__u64 sock; /* struct sock */
+	__u64 ino;
+	__u64 cookie; /* 0 if none was made yet */
+	__u16 family;
+	__u16 type;
+	__u16 protocol;
+	__u8 state;    /* TCP_* also for Unix sockets */
+	__u8 shutdown; /* RCV_SHUTDOWN 1, SEND_SHUTDOWN 2 */
+	__u32 flags;   /* enum sock_flag */
+	__u32 bound_ifindex;
+	__u32 mark;
+	__u32 priority;
+	__u32 rcvbuf;
+	__u32 sndbuf;
+	__u32 ack_backlog; /* accept queue of a listener */
+	__u32 max_ack_backlog;
+	__u32 rcv_qlen; /* buffers */
+	__u32 rmem;     /* bytes of memory charged to the receive queue */
+	__u32 wmem;
+	__u32 err;
+	__u32 net_ns;
+	__u16 local_port;    /* host order */
+	__u16 remote_port;   /* host order */
+	__u8 local_addr[16]; /* network order; IPv4 in the first four bytes */
+	__u8 remote_addr[16];
+	__u64 cgroup_id; /* cgroup the socket was made in */
+	/* Unix sockets */
+	__u64 peer;
+	__u64 peer_ino;
+	__u32 inflight; /* descriptors queued in SCM_RIGHTS messages */
+	__u32 path_len; /* bytes of path; starts with NUL if abstract */
+	char path[TRK_SUN_PATH_LEN];
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct sock_rec, 272);
+
+/* One file watched by an epoll instance. */
+struct epoll_item_rec {
+	struct rec_hdr hdr;
+	__u64 epoll;  /* struct file of the epoll instance */
+	__u64 target; /* struct file watched */
+	__u64 data;
+	__u32 fd; /* number it was added under */
+	__u32 events;
+	__u32 ready; /* non-zero if on the ready list */
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct epoll_item_rec, 48);
+
+/* One inotify watch. */
+struct watch_rec {
+	struct rec_hdr hdr;
+	__u64 group; /* struct file of the inotify instance */
+	__u64 ino;
+	__u32 dev;
+	__s32 wd;
+	__u32 mask;
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct watch_rec, 40);
+
+enum lock_class {
+	LOCK_FLOCK = 0,
+	LOCK_POSIX = 1,
+	LOCK_LEASE = 2,
+};
+
+/* A lock or lease on an inode some traced process has open. */
+struct lock_rec {
+	struct rec_hdr hdr;
+	__u64 inode;
+	__u64 ino;
+	__u64 file;  /* struct file it was taken through */
+	__u64 owner; /* files_struct for POSIX locks, struct file for flock and OFD locks */
+	__s64 start;
+	__s64 end;
+	__u32 dev;
+	__u32 class; /* enum lock_class */
+	__u32 flags; /* FL_* */
+	__u32 type;  /* F_RDLCK 0, F_WRLCK 1 */
+	__u32 pid;
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct lock_rec, 80);
+
+/* What a mapping maps. */
+enum vma_kind {
+	VMA_ANON = 0,
+	VMA_FILE = 1,
+	VMA_SHMEM = 2,   /* file on tmpfs or the kernel's internal shmem mount */
+	VMA_HUGETLB = 3, /* file on hugetlbfs */
+	VMA_SPECIAL = 4, /* [vdso], [vvar] and the like: see name */
+};
+
+/* One mapping. */
+struct vma_rec {
+	struct rec_hdr hdr;
+	__u64 mm;
+	__u64 start;
+	__u64 end;
+	__u64 flags; /* VM_* */
+	__u64 pgoff; /* in pages */
+	__u64 file;
+	__u64 ino;
+	__u32 dev;
+	__u32 kind; /* enum vma_kind */
+	__u32 tgid;
+	__u32 nlink;
+	__u32 has_anon; /* non-zero if private pages may exist */
+	__u32 pad;
+	char name[TRK_NAME_LEN]; /* special mapping, PR_SET_VMA_ANON_NAME, or dentry name */
+};
+TRK_ASSERT_SIZE(struct vma_rec, 120);
+
+#endif

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR MIT)
+/*
+ * Iterators that read the state of all watched processes in one pass each: tasks,
+ * descriptors, mappings. They need no agent and change nothing. User space chooses
+ * by the variables below what a pass reports; records travel through the iterator's
+ * own seq_file, except those of which one object can have more than fit its 32 KiB
+ * buffer (epoll items, watches, timers, locks): they go to the side ring.
+ */
+#include "common.bpf.h"
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";
+
+#include "iter_vars.bpf.h"
+#include "iter_task.bpf.h"
+#include "iter_file.bpf.h"
+#include "iter_vma.bpf.h"

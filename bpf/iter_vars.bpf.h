@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/* State shared by the iterator programs and set by user space before each pass. */
+
+u64 scope_cgroup; /* only tasks under this cgroup; 0 reports all but kernel threads */
+u32 scope_pid;    /* only this process; 0 reports all */
+u32 want;         /* enum iter_want */
+u64 generation;   /* number of the pass, never 0 */
+u64 side_lost;    /* records that did not fit the side ring */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 8 << 20);
+} side SEC(".maps");
+
+/* Objects whose side records this pass already wrote: one epoll instance is often
+ * reached through several descriptors. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u64);
+	__type(value, u64);
+} seen SEC(".maps");
+
+/* The verdict on the task seen last: a pass visits each task's objects in a row. */
+u64 verdict_task;
+u32 verdict;
+
+static __always_inline bool first_visit(u64 object)
+{
+	u64 now = generation;
+	u64 *then = bpf_map_lookup_elem(&seen, &object);
+
+	if (then && *then == now)
+		return false;
+	bpf_map_update_elem(&seen, &object, &now, BPF_ANY);
+	return true;
+}
+
+static __always_inline bool in_scope(struct task_struct *task)
+{
+	if ((u64)task == verdict_task)
+		return verdict;
+	verdict_task = (u64)task;
+	verdict = 0;
+	if (task->flags & PF_KTHREAD)
+		return false;
+	if (scope_pid && task->tgid != scope_pid)
+		return false;
+	if (scope_cgroup && !task_is_under(task, scope_cgroup))
+		return false;
+	verdict = 1;
+	return true;
+}
+
+static __always_inline void side_write(void *rec, u64 size)
+{
+	if (bpf_ringbuf_output(&side, rec, size, BPF_RB_NO_WAKEUP))
+		side_lost++;
+}

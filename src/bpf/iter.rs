@@ -1,0 +1,458 @@
+//! One-pass readers of kernel state: tasks, descriptors and mappings, by BPF iterators.
+//!
+//! They need no agent and leave no trace in what they read. Loading takes the verifier a while
+//! (a quarter of a second under emulation) and is done before anything is frozen; a pass in the
+//! frozen window costs about as much as copying the records.
+
+use std::io::{self, Read};
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{Iter, Link, RingBuffer, RingBufferBuilder};
+
+use super::events::{
+    self, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessRec,
+    RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, VmaRec,
+    WatchRec,
+};
+use super::record::{Malformed, Raw, records};
+use super::skeleton::iter::{IterSkel, IterSkelBuilder};
+
+/// Bits of the BPF variable `want`.
+mod want {
+    pub use crate::bpf::events::IterWant::{EPOLL, LOCKS, SIGACTIONS, TASKS, TIMERS, WATCHES};
+}
+
+/// Why the iterators could not be loaded.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "Loading the BPF iterators failed at {step}; they need Linux 6.1 or newer with BTF, and CAP_BPF with CAP_PERFMON or root"
+)]
+pub struct LoadError {
+    step: &'static str,
+    source: libbpf_rs::Error,
+}
+
+/// Why a pass failed. Nothing was changed, and another pass may be tried.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// `BPF_ITER_CREATE` failed.
+    #[error("Creating the BPF iterator over {what} failed; is the process out of descriptors?")]
+    Create {
+        /// What is iterated over.
+        what: &'static str,
+        /// From libbpf.
+        source: libbpf_rs::Error,
+    },
+    /// read(2) of the iterator failed.
+    #[error("Reading the BPF iterator over {what} failed")]
+    Read {
+        /// What is iterated over.
+        what: &'static str,
+        /// From read(2).
+        source: io::Error,
+    },
+    /// The ring of epoll items, watches, timers and locks was too small.
+    #[error(
+        "{lost} records of {what} did not fit the ring of the BPF iterator; read them from /proc/PID/fdinfo"
+    )]
+    Overflow {
+        /// What is iterated over.
+        what: &'static str,
+        /// Number of records missing.
+        lost: u64,
+    },
+    /// The kernel side wrote something this side does not know: a bug of ours.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+}
+
+/// Which tasks a pass reports. Kernel threads are never reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All of them.
+    System,
+    /// Those in the cgroup v2 with this id (its inode number) and below.
+    Cgroup(u64),
+    /// The threads of the process with this PID in the initial PID namespace.
+    Process(u32),
+}
+
+/// What a pass over the tasks found. Zombies are included.
+#[derive(Clone, Debug, Default)]
+pub struct Tasks {
+    /// Every thread.
+    pub threads: Vec<ThreadRec>,
+    /// Every process.
+    pub processes: Vec<ProcessRec>,
+    /// Every address space; one shared by several processes (`CLONE_VM`) is repeated.
+    pub mms: Vec<MmRec>,
+    /// The signal actions of every process that still has any (zombies do not).
+    pub sigactions: Vec<SigactionsRec>,
+    /// Every POSIX timer.
+    pub timers: Vec<TimerRec>,
+}
+
+/// An open descriptor.
+#[derive(Clone, Copy, Debug)]
+pub struct File {
+    /// What all descriptors have.
+    pub rec: FileRec,
+    /// What its kind has besides.
+    pub detail: Detail,
+}
+
+/// The state of some kinds of files, read in the same pass.
+#[derive(Clone, Copy, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most descriptors of a server are sockets"
+)]
+pub enum Detail {
+    /// Nothing beyond the [`FileRec`].
+    None,
+    /// An eventfd.
+    Eventfd(EventfdRec),
+    /// A pipe or an open FIFO.
+    Pipe(PipeRec),
+    /// A timerfd.
+    Timerfd(TimerfdRec),
+    /// A signalfd.
+    Signalfd(SignalfdRec),
+    /// A pidfd.
+    Pidfd(PidfdRec),
+    /// A socket.
+    Socket(SockRec),
+}
+
+/// What a pass over the descriptors found.
+#[derive(Clone, Debug, Default)]
+pub struct Files {
+    /// Every descriptor of every descriptor table. A table shared by several processes
+    /// (`CLONE_FILES`) is reported once per process: [`FileRec::files`] tells.
+    pub files: Vec<File>,
+    /// What the epoll instances among them watch.
+    pub epoll_items: Vec<EpollItemRec>,
+    /// What the inotify instances among them watch.
+    pub watches: Vec<WatchRec>,
+    /// Locks and leases on the files among them, whoever holds them.
+    pub locks: Vec<LockRec>,
+}
+
+/// The loaded iterators.
+pub struct Iterators {
+    // before the skeleton, so that links and ring go first
+    tasks: Link,
+    files: Link,
+    vmas: Link,
+    ring: RingBuffer<'static>,
+    side: Arc<Mutex<Vec<u8>>>,
+    bytes: Vec<u8>,
+    skel: IterSkel<'static>,
+}
+
+impl std::fmt::Debug for Iterators {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Iterators").finish_non_exhaustive()
+    }
+}
+
+impl Iterators {
+    /// Loads the programs into the kernel.
+    ///
+    /// # Errors
+    ///
+    /// The kernel lacks BTF or refuses a program, or a capability is missing.
+    pub fn load() -> Result<Self, LoadError> {
+        let at = |step| move |source| LoadError { step, source };
+        super::redirect_libbpf_log();
+        // The skeleton borrows this storage. A few words stay behind per load, of which there is
+        // one in the life of a process; what it points at is freed with the skeleton.
+        let storage = Box::leak(Box::new(MaybeUninit::uninit()));
+        let open = IterSkelBuilder::default()
+            .open(storage)
+            .map_err(at("open"))?;
+        let skel = open.load().map_err(at("load"))?;
+
+        let attach = |program: &libbpf_rs::ProgramMut<'_>| {
+            program.attach_iter_with_opts(libbpf_rs::IterOpts::None)
+        };
+        let tasks = attach(&skel.progs.iter_tasks).map_err(at("attach to task"))?;
+        let files = attach(&skel.progs.iter_files).map_err(at("attach to task_file"))?;
+        let vmas = attach(&skel.progs.iter_vmas).map_err(at("attach to task_vma"))?;
+
+        let side = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&side);
+        let mut builder = RingBufferBuilder::new();
+        builder
+            .add(&skel.maps.side, move |bytes| {
+                sink.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .extend_from_slice(bytes);
+                0
+            })
+            .map_err(at("ring"))?;
+        let ring = builder.build().map_err(at("ring"))?;
+        Ok(Self {
+            tasks,
+            files,
+            vmas,
+            ring,
+            side,
+            bytes: Vec::new(),
+            skel,
+        })
+    }
+
+    /// Threads, processes and address spaces, without the dearer parts.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn threads(&mut self, scope: Scope) -> Result<Tasks, ReadError> {
+        self.read_tasks(scope, want::TASKS)
+    }
+
+    /// Everything a [`Tasks`] holds.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn tasks(&mut self, scope: Scope) -> Result<Tasks, ReadError> {
+        self.read_tasks(scope, want::TASKS | want::SIGACTIONS | want::TIMERS)
+    }
+
+    /// Descriptors with their details, without what epoll, inotify and locks hold.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn descriptors(&mut self, scope: Scope) -> Result<Vec<File>, ReadError> {
+        Ok(self.read_files(scope, 0)?.files)
+    }
+
+    /// Everything a [`Files`] holds.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn files(&mut self, scope: Scope) -> Result<Files, ReadError> {
+        self.read_files(scope, want::EPOLL | want::WATCHES | want::LOCKS)
+    }
+
+    /// Every mapping, in ascending order per process.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn vmas(&mut self, scope: Scope) -> Result<Vec<VmaRec>, ReadError> {
+        let what = "mappings";
+        self.prepare(what, scope, 0)?;
+        pass(&self.vmas, what, &mut self.bytes)?;
+        records(&self.bytes).map(|raw| Ok(raw?.decode()?)).collect()
+    }
+
+    fn read_tasks(&mut self, scope: Scope, want: u32) -> Result<Tasks, ReadError> {
+        let what = "tasks";
+        self.prepare(what, scope, want)?;
+        pass(&self.tasks, what, &mut self.bytes)?;
+        let mut found = Tasks::default();
+        for raw in records(&self.bytes) {
+            let raw = raw?;
+            match raw.kind {
+                RecKind::PROCESS => found.processes.push(raw.decode()?),
+                RecKind::MM => found.mms.push(raw.decode()?),
+                RecKind::SIGACTIONS => found.sigactions.push(raw.decode()?),
+                _ => found.threads.push(raw.decode()?),
+            }
+        }
+        for raw in records(&self.take_side(what)?) {
+            found.timers.push(raw?.decode()?);
+        }
+        Ok(found)
+    }
+
+    fn read_files(&mut self, scope: Scope, want: u32) -> Result<Files, ReadError> {
+        let what = "descriptors";
+        self.prepare(what, scope, want)?;
+        pass(&self.files, what, &mut self.bytes)?;
+        let mut found = Files::default();
+        for raw in records(&self.bytes) {
+            let raw = raw?;
+            match raw.kind {
+                RecKind::FILE => {
+                    found.files.push(File {
+                        rec: raw.decode()?,
+                        detail: Detail::None,
+                    });
+                }
+                _ => {
+                    let detail = decode_detail(&raw)?;
+                    // a detail always follows its file
+                    if let Some(file) = found.files.last_mut() {
+                        file.detail = detail;
+                    }
+                }
+            }
+        }
+        for raw in records(&self.take_side(what)?) {
+            let raw = raw?;
+            match raw.kind {
+                RecKind::EPOLL_ITEM => found.epoll_items.push(raw.decode()?),
+                RecKind::WATCH => found.watches.push(raw.decode()?),
+                _ => found.locks.push(raw.decode()?),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Sets the variables of the BPF programs for the next pass and empties the ring.
+    fn prepare(&mut self, what: &'static str, scope: Scope, want: u32) -> Result<(), ReadError> {
+        self.take_side(what).or_else(|error| match error {
+            // a failed pass left records behind: they are what is thrown away here
+            ReadError::Overflow { .. } => Ok(Vec::new()),
+            other => Err(other),
+        })?;
+        if let Some(vars) = self.skel.maps.bss_data.as_deref_mut() {
+            (vars.scope_cgroup, vars.scope_pid) = match scope {
+                Scope::System => (0, 0),
+                Scope::Cgroup(id) => (id, 0),
+                Scope::Process(pid) => (0, pid),
+            };
+            vars.want = want;
+            vars.generation += 1;
+            vars.verdict_task = 0;
+            vars.last_mm = 0;
+        }
+        Ok(())
+    }
+
+    fn take_side(&mut self, what: &'static str) -> Result<Vec<u8>, ReadError> {
+        self.ring
+            .consume()
+            .map_err(|source| ReadError::Create { what, source })?;
+        let bytes = std::mem::take(&mut *self.side.lock().unwrap_or_else(PoisonError::into_inner));
+        let lost = self
+            .skel
+            .maps
+            .bss_data
+            .as_deref_mut()
+            .map_or(0, |vars| std::mem::take(&mut vars.side_lost));
+        if lost > 0 {
+            return Err(ReadError::Overflow { what, lost });
+        }
+        Ok(bytes)
+    }
+}
+
+fn decode_detail(raw: &Raw<'_>) -> Result<Detail, Malformed> {
+    Ok(match raw.kind {
+        RecKind::EVENTFD => Detail::Eventfd(raw.decode()?),
+        RecKind::PIPE => Detail::Pipe(raw.decode()?),
+        RecKind::TIMERFD => Detail::Timerfd(raw.decode()?),
+        RecKind::SIGNALFD => Detail::Signalfd(raw.decode()?),
+        RecKind::PIDFD => Detail::Pidfd(raw.decode()?),
+        _ => Detail::Socket(raw.decode()?),
+    })
+}
+
+/// Runs an iterator from start to end into `bytes`, which is emptied first.
+fn pass(link: &Link, what: &'static str, bytes: &mut Vec<u8>) -> Result<(), ReadError> {
+    // the kernel hands out at most its 32 KiB buffer at a time
+    const CHUNK: usize = 64 << 10;
+
+    bytes.clear();
+    let mut iter = Iter::new(link).map_err(|source| ReadError::Create { what, source })?;
+    let mut filled = 0;
+    loop {
+        bytes.resize(filled + CHUNK, 0);
+        match iter.read(&mut bytes[filled..]) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            // EAGAIN: the kernel gave up after a million objects that wrote nothing; go on
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                ) => {}
+            Err(source) => return Err(ReadError::Read { what, source }),
+        }
+    }
+    bytes.truncate(filled);
+    Ok(())
+}
+
+impl ThreadRec {
+    /// The thread's name.
+    #[must_use]
+    pub fn comm(&self) -> String {
+        super::record::c_text(&self.comm)
+    }
+
+    /// Whether the thread has exited and waits to be reaped.
+    #[must_use]
+    pub fn is_zombie(&self) -> bool {
+        self.exit_state != 0
+    }
+}
+
+impl FileRec {
+    /// The start of the name the file has in its directory, or the kernel's name for its kind.
+    #[must_use]
+    pub fn name(&self) -> String {
+        super::record::c_text(&self.name)
+    }
+
+    /// Device number of the filesystem as stat(2) encodes it.
+    #[must_use]
+    pub fn st_dev(&self) -> u64 {
+        user_dev(self.dev)
+    }
+
+    /// Number of the device, for device files, as stat(2) encodes it.
+    #[must_use]
+    pub fn st_rdev(&self) -> u64 {
+        user_dev(self.rdev)
+    }
+}
+
+impl VmaRec {
+    /// The name of a special or named anonymous mapping, or the start of the file's name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        super::record::c_text(&self.name)
+    }
+
+    /// Device number of the file as stat(2) encodes it.
+    #[must_use]
+    pub fn st_dev(&self) -> u64 {
+        user_dev(self.dev)
+    }
+}
+
+impl SockRec {
+    /// The address of a Unix socket: empty if unnamed, starting with NUL if abstract.
+    #[must_use]
+    pub fn unix_path(&self) -> Vec<u8> {
+        let len = (self.path_len as usize).min(self.path.len());
+        self.path[..len]
+            .iter()
+            .map(|c| c.to_ne_bytes()[0])
+            .collect()
+    }
+}
+
+/// Turns the kernel's own device number (major << 20 | minor) into the one user space sees.
+#[must_use]
+pub fn user_dev(dev: u32) -> u64 {
+    nix::sys::stat::makedev(u64::from(dev >> 20), u64::from(dev & 0xf_ffff))
+}
+
+impl events::ProcessRec {
+    /// Whether this process leads its session.
+    #[must_use]
+    pub fn is_session_leader(&self) -> bool {
+        self.flags & events::ProcessFlag::SESSION_LEADER != 0
+    }
+}
