@@ -1,6 +1,7 @@
 //! Updates the Linux kernel under running applications: see `ARCHITECTURE.md`.
 
 pub mod bpf;
+pub mod cli;
 pub mod error;
 pub mod image;
 pub mod model;

@@ -288,7 +288,7 @@ impl Store for RangeStore {
         let offset = (slots + 1) * PAGE_SIZE;
         self.write_at(metadata, offset)?;
         self.sync()?;
-        let mut block = [0_u8; PAGE_SIZE as usize];
+        let mut block = [0_u8; 4096];
         block[..8].copy_from_slice(SUPERBLOCK_MAGIC);
         block[8..12].copy_from_slice(&super::FORMAT_VERSION.to_le_bytes());
         block[12..20].copy_from_slice(&offset.to_le_bytes());

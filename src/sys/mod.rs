@@ -2,3 +2,6 @@
 //!
 //! One file per kernel noun; every function here is a safe wrapper with the
 //! errors of its system call.
+
+pub mod process;
+pub mod ptrace;
