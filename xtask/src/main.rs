@@ -1,2 +1,58 @@
-//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|bench`.
-fn main() {}
+//! Developer commands: `cargo xtask setup|test|vm|vmtest`.
+
+mod guest_image;
+mod setup;
+mod shell;
+mod vm;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, Subcommand};
+
+/// Developer commands of the tracker workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Installs what building and testing need; does nothing if all is there.
+    Setup(setup::Arguments),
+    /// Boots a VM with freshly built programs: a shell, or one command.
+    Vm(vm::Arguments),
+}
+
+fn main() -> std::process::ExitCode {
+    let result = match Arguments::parse().command {
+        Task::Setup(arguments) => setup::run(&arguments).map(|()| 0),
+        Task::Vm(arguments) => vm::run(&arguments),
+    };
+    match result {
+        Ok(code) => std::process::ExitCode::from(code),
+        Err(error) => {
+            eprintln!("Error: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// The repository's root.
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map(Path::to_path_buf)
+        .unwrap_or_default()
+}
+
+/// The path of a tool, if it is installed.
+fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let admin = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(admin)
+        .map(|dir| dir.join(name))
+        .find(|file| file.is_file())
+}

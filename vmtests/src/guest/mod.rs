@@ -1,0 +1,5 @@
+//! The programs' side that runs inside the VM: init, control agent, cases.
+
+pub mod agent;
+pub mod init;
+pub mod reaper;

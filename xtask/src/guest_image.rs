@@ -1,0 +1,245 @@
+//! Builds the guest image: Debian 12, two stock kernels with the initrds that
+//! the distribution makes, the services that the tests move. No mount and no
+//! loop device: mmdebstrap fills a directory, mke2fs copies it into a file.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use vmtests::image::{Image, Kernel, cache_dir};
+
+use crate::{find_program, shell};
+
+/// Debian release of the guest.
+const SUITE: &str = "bookworm";
+
+/// Beside the kernels and what Debian calls essential.
+const PACKAGES: &[&str] = &[
+    // What is moved to the next kernel.
+    "redis-server",
+    "redis-tools",
+    "memcached",
+    // What tracker links against.
+    "libelf1",
+    "zlib1g",
+    // The guest's own housekeeping and the tests' tools.
+    "initramfs-tools",
+    "iproute2",
+    "kmod",
+    "lz4",
+    "mount",
+    "nftables",
+    "procps",
+    "python3-minimal",
+    "strace",
+    "util-linux",
+    "zstd",
+    // The peer in the benchmarks.
+    "criu",
+];
+
+/// Modules in the initrds, beside those that initramfs-tools adds anyway:
+/// the VM's devices and the memory that survives a kexec.
+const INITRD_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "ext4",
+    "nd_e820",
+    "nd_pmem",
+];
+
+/// Not needed in a test guest; keeps the image small.
+const EXCLUDED: &[&str] = &[
+    "/usr/share/doc/*",
+    "/usr/share/man/*",
+    "/usr/share/locale/*",
+    "/usr/share/info/*",
+];
+
+const SIZE: &str = "4G";
+
+/// The guest's `/sbin/init`. The programs come from the second disk at the
+/// first boot; after a kexec they are in the root filesystem already.
+const INIT: &str = r#"#!/bin/sh
+guestd=/usr/lib/tracker/tests/guestd
+[ -x $guestd ] || tar -xf /dev/vdb -C / || exec sh
+exec $guestd "$@"
+"#;
+
+/// Builds the image unless one of this recipe exists.
+pub fn ensure(rebuild: bool) -> Result<()> {
+    let image = Image::locate()?;
+    fs::create_dir_all(cache_dir()?).context("Create the cache directory")?;
+    // Two test runs on a fresh machine must not build it both.
+    let lock = fs::File::create(cache_dir()?.join("image.lock")).context("Create image.lock")?;
+    let _lock = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .context("Lock image.lock")?;
+    let recipe = recipe();
+    let built = fs::read_to_string(image.dir().join("recipe")).unwrap_or_default();
+    if built == recipe && image.root().exists() && !rebuild {
+        return Ok(());
+    }
+    eprintln!(
+        "setup: building the guest image in {}",
+        image.dir().display()
+    );
+    let new = cache_dir()?.join("image.new");
+    remove(&new)?;
+    fs::create_dir_all(&new).context("Create image.new")?;
+    build(&new)?;
+    fs::write(new.join("recipe"), recipe).context("Write the recipe")?;
+    remove(image.dir())?;
+    fs::rename(&new, image.dir()).context("Rename image.new")
+}
+
+/// Everything that shapes the image, to see whether it is up to date.
+fn recipe() -> String {
+    format!(
+        "{SUITE} {PACKAGES:?} {INITRD_MODULES:?} {EXCLUDED:?} {SIZE} {INIT} {:?}",
+        Kernel::ALL.map(Kernel::package)
+    )
+}
+
+fn build(dir: &Path) -> Result<()> {
+    let root = dir.join("root");
+    let sources = dir.join("sources.list");
+    fs::write(&sources, debian_sources()?).context("Write sources.list")?;
+    let mut mmdebstrap = shell::privileged("mmdebstrap");
+    mmdebstrap.args([
+        "--quiet",
+        "--mode=root",
+        "--variant=essential",
+        "--format=directory",
+    ]);
+    mmdebstrap.arg("--aptopt=APT::Install-Recommends \"false\"");
+    for option in host_apt_options()? {
+        mmdebstrap.arg(format!("--aptopt={option}"));
+    }
+    for path in EXCLUDED {
+        mmdebstrap.arg(format!("--dpkgopt=path-exclude={path}"));
+    }
+    let packages: Vec<_> = PACKAGES
+        .iter()
+        .copied()
+        .chain(Kernel::ALL.map(Kernel::package))
+        .collect();
+    mmdebstrap.arg(format!("--include={}", packages.join(",")));
+    // Before the kernels are installed, whose scripts build the initrds.
+    mmdebstrap.arg(format!(
+        "--essential-hook=mkdir -p \"$1/etc/initramfs-tools/conf.d\" && \
+         printf 'MODULES=list\\nCOMPRESS=lz4\\n' >\"$1/etc/initramfs-tools/conf.d/tracker\" && \
+         printf '%s\\n' {} >\"$1/etc/initramfs-tools/modules\"",
+        INITRD_MODULES.join(" ")
+    ));
+    shell::run(mmdebstrap.args([Path::new(SUITE), &root, &sources]))?;
+
+    let boot = dir.join("boot");
+    shell::run(
+        shell::privileged("cp")
+            .arg("--recursive")
+            .args([root.join("boot"), boot.clone()]),
+    )?;
+    shell::run(
+        shell::privileged("chmod")
+            .arg("--recursive")
+            .arg("a+rX")
+            .arg(&boot),
+    )?;
+    let init = dir.join("init");
+    fs::write(&init, INIT).context("Write init")?;
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
+    shell::run(
+        shell::privileged("install")
+            .arg("--mode=0755")
+            .args([init, root.join("usr/sbin/init")]),
+    )?;
+    shell::run(
+        shell::privileged("sh")
+            .args([
+                "-c",
+                "echo tracker-vm >\"$1/etc/hostname\"; : >\"$1/etc/fstab\"",
+                "sh",
+            ])
+            .arg(&root),
+    )?;
+
+    let mke2fs = find_program("mke2fs").context("No mke2fs")?;
+    let mut mke2fs = shell::privileged(&mke2fs.to_string_lossy());
+    mke2fs.args(["-q", "-t", "ext4", "-L", "tracker-root", "-m", "0"]);
+    // Nothing may write to the disk by itself while tests measure.
+    mke2fs.args(["-E", "lazy_itable_init=0,lazy_journal_init=0", "-d"]);
+    shell::run(mke2fs.args([root.clone(), dir.join("root.img")]).arg(SIZE))?;
+    shell::run(
+        shell::privileged("chmod")
+            .arg("0644")
+            .arg(dir.join("root.img")),
+    )?;
+    remove(&root)
+}
+
+/// The Debian archives that this machine's apt is configured for, as a
+/// sources.list of the guest's release.
+fn debian_sources() -> Result<String> {
+    let list = || {
+        let format = "$(ORIGIN)|$(RELEASE)|deb $(REPO_URI) $(RELEASE) $(COMPONENT)";
+        shell::output(Command::new("apt-get").args([
+            "indextargets",
+            "--format",
+            format,
+            "Identifier: Packages",
+        ]))
+    };
+    let parse = |text: String| -> BTreeSet<String> {
+        let line = |line: &str| {
+            let mut fields = line.splitn(3, '|');
+            let (origin, release, entry) = (fields.next()?, fields.next()?, fields.next()?);
+            (origin == "Debian" && release.starts_with(SUITE)).then(|| format!("{entry}\n"))
+        };
+        text.lines().filter_map(line).collect()
+    };
+    let mut entries = parse(list()?);
+    if entries.is_empty() {
+        // apt knows an archive's origin only after it has fetched its index.
+        shell::run(shell::privileged("apt-get").args(["update", "-qq"]))?;
+        entries = parse(list()?);
+    }
+    if entries.is_empty() {
+        bail!(
+            "apt on this machine has no Debian {SUITE} archive configured; add one to its sources"
+        );
+    }
+    Ok(entries.into_iter().collect())
+}
+
+/// How this machine's apt reaches its archives: proxies, dates and the like.
+fn host_apt_options() -> Result<Vec<String>> {
+    let dump = shell::output(Command::new("apt-config").arg("dump"))?;
+    let wanted = [
+        "Acquire::http",
+        "Acquire::Check-",
+        "Acquire::Retries",
+        "Acquire::Max-ValidTime",
+    ];
+    let option = |line: &&str| {
+        wanted.iter().any(|prefix| line.starts_with(prefix)) && !line.contains(" \"\";")
+    };
+    Ok(dump.lines().filter(option).map(str::to_owned).collect())
+}
+
+fn remove(path: &PathBuf) -> Result<()> {
+    if path.exists() {
+        shell::run(
+            shell::privileged("rm")
+                .arg("--recursive")
+                .arg("--force")
+                .arg(path),
+        )?;
+    }
+    Ok(())
+}
