@@ -2,7 +2,9 @@
 //!
 //! `bpf/events.h` is the only source of the record layouts; [`events`] is generated from it.
 
+pub mod features;
 pub mod iter;
+pub mod netlock;
 pub mod record;
 mod skeleton;
 

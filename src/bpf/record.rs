@@ -55,6 +55,26 @@ pub struct Malformed {
     pub offset: usize,
 }
 
+/// A type of `events.h` that is a key or value of a BPF map.
+///
+/// # Safety
+///
+/// The type must have no padding.
+pub unsafe trait Plain: Copy {}
+
+// SAFETY: events.h allows no implicit padding and asserts the sizes.
+unsafe impl Plain for events::LockFlowKey {}
+// SAFETY: as above.
+unsafe impl Plain for events::LockPortKey {}
+// SAFETY: as above.
+unsafe impl Plain for events::LockControl {}
+
+/// The bytes a BPF map takes for this key or value.
+pub fn bytes_of<T: Plain>(value: &T) -> &[u8] {
+    // SAFETY: a Plain type has no padding, so all of its bytes are initialised.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
 /// One undecoded record.
 #[derive(Clone, Copy, Debug)]
 pub struct Raw<'a> {

@@ -17,3 +17,5 @@ macro_rules! skeleton {
 }
 
 skeleton!(iter, "iter");
+skeleton!(netlock, "netlock");
+skeleton!(probe, "probe");

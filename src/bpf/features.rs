@@ -1,0 +1,202 @@
+//! What the running kernel and this process can do, found by trying, never from version numbers.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt::Display;
+use std::io;
+use std::mem::MaybeUninit;
+use std::path::PathBuf;
+
+use caps::{CapSet, Capability};
+use libbpf_rs::btf::{Btf, types};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use serde::Serialize;
+
+use super::iter::Iterators;
+use super::netlock::NetLock;
+use super::skeleton::probe::ProbeSkelBuilder;
+
+/// Kernel functions that tracking hooks where they exist (HOOKS.md of the design notes): a stable
+/// update may inline any of them.
+pub const HOOK_FUNCTIONS: &[&str] = &[
+    "__close_range",
+    "__f_setown",
+    "__fput",
+    "__sys_bind",
+    "__sys_connect_file",
+    "__sys_listen",
+    "__sys_setsockopt",
+    "__sys_shutdown",
+    "__sys_socketpair",
+    "__x64_sys_memfd_create",
+    "__x64_sys_prctl",
+    "__x64_sys_timer_delete",
+    "__x64_sys_timerfd_create",
+    "change_pid",
+    "commit_creds",
+    "create_pipe_files",
+    "do_accept",
+    "do_close_on_exec",
+    "do_dup2",
+    "do_epoll_create",
+    "do_epoll_ctl",
+    "do_eventfd",
+    "do_fcntl",
+    "do_inotify_init",
+    "do_setitimer",
+    "do_sigaction",
+    "do_signalfd4",
+    "do_sock_setsockopt",
+    "do_timer_create",
+    "do_timer_settime",
+    "do_timerfd_settime",
+    "dup_fd",
+    "exit_files",
+    "fd_install",
+    "file_close_fd_locked",
+    "flock_lock_inode",
+    "flush_signal_handlers",
+    "inotify_ignored_and_remove_idr",
+    "inotify_update_watch",
+    "ksys_setsid",
+    "ksys_unshare",
+    "memfd_fcntl",
+    "pick_file",
+    "pidfd_prepare",
+    "pipe_resize_ring",
+    "posix_lock_inode",
+    "set_close_on_exec",
+    "set_fs_pwd",
+    "set_fs_root",
+    "sock_alloc_file",
+    "unix_release_sock",
+    "unix_stream_connect",
+    "unshare_files",
+];
+
+/// The capabilities tracker uses.
+const CAPABILITIES: &[Capability] = &[
+    Capability::CAP_BPF,
+    Capability::CAP_CHECKPOINT_RESTORE,
+    Capability::CAP_KILL,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_PERFMON,
+    Capability::CAP_SYS_ADMIN,
+    Capability::CAP_SYS_BOOT,
+    Capability::CAP_SYS_PTRACE,
+    Capability::CAP_SYS_RESOURCE,
+];
+
+/// The outcome of trying something.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Probe {
+    /// It works.
+    Works,
+    /// It does not, and why.
+    Fails(String),
+}
+
+impl Probe {
+    fn of<T, E: Display>(result: Result<T, E>) -> Self {
+        match result {
+            Ok(_) => Self::Works,
+            Err(error) => Self::Fails(error.to_string()),
+        }
+    }
+
+    /// Whether it works.
+    #[must_use]
+    pub fn works(&self) -> bool {
+        *self == Self::Works
+    }
+}
+
+/// Facts about the running kernel; filled once, by [`Features::probe`].
+#[derive(Clone, Debug, Serialize)]
+pub struct Features {
+    /// `uname -r`, for the reader only: nothing is decided by it.
+    pub kernel_release: String,
+    /// Whether the kernel describes its types in `/sys/kernel/btf/vmlinux`.
+    pub btf: Probe,
+    /// Whether the state-reading iterators load.
+    pub iterators: Probe,
+    /// Whether a fentry program loads and attaches.
+    pub fentry: Probe,
+    /// Whether the network lock loads.
+    pub network_lock: Probe,
+    /// Each of [`HOOK_FUNCTIONS`] and whether the kernel has it out of line.
+    pub hook_functions: BTreeMap<&'static str, bool>,
+    /// Where the cgroup v2 hierarchy is mounted.
+    pub cgroup2: Option<PathBuf>,
+    /// Effective capabilities of this process among those tracker uses.
+    pub capabilities: BTreeMap<String, bool>,
+}
+
+impl Features {
+    /// Probes everything. Takes a few tenths of a second; nothing stays loaded.
+    #[must_use]
+    pub fn probe() -> Self {
+        super::redirect_libbpf_log();
+        let btf = Btf::from_vmlinux();
+        let hook_functions = match &btf {
+            Ok(btf) => {
+                let present: HashSet<String> = btf
+                    .type_by_kind::<types::Func<'_>>()
+                    .filter_map(|func| Some(func.name()?.to_str()?.to_owned()))
+                    .collect();
+                HOOK_FUNCTIONS
+                    .iter()
+                    .map(|name| (*name, present.contains(*name)))
+                    .collect()
+            }
+            Err(_) => HOOK_FUNCTIONS.iter().map(|name| (*name, false)).collect(),
+        };
+        Self {
+            kernel_release: nix::sys::utsname::uname()
+                .map(|name| name.release().to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            btf: Probe::of(btf),
+            iterators: Probe::of(Iterators::load()),
+            fentry: Probe::of(probe_fentry()),
+            network_lock: Probe::of(NetLock::load()),
+            hook_functions,
+            cgroup2: cgroup2_mount().ok(),
+            capabilities: CAPABILITIES
+                .iter()
+                .map(|cap| {
+                    let held = caps::has_cap(None, CapSet::Effective, *cap).unwrap_or(false);
+                    (cap.to_string(), held)
+                })
+                .collect(),
+        }
+    }
+
+    /// Whether the kernel has this function of [`HOOK_FUNCTIONS`] out of line.
+    #[must_use]
+    pub fn has_function(&self, name: &str) -> bool {
+        self.hook_functions.get(name).copied().unwrap_or(false)
+    }
+}
+
+/// Where the cgroup v2 hierarchy is mounted.
+///
+/// # Errors
+///
+/// `/proc/self/mountinfo` cannot be read, or [`io::ErrorKind::NotFound`].
+pub fn cgroup2_mount() -> io::Result<PathBuf> {
+    let mounts = procfs::process::Process::myself()
+        .and_then(|process| process.mountinfo())
+        .map_err(io::Error::other)?;
+    mounts
+        .into_iter()
+        .find(|mount| mount.fs_type == "cgroup2")
+        .map(|mount| mount.mount_point)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup2 mount"))
+}
+
+fn probe_fentry() -> Result<(), libbpf_rs::Error> {
+    // See Iterators::load for why the storage is left behind.
+    let storage = Box::leak(Box::new(MaybeUninit::uninit()));
+    let mut skel = ProbeSkelBuilder::default().open(storage)?.load()?;
+    libbpf_rs::skel::Skel::attach(&mut skel)
+}
