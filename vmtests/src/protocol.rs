@@ -83,6 +83,13 @@ pub enum Request {
         /// Give up after this many milliseconds.
         timeout_ms: u64,
     },
+    /// Wait until a file exists.
+    AwaitFile {
+        /// Absolute path.
+        path: String,
+        /// Give up after this many milliseconds.
+        timeout_ms: u64,
+    },
     /// Send a signal.
     Kill {
         /// The PID, negative for a process group.
@@ -142,6 +149,8 @@ pub enum Reply {
         /// How it ended.
         status: Option<Status>,
     },
+    /// Whether the file of `AwaitFile` exists.
+    Exists(bool),
     /// A part of a file.
     Data {
         /// Hex digits.

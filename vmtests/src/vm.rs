@@ -613,6 +613,23 @@ impl Vm {
         }
     }
 
+    /// Waits until a file exists in the guest; false if it does not in time.
+    ///
+    /// # Errors
+    /// If the guest does not answer.
+    pub fn await_file(&self, path: &str, timeout: Duration) -> Result<bool> {
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        let request = Request::AwaitFile {
+            path: path.to_owned(),
+            timeout_ms,
+        };
+        let reply = self.control.request(request, timeout + PATIENCE);
+        match reply.map_err(|error| self.explain(error))? {
+            Reply::Exists(exists) => Ok(exists),
+            reply => bail!("The guest's answer does not fit: {reply:?}"),
+        }
+    }
+
     /// Sends a signal to a process, or to a group if `pid` is negative.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ mod guest_image;
 mod setup;
 mod shell;
 mod vm;
+mod vmtest;
 
 use std::path::{Path, PathBuf};
 
@@ -23,12 +24,15 @@ enum Task {
     Setup(setup::Arguments),
     /// Boots a VM with freshly built programs: a shell, or one command.
     Vm(vm::Arguments),
+    /// Runs cases and scenarios in VMs.
+    Vmtest(vmtest::Arguments),
 }
 
 fn main() -> std::process::ExitCode {
     let result = match Arguments::parse().command {
         Task::Setup(arguments) => setup::run(&arguments).map(|()| 0),
         Task::Vm(arguments) => vm::run(&arguments),
+        Task::Vmtest(arguments) => vmtest::run(&arguments),
     };
     match result {
         Ok(code) => std::process::ExitCode::from(code),

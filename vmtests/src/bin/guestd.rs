@@ -6,6 +6,10 @@
 //! it changes only what is not in place yet and ends no process that it has
 //! not started.
 
-fn main() {
-    vmtests::guest::init::main();
+fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some("kexec") => vmtests::guest::kexec::run(&arguments[1..]),
+        _ => vmtests::guest::init::main(),
+    }
 }

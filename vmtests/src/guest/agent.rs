@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use nix::sys::signal::{Signal, kill};
@@ -123,6 +123,13 @@ fn obey(reaper: &Reaper, started: u64, request: Request) -> Result<Reply> {
         Request::Wait { pid, timeout_ms } => Ok(Reply::Waited {
             status: reaper.wait(pid, Duration::from_millis(timeout_ms)),
         }),
+        Request::AwaitFile { path, timeout_ms } => {
+            let deadline = Instant::now() + Duration::from_millis(timeout_ms);
+            while !Path::new(&path).exists() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(Reply::Exists(Path::new(&path).exists()))
+        }
         Request::Kill { pid, signal } => {
             let signal = Signal::try_from(signal)?;
             kill(Pid::from_raw(pid), signal).with_context(|| format!("Send {signal} to {pid}"))?;

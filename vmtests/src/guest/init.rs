@@ -42,6 +42,7 @@ pub fn main() -> ! {
     let started = uptime_ms();
     if std::process::id() == 1 {
         mount_missing();
+        hostname();
         first_pid();
         load_modules();
         network();
@@ -96,6 +97,13 @@ fn mount_missing() {
         if let Err(error) = mount(Some(kind), target, Some(kind), MsFlags::empty(), options) {
             say(&format!("Mount {kind} on {target}: {error}"));
         }
+    }
+}
+
+fn hostname() {
+    let name = fs::read_to_string("/etc/hostname").unwrap_or_default();
+    if let Err(error) = nix::unistd::sethostname(name.trim()) {
+        say(&format!("Set the host name: {error}"));
     }
 }
 

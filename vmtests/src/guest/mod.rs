@@ -1,5 +1,7 @@
 //! The programs' side that runs inside the VM: init, control agent, cases.
 
 pub mod agent;
+pub mod case;
 pub mod init;
+pub mod kexec;
 pub mod reaper;

@@ -1,0 +1,196 @@
+//! What a case program has to hand: a directory, `ready`, a verdict.
+//!
+//! A case sets something up, says that it is ready, and sleeps until told to
+//! go on. Meanwhile it may be frozen, written to an image, killed, and started
+//! again by another kernel. Then it looks whether everything is as before.
+//!
+//! The library itself holds nothing that would need restoring: descriptors 0
+//! to 2 (`/dev/null` and a log file), and while waiting a `nanosleep`.
+
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::cases;
+
+/// File in the case's directory that says the set-up is complete; holds the PID.
+pub const READY: &str = "ready";
+/// File that tells the case to verify.
+pub const GO: &str = "go";
+/// File with the verdict: `PASS`, or `FAIL: ` and why.
+pub const RESULT: &str = "result";
+/// File that the case's stdout and stderr are appended to.
+pub const LOG: &str = "log";
+
+/// What `tracker` must do with the case's program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expect {
+    /// Checkpoint and restore it.
+    Carried,
+    /// Refuse to checkpoint it, with this text on stderr, and leave it alone.
+    Refused(&'static str),
+}
+
+/// One case.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    /// Kernel object kind first: `pipe_data`, `epoll_nested`.
+    pub name: &'static str,
+    /// What is to happen to it.
+    pub expect: Expect,
+    /// Runs in the guest, as root, in a process of its own.
+    pub run: fn(&Case) -> Result<()>,
+}
+
+impl Entry {
+    /// A case whose state is carried over.
+    pub const fn carried(name: &'static str, run: fn(&Case) -> Result<()>) -> Entry {
+        Entry {
+            name,
+            expect: Expect::Carried,
+            run,
+        }
+    }
+
+    /// A case that holds something not supported, named by `text` in the refusal.
+    pub const fn refused(
+        name: &'static str,
+        text: &'static str,
+        run: fn(&Case) -> Result<()>,
+    ) -> Entry {
+        Entry {
+            name,
+            expect: Expect::Refused(text),
+            run,
+        }
+    }
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entry")
+            .field("name", &self.name)
+            .field("expect", &self.expect)
+            .finish()
+    }
+}
+
+/// The running case.
+#[derive(Debug)]
+pub struct Case {
+    dir: PathBuf,
+}
+
+impl Case {
+    /// A directory of the case's own, on the root filesystem.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A path in that directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Says that the set-up is complete and sleeps until told to go on. All
+    /// that counts happens to the process in here.
+    ///
+    /// # Errors
+    /// If the marker cannot be written, nobody says go, or the PID is another
+    /// one afterwards.
+    pub fn ready(&self) -> Result<()> {
+        self.ready_polling(Duration::from_millis(20), || ())
+    }
+
+    /// As [`Case::ready`], calling `work` after each sleep of `interval`: for
+    /// programs that must be caught in the middle of something.
+    ///
+    /// # Errors
+    /// As [`Case::ready`].
+    pub fn ready_polling(&self, interval: Duration, mut work: impl FnMut()) -> Result<()> {
+        const PATIENCE: Duration = Duration::from_secs(900);
+        let pid = std::process::id();
+        publish(&self.path(READY), &pid.to_string())?;
+        let (go, begun) = (self.path(GO), Instant::now());
+        // access(2) and nanosleep(2): no descriptor is ever held here.
+        while nix::unistd::access(&go, nix::unistd::AccessFlags::F_OK).is_err() {
+            std::thread::sleep(interval);
+            work();
+            if begun.elapsed() > PATIENCE {
+                bail!("Nobody said go within {PATIENCE:?}");
+            }
+        }
+        if std::process::id() != pid {
+            bail!("The PID was {pid} and is {} now", std::process::id());
+        }
+        Ok(())
+    }
+}
+
+/// Entry point of the `cases` program: `cases NAME DIR`, or `cases --list`.
+///
+/// # Errors
+/// If there is no such case or its directory cannot be used. The verdict of
+/// the case itself goes into its result file.
+pub fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--list"] => {
+            for entry in cases::all() {
+                println!("{}", entry.name);
+            }
+            Ok(())
+        }
+        [name, dir] => run(name, dir.into()),
+        _ => bail!("Usage: cases NAME DIR, or cases --list"),
+    }
+}
+
+fn run(name: &str, dir: PathBuf) -> Result<()> {
+    let entry = cases::find(name).with_context(|| format!("No case {name}"))?;
+    fs::create_dir_all(&dir).with_context(|| format!("Create {}", dir.display()))?;
+    hold_only_stdio(&dir.join(LOG))?;
+    let case = Case { dir };
+    // A panic is a verdict too, and its message is in the log.
+    let outcome = std::panic::catch_unwind(|| (entry.run)(&case))
+        .unwrap_or_else(|_| Err(anyhow!("The case panicked, see its log")));
+    let verdict = match &outcome {
+        Ok(()) => "PASS".to_owned(),
+        Err(error) => format!("FAIL: {error:#}"),
+    };
+    publish(&case.path(RESULT), &verdict)
+}
+
+/// Makes descriptors 0 to 2 what cases may rely on and closes all others.
+fn hold_only_stdio(log: &Path) -> Result<()> {
+    let null = OpenOptions::new()
+        .read(true)
+        .open("/dev/null")
+        .context("Open /dev/null")?;
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log)
+        .context("Open the log")?;
+    nix::unistd::dup2_stdin(null.as_fd())?;
+    nix::unistd::dup2_stdout(log.as_fd())?;
+    nix::unistd::dup2_stderr(log.as_fd())?;
+    drop((null, log));
+    // SAFETY: nothing in this process owns a descriptor above 2 yet.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error()).context("close_range");
+    }
+    Ok(())
+}
+
+/// Writes a small file so that it is seen whole or not at all.
+fn publish(path: &Path, text: &str) -> Result<()> {
+    let part = path.with_extension("part");
+    fs::write(&part, text).with_context(|| format!("Write {}", part.display()))?;
+    fs::rename(&part, path).with_context(|| format!("Rename {}", part.display()))
+}

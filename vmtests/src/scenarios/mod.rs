@@ -1,0 +1,26 @@
+//! Tests that need the host's hand on the VM: each gets one of its own.
+
+use anyhow::Result;
+
+use crate::image::Kernel;
+use crate::vm::{Vm, VmBuilder};
+
+mod harness;
+
+/// One scenario.
+#[derive(Debug, Clone, Copy)]
+pub struct Scenario {
+    /// What it is about first: `redis_fault_freeze`.
+    pub name: &'static str,
+    /// The kernels that the VM boots first, one run each.
+    pub kernels: &'static [Kernel],
+    /// Ports to forward, memory and the like.
+    pub configure: fn(VmBuilder) -> VmBuilder,
+    /// Drives the VM.
+    pub run: fn(&Vm) -> Result<()>,
+}
+
+/// Every scenario.
+pub fn all() -> impl Iterator<Item = &'static Scenario> {
+    [harness::SCENARIOS].into_iter().flatten()
+}

@@ -1,0 +1,195 @@
+//! One case's life in a VM.
+
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, bail, ensure};
+
+use super::Mode;
+use crate::control::ControlError;
+use crate::guest::case::{Entry, Expect, GO, READY, RESULT};
+use crate::payload::TESTS_DIR;
+use crate::vm::{Exec, Output, Vm};
+
+/// Time for one step of a case or one tracker command.
+const STEP: Duration = Duration::from_secs(60);
+
+/// Exit code of `tracker` for "not eligible".
+const NOT_ELIGIBLE: i32 = 3;
+
+/// A case that has been started.
+#[derive(Debug)]
+pub(crate) struct Started {
+    name: &'static str,
+    dir: String,
+}
+
+/// Runs a case from start to verdict.
+pub(crate) fn run(vm: &Vm, mode: Mode, entry: &Entry) -> Result<()> {
+    let started = Started {
+        name: entry.name,
+        dir: format!("/var/lib/cases/{mode}/{}", entry.name),
+    };
+    let result = started
+        .start(vm, mode != Mode::Plain)
+        .and_then(|()| match (mode, entry.expect) {
+            (Mode::Plain, _) => Ok(()),
+            (_, Expect::Carried) => started.checkpoint_and_restore(vm),
+            (_, Expect::Refused(text)) => started.refusal(vm, text),
+        });
+    started.finish(vm, result.and_then(|()| started.verdict(vm)))
+}
+
+impl Started {
+    /// A case of the batch that goes through a kexec.
+    pub(crate) fn in_batch(vm: &Vm, entry: &Entry) -> Result<Started> {
+        let started = Started {
+            name: entry.name,
+            dir: format!("/var/lib/cases/kexec/{}", entry.name),
+        };
+        let result = started.start(vm, true);
+        if result.is_err() {
+            started.finish(vm, result)?;
+        }
+        Ok(started)
+    }
+
+    fn path(&self, name: &str) -> String {
+        format!("{}/{name}", self.dir)
+    }
+
+    /// Starts the program and waits until it is ready.
+    fn start(&self, vm: &Vm, tracked: bool) -> Result<()> {
+        vm.exec(Exec::new(["mkdir", "-p", &self.dir]))?.check()?;
+        let program = format!("{TESTS_DIR}/cases");
+        let case = [program.as_str(), self.name, &self.dir];
+        let tracker = ["tracker", "run", "--name", self.name, "--"];
+        let argv = if tracked {
+            [&tracker[..], &case].concat()
+        } else {
+            case.to_vec()
+        };
+        let pid = vm.spawn(Exec::new(argv), Some(&self.path("run.log")))?;
+        let begun = std::time::Instant::now();
+        while !vm.await_file(&self.path(READY), Duration::from_secs(2))? {
+            if vm.await_file(&self.path(RESULT), Duration::ZERO)? {
+                bail!("Not ready: {}", self.result(vm)?);
+            }
+            if let Some(status) = vm.wait(pid, Duration::ZERO)? {
+                bail!("Not ready: the program ended with {status}");
+            }
+            ensure!(begun.elapsed() < STEP, "Not ready after {STEP:?}");
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&self, vm: &Vm) -> Result<Output> {
+        let image = self.path("image");
+        vm.exec(
+            Exec::new([
+                "tracker",
+                "checkpoint",
+                "--name",
+                self.name,
+                "--image",
+                &image,
+            ])
+            .timeout(STEP),
+        )
+    }
+
+    fn checkpoint_and_restore(&self, vm: &Vm) -> Result<()> {
+        let pid = String::from_utf8(vm.read_file(&self.path(READY))?)?;
+        self.checkpoint(vm)?.check()?;
+        let gone =
+            "n=0; while [ -d /proc/$1 ]; do n=$((n+1)); [ $n -lt 100 ] || exit 1; sleep 0.05; done";
+        let gone = vm.exec(Exec::new(["sh", "-c", gone, "sh", &pid]))?;
+        ensure!(
+            gone.success(),
+            "PID {pid} is still there after the checkpoint"
+        );
+        let image = self.path("image");
+        vm.exec(Exec::new(["tracker", "restore", "--image", &image, "--detach"]).timeout(STEP))?
+            .check()?;
+        ensure!(
+            vm.exec(Exec::new(["test", "-d", &format!("/proc/{pid}")]))?
+                .success(),
+            "PID {pid} is not there after the restore"
+        );
+        Ok(())
+    }
+
+    fn refusal(&self, vm: &Vm, text: &str) -> Result<()> {
+        let output = self.checkpoint(vm)?;
+        let said = output.error_text();
+        ensure!(
+            output.code() == Some(NOT_ELIGIBLE),
+            "The checkpoint ended with {}, not with exit code {NOT_ELIGIBLE}\n{said}",
+            output.status
+        );
+        ensure!(
+            said.contains(text),
+            "The refusal does not name {text:?}:\n{said}"
+        );
+        Ok(())
+    }
+
+    /// Tells the case to go on and returns its verdict as a result.
+    fn verdict(&self, vm: &Vm) -> Result<()> {
+        vm.write_file(&self.path(GO), b"")?;
+        ensure!(
+            vm.await_file(&self.path(RESULT), STEP)?,
+            "No verdict within {STEP:?}"
+        );
+        match self.result(vm)?.as_str() {
+            "PASS" => Ok(()),
+            other => Err(anyhow!(other.to_owned())),
+        }
+    }
+
+    fn result(&self, vm: &Vm) -> Result<String> {
+        Ok(String::from_utf8_lossy(&vm.read_file(&self.path(RESULT))?).into_owned())
+    }
+
+    /// The verdict after the kexec.
+    pub(crate) fn after_kexec(&self, vm: &Vm) -> Result<()> {
+        let verdict = self.verdict(vm);
+        self.finish(vm, verdict)
+    }
+
+    /// Ends what is left of the case; adds its logs to a failure.
+    fn finish(&self, vm: &Vm, result: Result<()>) -> Result<()> {
+        let result = match result {
+            Err(error) if error.is::<ControlError>() || !vm.alive() => return Err(error),
+            Err(error) => Err(anyhow!("{error:#}\n{}", self.logs(vm)?)),
+            Ok(()) => Ok(()),
+        };
+        // The patterns do not match the shell they are written in.
+        let kill = r#"
+            find /sys/fs/cgroup -mindepth 1 -type d -path "*$1*" |
+                while read -r group; do echo 1 >"$group/cgroup.kill"; done
+            pkill -KILL -f "tests/case[s] $1 "
+            pkill -KILL -f "ru[n] --name $1 "
+            true"#;
+        let killed = vm.exec(Exec::new(["sh", "-c", kill, "sh", self.name]));
+        // Its own error matters more than one of the cleaning up.
+        result.and_then(|()| killed?.check().map(|_| ()))
+    }
+
+    fn logs(&self, vm: &Vm) -> Result<String> {
+        let script = r#"
+            cd "$1" || exit
+            for file in log run.log; do
+                if [ -s $file ]; then echo "-- $file"; tail -n 20 $file; fi
+            done
+            if [ -s ready ] && [ -d /proc/$(cat ready) ]; then
+                echo "-- process"
+                grep -E "^(State|SigPnd|ShdPnd|SigBlk)" /proc/$(cat ready)/status
+                cat /proc/$(cat ready)/stack
+            fi
+            echo "-- dmesg"
+            dmesg | tail -n 8"#;
+        Ok(vm
+            .exec(Exec::new(["sh", "-c", script, "sh", &self.dir]))?
+            .text())
+    }
+}

@@ -1,0 +1,333 @@
+//! Runs cases and scenarios in VMs and counts what came of it.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use std::{fmt, path::PathBuf};
+
+use anyhow::{Result, anyhow};
+
+use crate::cases;
+use crate::control::ControlError;
+use crate::guest::case::{Entry, Expect};
+use crate::image::Kernel;
+use crate::scenarios::{self, Scenario};
+use crate::vm::{Vm, VmBuilder};
+
+mod kexec;
+mod life;
+
+/// What is done to a case between "ready" and "go".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing: shows that the case itself is right.
+    Plain,
+    /// Checkpoint and restore on one kernel; or the refusal, if that is due.
+    Same,
+    /// `tracker update` from 6.1 to 6.12, all cases in one batch.
+    Kexec,
+    /// Scenarios.
+    Scenario,
+}
+
+impl Mode {
+    /// All of them, in the order they run in.
+    pub const ALL: [Mode; 4] = [Mode::Plain, Mode::Same, Mode::Kexec, Mode::Scenario];
+
+    /// As in test names and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Plain => "plain",
+            Mode::Same => "same",
+            Mode::Kexec => "kexec",
+            Mode::Scenario => "scenario",
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What to run, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The repository's root.
+    pub workspace: PathBuf,
+    /// Kernels to boot first.
+    pub kernels: Vec<Kernel>,
+    /// Modes to run in.
+    pub modes: Vec<Mode>,
+    /// Only tests whose full name contains this.
+    pub filter: Option<String>,
+    /// Keep the files of all VMs, not only of those with failures.
+    pub keep: bool,
+    /// How many VMs at a time.
+    pub jobs: usize,
+}
+
+/// How many tests passed and failed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Passed.
+    pub passed: usize,
+    /// Failed.
+    pub failed: usize,
+}
+
+/// Tests that run one after another in one VM (or a fresh one each).
+#[derive(Debug)]
+enum Group {
+    /// Cases in one VM that is booted again only if it dies.
+    Cases {
+        kernel: Kernel,
+        tests: Vec<(Mode, &'static Entry)>,
+    },
+    /// Cases that go through one `tracker update` together.
+    Batch {
+        from: Kernel,
+        to: Kernel,
+        entries: Vec<&'static Entry>,
+    },
+    /// A scenario.
+    Scenario {
+        kernel: Kernel,
+        scenario: &'static Scenario,
+    },
+}
+
+impl Group {
+    fn names(&self) -> Vec<String> {
+        match self {
+            Group::Cases { kernel, tests } => tests
+                .iter()
+                .map(|(mode, entry)| case_name(*mode, *kernel, entry))
+                .collect(),
+            Group::Batch { from, to, entries } => entries
+                .iter()
+                .map(|entry| batch_name(*from, *to, entry))
+                .collect(),
+            Group::Scenario { kernel, scenario } => vec![scenario_name(*kernel, scenario)],
+        }
+    }
+}
+
+fn case_name(mode: Mode, kernel: Kernel, entry: &Entry) -> String {
+    match (mode, entry.expect) {
+        (Mode::Same, Expect::Refused(_)) => format!("refused/{kernel}/{}", entry.name),
+        _ => format!("{mode}/{kernel}/{}", entry.name),
+    }
+}
+
+fn batch_name(from: Kernel, to: Kernel, entry: &Entry) -> String {
+    format!("kexec/{from}-{to}/{}", entry.name)
+}
+
+fn scenario_name(kernel: Kernel, scenario: &Scenario) -> String {
+    format!("scenario/{kernel}/{}", scenario.name)
+}
+
+/// The full names of the tests that these options select.
+pub fn list(options: &Options) -> Vec<String> {
+    plan(options).iter().flat_map(Group::names).collect()
+}
+
+fn plan(options: &Options) -> Vec<Group> {
+    let wanted = |name: &str| {
+        options
+            .filter
+            .as_ref()
+            .is_none_or(|filter| name.contains(filter))
+    };
+    let mut groups = Vec::new();
+    for &kernel in &options.kernels {
+        let mut tests = Vec::new();
+        for &mode in options
+            .modes
+            .iter()
+            .filter(|mode| matches!(mode, Mode::Plain | Mode::Same))
+        {
+            let entries = cases::all().map(|entry| (mode, entry));
+            tests.extend(entries.filter(|(mode, entry)| wanted(&case_name(*mode, kernel, entry))));
+        }
+        groups.push(Group::Cases { kernel, tests });
+    }
+    let (from, to) = (Kernel::V6_1, Kernel::V6_12);
+    if options.modes.contains(&Mode::Kexec) && options.kernels.contains(&from) {
+        let entries = cases::all()
+            .filter(|entry| entry.expect == Expect::Carried && wanted(&batch_name(from, to, entry)))
+            .collect();
+        groups.push(Group::Batch { from, to, entries });
+    }
+    if options.modes.contains(&Mode::Scenario) {
+        for scenario in scenarios::all() {
+            for &kernel in scenario
+                .kernels
+                .iter()
+                .filter(|kernel| options.kernels.contains(kernel))
+            {
+                if wanted(&scenario_name(kernel, scenario)) {
+                    groups.push(Group::Scenario { kernel, scenario });
+                }
+            }
+        }
+    }
+    groups.retain(|group| !group.names().is_empty());
+    groups
+}
+
+/// Runs them all; prints a line per test and the failures' details.
+pub fn run(options: &Options) -> Totals {
+    let mut groups = plan(options);
+    groups.reverse();
+    let (queue, report) = (Mutex::new(groups), Report::default());
+    std::thread::scope(|scope| {
+        for _ in 0..options.jobs.max(1) {
+            scope.spawn(|| {
+                loop {
+                    let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                    let Some(group) = next else { break };
+                    run_group(options, &group, &report);
+                }
+            });
+        }
+    });
+    let state = report
+        .state
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    if !state.failures.is_empty() {
+        println!("\nfailures:");
+        for name in &state.failures {
+            println!("    {name}");
+        }
+    }
+    Totals {
+        passed: state.passed,
+        failed: state.failures.len(),
+    }
+}
+
+fn run_group(options: &Options, group: &Group, report: &Report) {
+    let builder = Vm::builder(&options.workspace).keep(options.keep);
+    match group {
+        Group::Cases { kernel, tests } => {
+            let mut lab = Lab {
+                builder: builder.kernel(*kernel),
+                vm: None,
+            };
+            for (mode, entry) in tests {
+                let name = case_name(*mode, *kernel, entry);
+                report.test(&name, || lab.run(|vm| life::run(vm, *mode, entry)));
+            }
+        }
+        Group::Batch { from, to, entries } => {
+            let mut lab = Lab {
+                builder: builder.kernel(*from),
+                vm: None,
+            };
+            let name = |entry: &Entry| batch_name(*from, *to, entry);
+            if let Err(error) = lab.run(|vm| kexec::run(vm, *to, entries, report, &name)) {
+                for entry in entries {
+                    // Those with a verdict keep it.
+                    report.missing(&name(entry), &error);
+                }
+            }
+        }
+        Group::Scenario { kernel, scenario } => {
+            let builder = (scenario.configure)(builder.kernel(*kernel));
+            let mut lab = Lab { builder, vm: None };
+            report.test(&scenario_name(*kernel, scenario), || {
+                lab.run(|vm| (scenario.run)(vm))
+            });
+        }
+    }
+}
+
+/// A VM that is booted when needed, and again when it has died.
+struct Lab {
+    builder: VmBuilder,
+    vm: Option<Vm>,
+}
+
+impl Lab {
+    fn run(&mut self, test: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
+        let vm = match self.vm.take() {
+            Some(vm) => vm,
+            None => self.builder.clone().start()?,
+        };
+        let mut vm = vm;
+        let result = test(&vm);
+        if let Err(error) = &result {
+            vm.keep_files();
+            let lost = error.downcast_ref::<ControlError>().is_some_and(|error| {
+                matches!(error, ControlError::Dead(_) | ControlError::Timeout(_))
+            });
+            if lost || !vm.alive() {
+                return result;
+            }
+        }
+        if vm.alive() {
+            self.vm = Some(vm);
+        }
+        result
+    }
+}
+
+/// Collects verdicts and prints them as they come.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    state: Mutex<ReportState>,
+}
+
+#[derive(Debug, Default)]
+struct ReportState {
+    passed: usize,
+    failures: Vec<String>,
+    seen: Vec<String>,
+}
+
+impl Report {
+    /// Runs one test and records its verdict.
+    fn test(&self, name: &str, test: impl FnOnce() -> Result<()>) {
+        let begun = Instant::now();
+        let result = test();
+        self.verdict(name, &result, begun.elapsed());
+    }
+
+    /// Records a verdict.
+    pub(crate) fn verdict(&self, name: &str, result: &Result<()>, took: Duration) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.seen.push(name.to_owned());
+        let seconds = took.as_secs_f32();
+        match result {
+            Ok(()) => {
+                state.passed += 1;
+                println!("test {name} ... ok ({seconds:.1} s)");
+            }
+            Err(error) => {
+                state.failures.push(name.to_owned());
+                let text = format!("{error:#}").replace('\n', "\n    ");
+                println!("test {name} ... FAILED ({seconds:.1} s)\n    {text}");
+            }
+        }
+    }
+
+    /// Records a failure for a test that has no verdict yet.
+    fn missing(&self, name: &str, error: &anyhow::Error) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let first =
+            state.seen.is_empty() || !state.failures.iter().any(|n| n.starts_with("kexec/"));
+        if state.seen.iter().any(|seen| seen == name) {
+            return;
+        }
+        drop(state);
+        let text = if first {
+            format!("{error:#}")
+        } else {
+            "The batch failed, see above".to_owned()
+        };
+        self.verdict(name, &Err(anyhow!(text)), Duration::ZERO);
+    }
+}
