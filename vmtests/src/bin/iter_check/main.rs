@@ -1,0 +1,65 @@
+//! Guest program: makes kernel objects of known state and asserts that the BPF iterators and the
+//! network lock report and hold them so, on the kernel at hand.
+//!
+//! `iter_check` runs everything that leaves the rest of the machine alone; `iter_check --all` also
+//! what locks all TCP of the machine for a moment.
+
+mod files;
+mod lock;
+mod scope;
+mod sys;
+mod tasks;
+mod vmas;
+
+use anyhow::{Context, Result, bail};
+use tracker::bpf::features::Features;
+use tracker::bpf::iter::Iterators;
+
+fn main() -> Result<()> {
+    let everything = match std::env::args().nth(1).as_deref() {
+        None => false,
+        Some("--all") => true,
+        Some(other) => bail!("Unknown argument {other}"),
+    };
+    let features = Features::probe();
+    println!("{}", serde_json::to_string_pretty(&features)?);
+
+    let mut iterators = Iterators::load()?;
+    type Check = fn(&mut Iterators) -> Result<()>;
+    let checks: &[(&str, Check)] = &[
+        ("threads", tasks::threads),
+        ("process", tasks::process),
+        ("address space", tasks::address_space),
+        ("signal actions", tasks::signal_actions),
+        ("posix timers", tasks::posix_timers),
+        ("restart block", tasks::restart_block),
+        ("zombie", tasks::zombie),
+        ("descriptor set", files::descriptor_set),
+        ("regular files", files::regular_files),
+        ("pipes", files::pipes),
+        ("event files", files::event_files),
+        ("memfd and pidfd", files::memfd_and_pidfd),
+        ("unix sockets", files::unix_sockets),
+        ("inet sockets", files::inet_sockets),
+        ("epoll", files::epoll),
+        ("inotify", files::inotify),
+        ("locks", files::locks),
+        ("mappings", vmas::mappings),
+        ("cgroup scope", scope::cgroup_scope),
+    ];
+    for (name, check) in checks {
+        check(&mut iterators).with_context(|| format!("Check of {name}"))?;
+        println!("ok {name}");
+    }
+    lock::connection().context("Lock of a connection")?;
+    println!("ok lock of a connection");
+    lock::listener().context("Lock of a listener")?;
+    println!("ok lock of a listener");
+    lock::pinned().context("Pinned lock")?;
+    println!("ok pinned lock");
+    if everything {
+        lock::all_tcp().context("Lock of all TCP")?;
+        println!("ok lock of all TCP");
+    }
+    Ok(())
+}
