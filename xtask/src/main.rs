@@ -3,6 +3,7 @@
 mod guest_image;
 mod setup;
 mod shell;
+mod test;
 mod vm;
 mod vmtest;
 
@@ -24,6 +25,8 @@ enum Task {
     Setup(setup::Arguments),
     /// Boots a VM with freshly built programs: a shell, or one command.
     Vm(vm::Arguments),
+    /// Checks and tests everything, in VMs too.
+    Test(test::Arguments),
     /// Runs cases and scenarios in VMs.
     Vmtest(vmtest::Arguments),
 }
@@ -31,6 +34,7 @@ enum Task {
 fn main() -> std::process::ExitCode {
     let result = match Arguments::parse().command {
         Task::Setup(arguments) => setup::run(&arguments).map(|()| 0),
+        Task::Test(arguments) => test::run(&arguments),
         Task::Vm(arguments) => vm::run(&arguments),
         Task::Vmtest(arguments) => vmtest::run(&arguments),
     };

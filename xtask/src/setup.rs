@@ -34,7 +34,7 @@ const PACKAGES: &[&str] = &[
 ];
 
 /// Options of `cargo xtask setup`.
-#[derive(Args)]
+#[derive(Args, Default)]
 pub struct Arguments {
     /// Build the guest image anew, with the packages of today
     #[arg(long)]
