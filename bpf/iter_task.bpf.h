@@ -105,7 +105,8 @@ static __always_inline void fill_namespaces(struct thread_rec *r, struct nsproxy
 
 static __always_inline void fill_thread(struct thread_rec *r, struct task_struct *task)
 {
-	struct pid *pid = task->thread_pid;
+	/* through the helper, for a plain number that arithmetic is allowed on */
+	struct pid *pid = BPF_CORE_READ(task, thread_pid);
 	u32 level;
 
 	r->hdr.kind = REC_THREAD;
