@@ -63,12 +63,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     });
     step("documentation", &mut || {
         let mut doc = Command::new("cargo");
-        doc.args([
-            "doc",
-            "--workspace",
-            "--no-deps",
-            "--document-private-items",
-        ]);
+        doc.args(["doc", "--workspace", "--no-deps"]);
         one(shell::run(
             doc.env("RUSTDOCFLAGS", "--deny warnings")
                 .current_dir(workspace()),

@@ -29,16 +29,31 @@ pub const SCENARIOS: &[Scenario] = &[
 
 const REDIS: u16 = 6379;
 
-/// Disk, control channel and port forwarding outlive a kernel.
+/// What runs before `/sbin/init` under the next kernel, as `tracker` will: it
+/// leaves a process and an address behind.
+const EARLY: &str = r#"#!/bin/sh
+sleep 1000 >/dev/null 2>&1 &
+echo $! >/run/early.pid
+ip link set eth0 up
+ip addr add 10.0.2.15/24 dev eth0
+ip addr add 10.0.2.99/32 dev eth0
+exec /sbin/init
+"#;
+
+/// Disk, control channel and port forwarding outlive a kernel, and the guest's
+/// init disturbs nothing that ran before it.
 fn kexec(vm: &Vm) -> Result<()> {
     vm.write_file("/root/mark", b"before")?;
     redis_answers(vm).context("Before the kexec")?;
     let before = vm.hello();
     let next = Kernel::V6_12;
     let append = String::from_utf8(vm.read_file("/proc/cmdline")?)?;
+    let append = format!("{} init=/root/early", append.trim());
+    vm.write_file("/root/early", EARLY.as_bytes())?;
+    vm.sh("chmod +x /root/early")?.check()?;
     let guestd = format!("{TESTS_DIR}/guestd");
     let (kernel, initrd) = (next.guest_vmlinuz()?, next.guest_initrd()?);
-    let command = Exec::new([guestd.as_str(), "kexec", &kernel, &initrd, append.trim()]);
+    let command = Exec::new([guestd.as_str(), "kexec", &kernel, &initrd, &append]);
     match vm.exec_or_reboot(command)? {
         Outcome::Rebooted(hello) => {
             ensure!(
@@ -59,6 +74,13 @@ fn kexec(vm: &Vm) -> Result<()> {
         mark == b"before",
         "The disk lost what was written: {mark:?}"
     );
+    let early = "[ \"$(ps -o ppid=,comm= -p $(cat /run/early.pid) | xargs)\" = '1 sleep' ]";
+    vm.sh(early)?
+        .check()
+        .context("The process from before init")?;
+    vm.sh("ip addr show dev eth0 | grep -q 10.0.2.99/32")?
+        .check()
+        .context("The address from before init")?;
     redis_answers(vm).context("After the kexec")
 }
 

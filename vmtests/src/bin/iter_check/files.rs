@@ -126,10 +126,7 @@ pub fn regular_files(iterators: &mut Iterators) -> Result<()> {
             libc::fcntl(fd, libc::F_SETOWN, libc::getpid()).into(),
             "F_SETOWN",
         )?;
-        check(
-            libc::fcntl(fd, F_SETSIG, libc::SIGUSR1).into(),
-            "F_SETSIG",
-        )?;
+        check(libc::fcntl(fd, F_SETSIG, libc::SIGUSR1).into(), "F_SETSIG")?;
     }
     let rec = find(iterators, &file)?.rec;
     ensure!(
