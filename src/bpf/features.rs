@@ -1,7 +1,7 @@
 //! What the running kernel and this process can do, found by trying, never from version numbers.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fmt::Display;
+use std::error::Error;
 use std::io;
 use std::mem::MaybeUninit;
 use std::path::PathBuf;
@@ -97,10 +97,18 @@ pub enum Probe {
 }
 
 impl Probe {
-    fn of<T, E: Display>(result: Result<T, E>) -> Self {
+    fn of<T, E: Error>(result: Result<T, E>) -> Self {
         match result {
             Ok(_) => Self::Works,
-            Err(error) => Self::Fails(error.to_string()),
+            Err(error) => {
+                let mut text = error.to_string();
+                let mut source = error.source();
+                while let Some(cause) = source {
+                    text = format!("{text}: {cause}");
+                    source = cause.source();
+                }
+                Self::Fails(text)
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use crate::image::Kernel;
 use crate::vm::{Vm, VmBuilder};
 
 mod harness;
+mod kernel;
 
 /// One scenario.
 #[derive(Debug, Clone, Copy)]
@@ -22,5 +23,7 @@ pub struct Scenario {
 
 /// Every scenario.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [harness::SCENARIOS].into_iter().flatten()
+    [harness::SCENARIOS, kernel::SCENARIOS]
+        .into_iter()
+        .flatten()
 }

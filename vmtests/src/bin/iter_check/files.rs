@@ -43,10 +43,8 @@ pub fn descriptor_set(iterators: &mut Iterators) -> Result<()> {
     let _high = {
         let null = fs::File::open("/dev/null")?;
         // SAFETY: duplicates our own descriptor to a free number.
-        own(
-            unsafe { libc::fcntl(null.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 700) },
-            "F_DUPFD",
-        )?
+        let fd = unsafe { libc::fcntl(null.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 700) };
+        own(fd, "F_DUPFD")?
     };
     let found = iterators.descriptors(me())?;
     let numbers: BTreeSet<u32> = found.iter().map(|f| f.rec.fd).collect();
@@ -178,10 +176,8 @@ pub fn pipes(iterators: &mut Iterators) -> Result<()> {
     writer.write_all(b"hello")?;
     writer.write_all(&[7; 5000])?;
     // SAFETY: resizes our own pipe.
-    check(
-        unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 1 << 18) }.into(),
-        "F_SETPIPE_SZ",
-    )?;
+    let result = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 1 << 18) };
+    check(result.into(), "F_SETPIPE_SZ")?;
     let (from, to) = (find(iterators, &reader)?, find(iterators, &writer)?);
     ensure!(
         from.rec.kind == FileKind::PIPE && from.rec.file != to.rec.file,
@@ -288,10 +284,8 @@ pub fn event_files(iterators: &mut Iterators) -> Result<()> {
         revents: 0,
     };
     // SAFETY: one valid pollfd.
-    check(
-        unsafe { libc::poll(&raw mut poll, 1, 10_000) }.into(),
-        "poll",
-    )?;
+    let result = unsafe { libc::poll(&raw mut poll, 1, 10_000) };
+    check(result.into(), "poll")?;
     let Detail::Timerfd(rec) = find(iterators, &timer)?.detail else {
         bail!("no timerfd detail")
     };
@@ -323,10 +317,8 @@ pub fn memfd_and_pidfd(iterators: &mut Iterators) -> Result<()> {
         "memfd_create",
     )?;
     // SAFETY: sizes our own file.
-    check(
-        unsafe { libc::ftruncate(memfd.as_raw_fd(), 8192) }.into(),
-        "ftruncate",
-    )?;
+    let result = unsafe { libc::ftruncate(memfd.as_raw_fd(), 8192) };
+    check(result.into(), "ftruncate")?;
     let rec = find(iterators, &memfd)?.rec;
     ensure!(rec.kind == FileKind::MEMFD && rec.size == 8192, "{rec:?}");
     ensure!(rec.name() == "memfd:iter", "{}", rec.name());

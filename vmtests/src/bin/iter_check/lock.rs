@@ -1,11 +1,14 @@
 //! The network lock, over loopback connections of our own.
 
+use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use tracker::bpf::features::cgroup2_mount;
 use tracker::bpf::netlock::{Drops, NetLock};
 
 /// Longer than any retransmission that is waited for.
@@ -105,6 +108,81 @@ pub fn listener() -> Result<()> {
     Ok(())
 }
 
+pub fn addresses() -> Result<()> {
+    // IPv6, a port locked by [::] for both versions, and UDP
+    let Ok(listener) = TcpListener::bind("[::1]:0") else {
+        println!("no IPv6 here: its lock is not checked");
+        return Ok(());
+    };
+    let mut client = TcpStream::connect(listener.local_addr()?)?;
+    let (mut server, _) = listener.accept()?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    let udp = UdpSocket::bind("127.0.0.1:0")?;
+    udp.set_read_timeout(Some(PATIENCE))?;
+    let sender = UdpSocket::bind("127.0.0.1:0")?;
+
+    let mut lock = NetLock::load()?;
+    lock.add_connection(server.local_addr()?, server.peer_addr()?)?;
+    lock.add_udp(SocketAddr::from(([0; 8], udp.local_addr()?.port())))?;
+    lock.engage()?;
+    let start = lock.drops()?;
+    client.write_all(b"x")?;
+    let start = wait_for_drops(&lock, start).context("IPv6 connection")?;
+    ensure!(nothing_to_read(&server)?, "data came through the lock");
+    // a retransmission of the connection above may be counted too: only arrival is judged
+    sender.send_to(b"lost", udp.local_addr()?)?;
+    wait_for_drops(&lock, start).context("UDP")?;
+    lock.release()?;
+    server
+        .read_exact(&mut [0])
+        .context("retransmission after the lock")?;
+    sender.send_to(b"kept", udp.local_addr()?)?;
+    let mut buffer = [0; 4];
+    udp.recv(&mut buffer)?;
+    ensure!(&buffer == b"kept", "a locked datagram was delivered");
+    Ok(())
+}
+
+/// Everything of a cgroup, by the cgroup above it.
+pub fn cgroup() -> Result<()> {
+    let outer = cgroup2_mount()?.join(format!("iter-lock-{}", std::process::id()));
+    let inner = outer.join("inner");
+    fs::create_dir(&outer)?;
+    fs::create_dir(&inner)?;
+    let mine = fs::read_to_string("/proc/self/cgroup")?;
+    let home = mine
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .context("no cgroup")?;
+    let home = cgroup2_mount()?.join(home);
+    let pid = std::process::id().to_string();
+    let (mut client, mut unlocked, _) = connected()?;
+    // sockets belong to the cgroup they are made in
+    fs::write(inner.join("cgroup.procs"), &pid)?;
+    let inside = connected();
+    fs::write(home.join("cgroup.procs"), &pid)?;
+    let result = inside.and_then(|(mut near, mut far, _)| {
+        let mut lock = NetLock::load()?;
+        lock.add_cgroup(fs::metadata(&outer)?.ino())?;
+        lock.engage()?;
+        let start = lock.drops()?;
+        near.write_all(b"x")?;
+        wait_for_drops(&lock, start)?;
+        ensure!(nothing_to_read(&far)?, "data came through the lock");
+        client.write_all(b"x")?;
+        unlocked
+            .read_exact(&mut [0])
+            .context("another cgroup is not locked")?;
+        drop(lock);
+        far.read_exact(&mut [0])
+            .context("retransmission after the lock")?;
+        Ok(())
+    });
+    fs::remove_dir(&inner)?;
+    fs::remove_dir(&outer)?;
+    result
+}
+
 /// A directory for pins, removed with what is in it.
 struct PinDir(PathBuf);
 
@@ -117,14 +195,14 @@ impl PinDir {
 impl Drop for PinDir {
     fn drop(&mut self) {
         if self.0.exists() {
-            std::fs::remove_dir_all(&self.0).ok();
+            fs::remove_dir_all(&self.0).ok();
         }
     }
 }
 
 pub fn pinned() -> Result<()> {
     // the guest's init does not mount it
-    std::fs::create_dir_all("/sys/fs/bpf").ok();
+    fs::create_dir_all("/sys/fs/bpf").ok();
     let bpffs = nix::sys::statfs::statfs("/sys/fs/bpf")?;
     if bpffs.filesystem_type() != nix::sys::statfs::BPF_FS_MAGIC {
         let flags = nix::mount::MsFlags::empty();

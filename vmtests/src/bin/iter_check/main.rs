@@ -51,15 +51,18 @@ fn main() -> Result<()> {
         check(&mut iterators).with_context(|| format!("Check of {name}"))?;
         println!("ok {name}");
     }
-    lock::connection().context("Lock of a connection")?;
-    println!("ok lock of a connection");
-    lock::listener().context("Lock of a listener")?;
-    println!("ok lock of a listener");
-    lock::pinned().context("Pinned lock")?;
-    println!("ok pinned lock");
-    if everything {
-        lock::all_tcp().context("Lock of all TCP")?;
-        println!("ok lock of all TCP");
+    type LockCheck = fn() -> Result<()>;
+    let locks: &[(&str, LockCheck, bool)] = &[
+        ("a connection", lock::connection, true),
+        ("a listener", lock::listener, true),
+        ("IPv6 and UDP", lock::addresses, true),
+        ("a cgroup", lock::cgroup, true),
+        ("what was pinned", lock::pinned, true),
+        ("all TCP", lock::all_tcp, everything),
+    ];
+    for (name, check, _) in locks.iter().filter(|(_, _, wanted)| *wanted) {
+        check().with_context(|| format!("Lock of {name}"))?;
+        println!("ok lock of {name}");
     }
     Ok(())
 }

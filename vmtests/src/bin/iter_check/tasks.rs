@@ -304,17 +304,11 @@ pub fn address_space(iterators: &mut Iterators) -> Result<()> {
         );
     }
     // SAFETY: sbrk(0) only reads.
-    ensure!(
-        mm.brk == unsafe { libc::sbrk(0) } as u64,
-        "brk {:x}",
-        mm.brk
-    );
+    let brk = unsafe { libc::sbrk(0) } as u64;
+    ensure!(mm.brk == brk, "brk {:x}", mm.brk);
     // SAFETY: getauxval only reads.
-    ensure!(
-        mm.vdso == unsafe { libc::getauxval(libc::AT_SYSINFO_EHDR) },
-        "vdso {:x}",
-        mm.vdso
-    );
+    let vdso = unsafe { libc::getauxval(libc::AT_SYSINFO_EHDR) };
+    ensure!(mm.vdso == vdso, "vdso {:x}", mm.vdso);
     let auxv = fs::read("/proc/self/auxv")?;
     let words: Vec<u64> = auxv
         .as_chunks::<8>()
@@ -392,10 +386,8 @@ pub fn posix_timers(iterators: &mut Iterators) -> Result<()> {
         event.sigev_value.sival_ptr = value as *mut libc::c_void;
         let mut timer: libc::timer_t = ptr::null_mut();
         // SAFETY: the pointers are valid for the call.
-        check(
-            unsafe { libc::timer_create(clock, &raw mut event, &raw mut timer) }.into(),
-            "timer_create",
-        )?;
+        let result = unsafe { libc::timer_create(clock, &raw mut event, &raw mut timer) };
+        check(result.into(), "timer_create")?;
         Ok(timer)
     };
     let monotonic = make(libc::CLOCK_MONOTONIC, 0x1234)?;
@@ -413,10 +405,8 @@ pub fn posix_timers(iterators: &mut Iterators) -> Result<()> {
     };
     for timer in [monotonic, cpu] {
         // SAFETY: the timer exists and the specification is valid.
-        check(
-            unsafe { libc::timer_settime(timer, 0, &raw const spec, ptr::null_mut()) }.into(),
-            "timer_settime",
-        )?;
+        let result = unsafe { libc::timer_settime(timer, 0, &raw const spec, ptr::null_mut()) };
+        check(result.into(), "timer_settime")?;
     }
     let mut found = iterators.tasks(me())?.timers;
     for timer in [monotonic, cpu, idle] {
