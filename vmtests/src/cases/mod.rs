@@ -1,12 +1,44 @@
 //! The cases, one file per kernel object kind.
+//!
+//! Each sets its objects up, says it is ready, and then uses them: contents,
+//! positions, counters and behaviour must be those from before. It must pass
+//! as well when nothing has happened in between.
 
 use crate::guest::case::Entry;
 
+mod child;
+mod events;
+mod file;
+mod mapping;
+mod memory;
 mod pipe;
+mod probe;
+mod process;
+mod refused;
+mod signals;
+mod tcp;
+mod threads;
+mod time;
+mod unix;
 
 /// Every case, in the order they run in.
 pub fn all() -> impl Iterator<Item = &'static Entry> {
-    [pipe::CASES].into_iter().flatten()
+    [
+        pipe::CASES,
+        file::CASES,
+        mapping::CASES,
+        memory::CASES,
+        threads::CASES,
+        time::CASES,
+        signals::CASES,
+        process::CASES,
+        events::CASES,
+        unix::CASES,
+        tcp::CASES,
+        refused::CASES,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// The case of this name.

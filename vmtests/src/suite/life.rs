@@ -165,7 +165,7 @@ impl Started {
         };
         // The patterns do not match the shell they are written in.
         let kill = r#"
-            find /sys/fs/cgroup -mindepth 1 -type d -path "*$1*" |
+            find /sys/fs/cgroup -mindepth 1 -type d -name "$1" |
                 while read -r group; do echo 1 >"$group/cgroup.kill"; done
             pkill -KILL -f "tests/case[s] $1 "
             pkill -KILL -f "ru[n] --name $1 "

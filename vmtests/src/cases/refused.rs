@@ -1,0 +1,139 @@
+//! What is not carried: the checkpoint must say so by name and leave the
+//! program alone.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+
+use super::child::Child;
+use super::probe::{PATIENCE, sys};
+use crate::guest::case::{Case, Entry};
+
+/// The cases of this file.
+pub const CASES: &[Entry] = &[
+    Entry::refused("refused_io_uring", "io_uring", io_uring),
+    Entry::refused("refused_userfaultfd", "userfaultfd", userfaultfd),
+    Entry::refused("refused_pty", "/dev/pt", pty),
+    Entry::refused("refused_unix_outside", "nix", unix_outside),
+];
+
+/// A descriptor from a system call.
+fn object(name: &str, result: i64) -> Result<OwnedFd> {
+    match Errno::result(result) {
+        // SAFETY: a new descriptor, owned by nobody else.
+        Ok(fd) => Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) }),
+        Err(error) => Err(error).with_context(|| name.to_owned()),
+    }
+}
+
+fn io_uring(case: &Case) -> Result<()> {
+    // struct io_uring_params, all zero.
+    let mut parameters = [0u64; 15];
+    // SAFETY: the kernel fills the 120 bytes.
+    let ring = object("io_uring_setup", unsafe {
+        libc::syscall(libc::SYS_io_uring_setup, 4u32, parameters.as_mut_ptr())
+    })?;
+    case.ready()?;
+    // Nothing to submit and nothing to wait for.
+    // SAFETY: no pointers.
+    let entered = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_enter,
+            ring.as_raw_fd(),
+            0u32,
+            0u32,
+            0u32,
+            0usize,
+            0usize,
+        )
+    };
+    sys("io_uring_enter afterwards", entered).map(|_| ())
+}
+
+fn userfaultfd(case: &Case) -> Result<()> {
+    const USER_MODE_ONLY: i32 = 1;
+    // SAFETY: flags only.
+    let fd = object("userfaultfd", unsafe {
+        libc::syscall(
+            libc::SYS_userfaultfd,
+            libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY,
+        )
+    })?;
+    // struct uffdio_api: version 0xaa, no features asked for.
+    const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+    let mut api = [0xaau64, 0, 0];
+    // SAFETY: the kernel reads and writes these 24 bytes.
+    sys(
+        "UFFDIO_API",
+        unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) }.into(),
+    )?;
+    case.ready()?;
+    let error = File::from(fd)
+        .read(&mut [0; 32])
+        .err()
+        .and_then(|error| error.raw_os_error());
+    ensure!(
+        error == Some(libc::EAGAIN),
+        "Reading it afterwards: {error:?}"
+    );
+    Ok(())
+}
+
+fn pty(case: &Case) -> Result<()> {
+    let pair = nix::pty::openpty(None, None).context("openpty")?;
+    let (mut master, mut slave) = (File::from(pair.master), File::from(pair.slave));
+    case.ready()?;
+    slave.write_all(b"to the master")?;
+    let mut text = [0; 13];
+    master.read_exact(&mut text)?;
+    ensure!(&text == b"to the master", "Received {text:?}");
+    Ok(())
+}
+
+/// The mount point of the cgroup v2 hierarchy.
+fn cgroup_root() -> Result<String> {
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    let found = mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let target = words.next()?;
+        (words.next()? == "cgroup2").then(|| target.to_owned())
+    });
+    found.context("No cgroup2 is mounted")
+}
+
+/// A stream whose other end is held by a process outside the cgroup.
+fn unix_outside(case: &Case) -> Result<()> {
+    let root = cgroup_root()?;
+    let (mut mine, mut theirs) = UnixStream::pair()?;
+    mine.set_read_timeout(Some(PATIENCE))?;
+    let own = mine.as_raw_fd();
+    let dir = case.dir().to_owned();
+    let outside = Child::start(&dir, "outside", move |_| {
+        // SAFETY: the child does not use the parent's end.
+        unsafe { libc::close(own) };
+        let procs = format!("{root}/cgroup.procs");
+        let mut file = OpenOptions::new()
+            .write(true)
+            .open(&procs)
+            .with_context(|| format!("Open {procs}"))?;
+        file.write_all(b"0").context("Leave the cgroup")?;
+        drop(file);
+        let mut byte = [0];
+        while theirs.read(&mut byte)? == 1 {
+            theirs.write_all(&[byte[0] + 1])?;
+        }
+        Ok(())
+    })?;
+    outside.sleeps_in(libc::SYS_recvfrom)?;
+    case.ready()?;
+    mine.write_all(&[41])?;
+    let mut byte = [0];
+    mine.read_exact(&mut byte)?;
+    ensure!(byte == [42], "The outside answered {byte:?}");
+    drop(mine);
+    outside.join()
+}
