@@ -293,9 +293,9 @@ fn signalfd(case: &Case) -> Result<()> {
     let value = libc::sigval {
         sival_ptr: 0x1234_5678 as *mut libc::c_void,
     };
-    // SAFETY: a signal to ourselves with a plain number as its value.
     sys(
         "sigqueue",
+        // SAFETY: a signal to ourselves with a plain number as its value.
         unsafe { libc::sigqueue(me.as_raw(), libc::SIGUSR2, value) }.into(),
     )?;
 

@@ -264,11 +264,16 @@ fn directory(case: &Case) -> Result<()> {
         .map(|_| ())
 }
 
+/// A lock type as the struct has it.
+fn lock_type(number: i32) -> Result<libc::c_short> {
+    Ok(libc::c_short::try_from(number)?)
+}
+
 /// What F_GETLK says about a byte, seen from another owner.
 fn posix_lock_at(file: &File, start: i64) -> Result<libc::flock> {
     let mut lock = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
+        l_type: lock_type(libc::F_WRLCK)?,
+        l_whence: 0,
         l_start: start,
         l_len: 1,
         l_pid: 0,
@@ -285,15 +290,15 @@ fn locks(case: &Case) -> Result<()> {
     let exclusive = Flock::lock(open()?, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e)?;
     let records = open()?;
     let write = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
+        l_type: lock_type(libc::F_WRLCK)?,
+        l_whence: 0,
         l_start: 10,
         l_len: 20,
         l_pid: 0,
     };
     fcntl(&records, FcntlArg::F_SETLK(&write))?;
     let read = libc::flock {
-        l_type: libc::F_RDLCK as libc::c_short,
+        l_type: lock_type(libc::F_RDLCK)?,
         l_start: 50,
         l_len: 0,
         ..write
@@ -308,14 +313,14 @@ fn locks(case: &Case) -> Result<()> {
             .read(true)
             .write(true)
             .open(&path_in_child)?;
-        let unlocked = libc::F_UNLCK as libc::c_short;
+        let unlocked = lock_type(libc::F_UNLCK)?;
         for (at, kind) in [
             (0, unlocked),
-            (10, libc::F_WRLCK as libc::c_short),
-            (29, libc::F_WRLCK as libc::c_short),
+            (10, lock_type(libc::F_WRLCK)?),
+            (29, lock_type(libc::F_WRLCK)?),
             (30, unlocked),
-            (50, libc::F_RDLCK as libc::c_short),
-            (1_000_000, libc::F_RDLCK as libc::c_short),
+            (50, lock_type(libc::F_RDLCK)?),
+            (1_000_000, lock_type(libc::F_RDLCK)?),
         ] {
             let lock = posix_lock_at(&file, at)?;
             ensure!(

@@ -199,8 +199,8 @@ fn large(case: &Case) -> Result<()> {
 /// The program break: contents, position, and that it still moves.
 fn heap(case: &Case) -> Result<()> {
     const PART: usize = 1 << 20;
-    // SAFETY: only moves the break up; the allocator copes with that.
     let grow = || -> Result<usize> {
+        // SAFETY: only moves the break up; the allocator copes with that.
         let start = unsafe { libc::sbrk(PART.cast_signed()) };
         ensure!(start as isize != -1, "sbrk: {}", Errno::last());
         Ok(start as usize)

@@ -247,8 +247,8 @@ fn identity(case: &Case) -> Result<()> {
         fs::metadata("/proc/self/exe")?.ino() == exe,
         "The executable is another file"
     );
-    // SAFETY: reads the auxiliary vector.
     ensure!(
+        // SAFETY: reads the auxiliary vector.
         unsafe { libc::getauxval(libc::AT_SYSINFO_EHDR) } != 0,
         "The auxiliary vector has no vDSO"
     );
@@ -284,9 +284,9 @@ fn credentials(case: &Case) -> Result<()> {
             Uid::from_raw(65534),
             Uid::from_raw(65534),
         )?;
-        // SAFETY: only sets a flag.
         sys(
             "PR_SET_NO_NEW_PRIVS",
+            // SAFETY: only sets a flag.
             unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into(),
         )?;
         let before = all("self")?;
@@ -340,8 +340,8 @@ fn credentials(case: &Case) -> Result<()> {
             user.saved == Uid::from_raw(0) && group.real == Gid::from_raw(1001),
             "IDs differ"
         );
-        // SAFETY: asks only.
         ensure!(
+            // SAFETY: asks only.
             unsafe { libc::prctl(libc::PR_CAPBSET_READ, 17, 0, 0, 0) } == 0,
             "The bounding set is whole again"
         );

@@ -66,9 +66,9 @@ fn userfaultfd(case: &Case) -> Result<()> {
     // struct uffdio_api: version 0xaa, no features asked for.
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
     let mut api = [0xaau64, 0, 0];
-    // SAFETY: the kernel reads and writes these 24 bytes.
     sys(
         "UFFDIO_API",
+        // SAFETY: the kernel reads and writes these 24 bytes.
         unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) }.into(),
     )?;
     case.ready()?;

@@ -202,9 +202,9 @@ fn stack(case: &Case) -> Result<()> {
         ss_flags: 0,
         ss_size: place.len(),
     };
-    // SAFETY: the memory is never freed.
     sys(
         "sigaltstack",
+        // SAFETY: the memory is never freed.
         unsafe { libc::sigaltstack(&raw const wanted, std::ptr::null_mut()) }.into(),
     )?;
     handle(Signal::SIGUSR2, SaFlags::SA_ONSTACK, SigSet::empty())?;
@@ -246,9 +246,9 @@ fn itimer(case: &Case) -> Result<()> {
                 tv_usec: interval_us,
             },
         };
-        // SAFETY: the timer lives across the call.
         sys(
             "setitimer",
+            // SAFETY: the timer lives across the call.
             unsafe { libc::setitimer(which, &raw const timer, std::ptr::null_mut()) }.into(),
         )?;
         Ok(())
@@ -404,8 +404,8 @@ fn posix_timer(case: &Case) -> Result<()> {
         LAST_THREAD.load(Ordering::SeqCst) == me,
         "Another thread got the signal"
     );
-    // SAFETY: a timer that is gone: the call fails.
     ensure!(
+        // SAFETY: a timer that is gone: the call fails.
         unsafe { libc::syscall(libc::SYS_timer_delete, gap) } == -1,
         "The deleted timer is back"
     );
