@@ -1,5 +1,6 @@
 //! Updates the Linux kernel under running applications: see `ARCHITECTURE.md`.
 
+pub mod applications;
 pub mod bpf;
 pub mod cli;
 pub mod error;

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand.
 
 mod completions;
+mod run;
 
 use crate::error::{ExitCode, HasExitCode};
 use clap::{Parser, Subcommand};
@@ -24,6 +25,8 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 difference found or application 
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Start an application in a cgroup of its own, or wait for one that was resumed
+    Run(run::RunArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -60,6 +63,7 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
+        Command::Run(args) => Ok(run::run(&args)?),
         Command::Completions(args) => Ok(completions::run(&args)),
     }
 }
