@@ -33,7 +33,7 @@ static __always_inline void fill_owner(struct file_rec *r, struct file *file)
 	if (bpf_core_field_exists(embedded->f_owner.pid))
 		owner = (void *)file + bpf_core_field_offset(struct file___embedded, f_owner);
 	else
-		owner = BPF_CORE_READ(file, f_owner);
+		owner = file->f_owner;
 	if (!owner)
 		return;
 	r->owner_pid = pid_nr(BPF_CORE_READ(owner, pid));
@@ -49,16 +49,17 @@ static __always_inline u64 file_refs(struct file *file)
 
 	/* the iterator holds one itself; a file_ref_t counts from zero for one */
 	if (bpf_core_field_exists(ref->f_ref))
-		return BPF_CORE_READ(ref, f_ref.refcnt.counter);
-	return BPF_CORE_READ(file, f_count.counter) - 1;
+		return ref->f_ref.refcnt.counter;
+	return file->f_count.counter - 1;
 }
 
 static __always_inline u32 fd_is_cloexec(struct task_struct *task, u32 fd)
 {
-	unsigned long *bitmap = BPF_CORE_READ(task, files, fdt, close_on_exec);
+	/* as a number: the verifier allows no index it does not know on a pointer */
+	u64 bitmap = (u64)task->files->fdt->close_on_exec;
 	unsigned long word = 0;
 
-	bpf_probe_read_kernel(&word, sizeof(word), bitmap + fd / 64);
+	bpf_probe_read_kernel(&word, sizeof(word), (void *)(bitmap + fd / 64 * 8));
 	return word >> (fd % 64) & 1;
 }
 
@@ -252,9 +253,9 @@ static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 
 static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 {
-	u16 dport = BPF_CORE_READ(sk, __sk_common.skc_dport);
+	u16 dport = sk->__sk_common.skc_dport;
 
-	r->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+	r->local_port = sk->__sk_common.skc_num;
 	r->remote_port = dport >> 8 | dport << 8;
 	if (r->family == AF_INET) {
 		bpf_core_read(&r->local_addr, 4, &sk->__sk_common.skc_rcv_saddr);
@@ -283,15 +284,15 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	r->ino = file->f_inode->i_ino;
 	r->cookie = sk->__sk_common.skc_cookie.counter;
 	r->family = sk->__sk_common.skc_family;
-	r->type = BPF_CORE_READ(sk, sk_type);
-	r->protocol = BPF_CORE_READ(sk, sk_protocol);
+	r->type = sk->sk_type;
+	r->protocol = sk->sk_protocol;
 	r->state = sk->__sk_common.skc_state;
-	r->shutdown = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_shutdown);
-	if (BPF_CORE_READ_BITFIELD_PROBED(sk, __sk_common.skc_reuse))
+	r->shutdown = sk->sk_shutdown;
+	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_reuse))
 		r->flags |= SOCK_REUSEADDR;
-	if (BPF_CORE_READ_BITFIELD_PROBED(sk, __sk_common.skc_reuseport))
+	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_reuseport))
 		r->flags |= SOCK_REUSEPORT;
-	if (BPF_CORE_READ_BITFIELD_PROBED(sk, __sk_common.skc_ipv6only))
+	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_ipv6only))
 		r->flags |= SOCK_V6ONLY;
 	if (sk->sk_filter)
 		r->flags |= SOCK_HAS_FILTER;
@@ -306,9 +307,9 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	r->rmem = sk->sk_backlog.rmem_alloc.counter;
 	r->wmem = sk->sk_wmem_queued;
 	r->err = sk->sk_err;
-	r->net_ns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+	r->net_ns = sk->__sk_common.skc_net.net->ns.inum;
 	if (bpf_core_field_exists(sk->sk_cgrp_data))
-		r->cgroup_id = BPF_CORE_READ(sk, sk_cgrp_data.cgroup, kn, id);
+		r->cgroup_id = sk->sk_cgrp_data.cgroup->kn->id;
 	if (r->family == AF_UNIX)
 		fill_unix(r, sk);
 	else if (r->family == AF_INET || r->family == AF_INET6)

@@ -13,6 +13,9 @@ int iter_vmas(struct bpf_iter__task_vma *ctx)
 
 	if (!task || !vma || !in_scope(task))
 		return 0;
+	/* a thread with descriptors of its own is visited besides its leader */
+	if (task->pid != task->tgid && task->mm == task->group_leader->mm)
+		return 0;
 	file = vma->vm_file;
 	r->hdr.kind = REC_VMA;
 	r->hdr.size = sizeof(*r);

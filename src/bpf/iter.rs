@@ -4,18 +4,20 @@
 //! (a quarter of a second under emulation) and is done before anything is frozen; a pass in the
 //! frozen window costs about as much as copying the records.
 
-use std::io::{self, Read};
+use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{Iter, Link, RingBuffer, RingBufferBuilder};
+use libbpf_rs::{RingBuffer, RingBufferBuilder};
 
 use super::events::{
     self, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessRec,
     RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, VmaRec,
     WatchRec,
 };
+use super::pass::{self, Buffer, Target};
 use super::record::{Malformed, Raw, records};
 use super::skeleton::iter::{IterSkel, IterSkelBuilder};
 
@@ -37,21 +39,21 @@ pub struct LoadError {
 /// Why a pass failed. Nothing was changed, and another pass may be tried.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// `BPF_ITER_CREATE` failed.
-    #[error("Creating the BPF iterator over {what} failed; is the process out of descriptors?")]
-    Create {
+    /// `BPF_LINK_CREATE`, `BPF_ITER_CREATE` or read(2) failed.
+    #[error("Running the BPF iterator over {what} failed; is the process out of descriptors?")]
+    Run {
+        /// What is iterated over.
+        what: &'static str,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// The ring could not be read.
+    #[error("Reading the ring of the BPF iterator over {what} failed")]
+    Ring {
         /// What is iterated over.
         what: &'static str,
         /// From libbpf.
         source: libbpf_rs::Error,
-    },
-    /// read(2) of the iterator failed.
-    #[error("Reading the BPF iterator over {what} failed")]
-    Read {
-        /// What is iterated over.
-        what: &'static str,
-        /// From read(2).
-        source: io::Error,
     },
     /// The ring of epoll items, watches, timers and locks was too small.
     #[error(
@@ -142,13 +144,12 @@ pub struct Files {
 
 /// The loaded iterators.
 pub struct Iterators {
-    // before the skeleton, so that links and ring go first
-    tasks: Link,
-    files: Link,
-    vmas: Link,
+    tasks: OwnedFd,
+    files: OwnedFd,
+    // before the skeleton, whose map it reads
     ring: RingBuffer<'static>,
     side: Arc<Mutex<Vec<u8>>>,
-    bytes: Vec<u8>,
+    buffer: Buffer,
     skel: IterSkel<'static>,
 }
 
@@ -175,12 +176,14 @@ impl Iterators {
             .map_err(at("open"))?;
         let skel = open.load().map_err(at("load"))?;
 
-        let attach = |program: &libbpf_rs::ProgramMut<'_>| {
-            program.attach_iter_with_opts(libbpf_rs::IterOpts::None)
+        let attach = |program: &libbpf_rs::ProgramMut<'_>, step| {
+            pass::link(program.as_fd(), Target::System).map_err(|source| LoadError {
+                step,
+                source: source.into(),
+            })
         };
-        let tasks = attach(&skel.progs.iter_tasks).map_err(at("attach to task"))?;
-        let files = attach(&skel.progs.iter_files).map_err(at("attach to task_file"))?;
-        let vmas = attach(&skel.progs.iter_vmas).map_err(at("attach to task_vma"))?;
+        let tasks = attach(&skel.progs.iter_tasks, "attach to task")?;
+        let files = attach(&skel.progs.iter_files, "attach to task_file")?;
 
         let side = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&side);
@@ -197,10 +200,9 @@ impl Iterators {
         Ok(Self {
             tasks,
             files,
-            vmas,
             ring,
             side,
-            bytes: Vec::new(),
+            buffer: Buffer::default(),
             skel,
         })
     }
@@ -241,24 +243,47 @@ impl Iterators {
         self.read_files(scope, want::EPOLL | want::WATCHES | want::LOCKS)
     }
 
-    /// Every mapping, in ascending order per process.
+    /// Every mapping, in ascending order per process. One address space shared by several
+    /// processes is repeated: [`VmaRec::mm`] tells.
+    ///
+    /// The kernel takes the mmap lock of what it walks, so only processes in scope are walked:
+    /// a process elsewhere that holds its lock for long cannot stall a frozen window.
     ///
     /// # Errors
     ///
     /// See [`ReadError`].
     pub fn vmas(&mut self, scope: Scope) -> Result<Vec<VmaRec>, ReadError> {
         let what = "mappings";
+        let targets: Vec<Target> = match scope {
+            Scope::System => vec![Target::System],
+            Scope::Process(pid) => vec![Target::Process(pid)],
+            Scope::Cgroup(_) => {
+                let processes = self.threads(scope)?.processes;
+                processes
+                    .iter()
+                    .map(|process| Target::Process(process.pid))
+                    .collect()
+            }
+        };
         self.prepare(what, scope, 0)?;
-        pass(&self.vmas, what, &mut self.bytes)?;
-        records(&self.bytes).map(|raw| Ok(raw?.decode()?)).collect()
+        for target in targets {
+            let link = pass::link(self.skel.progs.iter_vmas.as_fd(), target)
+                .map_err(|source| ReadError::Run { what, source })?;
+            pass::run(link.as_fd(), &mut self.buffer)
+                .map_err(|source| ReadError::Run { what, source })?;
+        }
+        records(self.buffer.filled())
+            .map(|raw| Ok(raw?.decode()?))
+            .collect()
     }
 
     fn read_tasks(&mut self, scope: Scope, want: u32) -> Result<Tasks, ReadError> {
         let what = "tasks";
         self.prepare(what, scope, want)?;
-        pass(&self.tasks, what, &mut self.bytes)?;
+        pass::run(self.tasks.as_fd(), &mut self.buffer)
+            .map_err(|source| ReadError::Run { what, source })?;
         let mut found = Tasks::default();
-        for raw in records(&self.bytes) {
+        for raw in records(self.buffer.filled()) {
             let raw = raw?;
             match raw.kind {
                 RecKind::PROCESS => found.processes.push(raw.decode()?),
@@ -276,9 +301,10 @@ impl Iterators {
     fn read_files(&mut self, scope: Scope, want: u32) -> Result<Files, ReadError> {
         let what = "descriptors";
         self.prepare(what, scope, want)?;
-        pass(&self.files, what, &mut self.bytes)?;
+        pass::run(self.files.as_fd(), &mut self.buffer)
+            .map_err(|source| ReadError::Run { what, source })?;
         let mut found = Files::default();
-        for raw in records(&self.bytes) {
+        for raw in records(self.buffer.filled()) {
             let raw = raw?;
             match raw.kind {
                 RecKind::FILE => {
@@ -314,6 +340,7 @@ impl Iterators {
             ReadError::Overflow { .. } => Ok(Vec::new()),
             other => Err(other),
         })?;
+        self.buffer.clear();
         if let Some(vars) = self.skel.maps.bss_data.as_deref_mut() {
             (vars.scope_cgroup, vars.scope_pid) = match scope {
                 Scope::System => (0, 0),
@@ -331,7 +358,7 @@ impl Iterators {
     fn take_side(&mut self, what: &'static str) -> Result<Vec<u8>, ReadError> {
         self.ring
             .consume()
-            .map_err(|source| ReadError::Create { what, source })?;
+            .map_err(|source| ReadError::Ring { what, source })?;
         let bytes = std::mem::take(&mut *self.side.lock().unwrap_or_else(PoisonError::into_inner));
         let lost = self
             .skel
@@ -355,32 +382,6 @@ fn decode_detail(raw: &Raw<'_>) -> Result<Detail, Malformed> {
         RecKind::PIDFD => Detail::Pidfd(raw.decode()?),
         _ => Detail::Socket(raw.decode()?),
     })
-}
-
-/// Runs an iterator from start to end into `bytes`, which is emptied first.
-fn pass(link: &Link, what: &'static str, bytes: &mut Vec<u8>) -> Result<(), ReadError> {
-    // the kernel hands out at most its 32 KiB buffer at a time
-    const CHUNK: usize = 64 << 10;
-
-    bytes.clear();
-    let mut iter = Iter::new(link).map_err(|source| ReadError::Create { what, source })?;
-    let mut filled = 0;
-    loop {
-        bytes.resize(filled + CHUNK, 0);
-        match iter.read(&mut bytes[filled..]) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            // EAGAIN: the kernel gave up after a million objects that wrote nothing; go on
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                ) => {}
-            Err(source) => return Err(ReadError::Read { what, source }),
-        }
-    }
-    bytes.truncate(filled);
-    Ok(())
 }
 
 impl ThreadRec {

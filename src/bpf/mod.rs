@@ -5,6 +5,7 @@
 pub mod features;
 pub mod iter;
 pub mod netlock;
+mod pass;
 pub mod record;
 mod skeleton;
 

@@ -105,6 +105,51 @@ pub fn descriptor_set(iterators: &mut Iterators) -> Result<()> {
     Ok(())
 }
 
+/// A thread with a descriptor table of its own.
+pub fn own_table(iterators: &mut Iterators) -> Result<()> {
+    let (stop, wait) = std::sync::mpsc::channel::<()>();
+    let (ready, started) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || -> Result<()> {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
+        let null = fs::File::open("/dev/null")?;
+        ready.send((nix::unistd::gettid(), null.as_raw_fd()))?;
+        wait.recv().ok();
+        Ok(())
+    });
+    let (tid, fd) = started.recv()?;
+    let found = iterators.descriptors(me())?;
+    let mappings = iterators.vmas(me())?;
+    stop.send(())?;
+    thread
+        .join()
+        .map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+    let (tid, fd) = (tid.as_raw().cast_unsigned(), fd.cast_unsigned());
+    let theirs: Vec<_> = found.iter().filter(|f| f.rec.tid == tid).collect();
+    ensure!(
+        theirs.iter().any(|f| f.rec.fd == fd),
+        "fd {fd} of thread {tid}"
+    );
+    let ours = found
+        .iter()
+        .find(|f| f.rec.tid == std::process::id())
+        .context("our own")?;
+    ensure!(
+        theirs.iter().all(|f| f.rec.files != ours.rec.files),
+        "tables differ"
+    );
+    ensure!(
+        theirs.iter().all(|f| f.rec.tgid == std::process::id()),
+        "same process"
+    );
+    let mut starts: Vec<u64> = mappings.iter().map(|vma| vma.start).collect();
+    starts.dedup();
+    ensure!(
+        starts.is_sorted() && starts.len() == mappings.len(),
+        "mappings are not repeated"
+    );
+    Ok(())
+}
+
 pub fn regular_files(iterators: &mut Iterators) -> Result<()> {
     let dir = tempdir()?;
     let path = dir.join("data");

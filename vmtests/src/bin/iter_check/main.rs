@@ -35,6 +35,7 @@ fn main() -> Result<()> {
         ("restart block", tasks::restart_block),
         ("zombie", tasks::zombie),
         ("descriptor set", files::descriptor_set),
+        ("descriptor table of a thread", files::own_table),
         ("regular files", files::regular_files),
         ("pipes", files::pipes),
         ("event files", files::event_files),
