@@ -63,7 +63,8 @@ pub fn pack(programs: &Path, stage: &Path, archive: &Path) -> Result<()> {
         .arg(archive)
         .arg("--directory")
         .arg(stage)
-        .arg("usr"))
+        .arg("usr"))?;
+    fs::remove_dir_all(stage).with_context(|| format!("Remove {}", stage.display()))
 }
 
 /// The binaries of this package that go into the guest.

@@ -155,6 +155,13 @@ fn run(name: &str, dir: PathBuf) -> Result<()> {
     fs::create_dir_all(&dir).with_context(|| format!("Create {}", dir.display()))?;
     hold_only_stdio(&dir.join(LOG))?;
     let case = Case { dir };
+    if case.path(READY).exists() {
+        // `tracker` starts afresh what it cannot restore: not a pass.
+        return publish(
+            &case.path(RESULT),
+            "FAIL: The program was started afresh instead of being restored",
+        );
+    }
     // A panic is a verdict too, and its message is in the log.
     let outcome = std::panic::catch_unwind(|| (entry.run)(&case))
         .unwrap_or_else(|_| Err(anyhow!("The case panicked, see its log")));

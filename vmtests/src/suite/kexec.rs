@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 
 use super::Report;
-use super::life::Started;
+use super::life::Life;
 use crate::guest::case::Entry;
 use crate::image::Kernel;
 use crate::vm::{Exec, Outcome, Vm};
@@ -23,8 +23,8 @@ pub(crate) fn run(
 ) -> Result<()> {
     let mut batch = Vec::new();
     for entry in entries {
-        match Started::in_batch(vm, entry) {
-            Ok(started) => batch.push((entry, started)),
+        match Life::start_in_batch(vm, entry) {
+            Ok(life) => batch.push((entry, life)),
             // It must not hold up the others.
             Err(error) => report.verdict(&name(entry), &Err(error), Duration::ZERO),
         }
@@ -55,9 +55,14 @@ pub(crate) fn run(
         batch.len(),
         begun.elapsed().as_secs_f32()
     );
-    for (entry, started) in batch {
+    // All go on together: one that hangs costs the others nothing.
+    let gone_on: Vec<_> = batch
+        .iter()
+        .map(|(_, life)| life.go_after_kexec(vm))
+        .collect();
+    for ((entry, life), gone_on) in batch.iter().zip(gone_on) {
         let begun = Instant::now();
-        let result = started.after_kexec(vm);
+        let result = life.end_after_kexec(vm, gone_on);
         report.verdict(&name(entry), &result, begun.elapsed());
     }
     Ok(())

@@ -8,6 +8,7 @@ use super::Mode;
 use crate::control::ControlError;
 use crate::guest::case::{Entry, Expect, GO, READY, RESULT};
 use crate::payload::TESTS_DIR;
+use crate::protocol::Status;
 use crate::vm::{Exec, Output, Vm};
 
 /// Time for one step of a case or one tracker command.
@@ -16,41 +17,47 @@ const STEP: Duration = Duration::from_secs(60);
 /// Exit code of `tracker` for "not eligible".
 const NOT_ELIGIBLE: i32 = 3;
 
-/// A case that has been started.
+/// A case in the guest.
 #[derive(Debug)]
-pub(crate) struct Started {
+pub(crate) struct Life {
     name: &'static str,
     dir: String,
+    /// The program's PID when it was ready; empty before.
+    pid: String,
 }
 
 /// Runs a case from start to verdict.
 pub(crate) fn run(vm: &Vm, mode: Mode, entry: &Entry) -> Result<()> {
-    let started = Started {
-        name: entry.name,
-        dir: format!("/var/lib/cases/{mode}/{}", entry.name),
-    };
-    let result = started
+    let mut life = Life::new(mode, entry);
+    let result = life
         .start(vm, mode != Mode::Plain)
         .and_then(|()| match (mode, entry.expect) {
             (Mode::Plain, _) => Ok(()),
-            (_, Expect::Carried) => started.checkpoint_and_restore(vm),
-            (_, Expect::Refused(text)) => started.refusal(vm, text),
-        });
-    started.finish(vm, result.and_then(|()| started.verdict(vm)))
+            (_, Expect::Carried) => life.checkpoint_and_restore(vm),
+            (_, Expect::Refused(text)) => life.refusal(vm, text),
+        })
+        .and_then(|()| life.go(vm))
+        .and_then(|()| life.verdict(vm));
+    life.finish(vm, result)
 }
 
-impl Started {
-    /// A case of the batch that goes through a kexec.
-    pub(crate) fn in_batch(vm: &Vm, entry: &Entry) -> Result<Started> {
-        let started = Started {
+impl Life {
+    fn new(mode: Mode, entry: &Entry) -> Life {
+        let dir = format!("/var/lib/cases/{mode}/{}", entry.name);
+        Life {
             name: entry.name,
-            dir: format!("/var/lib/cases/kexec/{}", entry.name),
-        };
-        let result = started.start(vm, true);
-        if result.is_err() {
-            started.finish(vm, result)?;
+            dir,
+            pid: String::new(),
         }
-        Ok(started)
+    }
+
+    /// Starts a case of the batch that goes through a kexec.
+    pub(crate) fn start_in_batch(vm: &Vm, entry: &Entry) -> Result<Life> {
+        let mut life = Life::new(Mode::Kexec, entry);
+        match life.start(vm, true) {
+            Ok(()) => Ok(life),
+            Err(error) => life.finish(vm, Err(error)).map(|()| life),
+        }
     }
 
     fn path(&self, name: &str) -> String {
@@ -58,7 +65,7 @@ impl Started {
     }
 
     /// Starts the program and waits until it is ready.
-    fn start(&self, vm: &Vm, tracked: bool) -> Result<()> {
+    fn start(&mut self, vm: &Vm, tracked: bool) -> Result<()> {
         vm.exec(Exec::new(["mkdir", "-p", &self.dir]))?.check()?;
         let program = format!("{TESTS_DIR}/cases");
         let case = [program.as_str(), self.name, &self.dir];
@@ -74,11 +81,15 @@ impl Started {
             if vm.await_file(&self.path(RESULT), Duration::ZERO)? {
                 bail!("Not ready: {}", self.result(vm)?);
             }
-            if let Some(status) = vm.wait(pid, Duration::ZERO)? {
+            // `tracker run` may return once the program runs.
+            if let Some(status) = vm.wait(pid, Duration::ZERO)?
+                && status != Status::Exited(0)
+            {
                 bail!("Not ready: the program ended with {status}");
             }
             ensure!(begun.elapsed() < STEP, "Not ready after {STEP:?}");
         }
+        self.pid = String::from_utf8(vm.read_file(&self.path(READY))?)?;
         Ok(())
     }
 
@@ -98,11 +109,11 @@ impl Started {
     }
 
     fn checkpoint_and_restore(&self, vm: &Vm) -> Result<()> {
-        let pid = String::from_utf8(vm.read_file(&self.path(READY))?)?;
+        let pid = &self.pid;
         self.checkpoint(vm)?.check()?;
         let gone =
             "n=0; while [ -d /proc/$1 ]; do n=$((n+1)); [ $n -lt 100 ] || exit 1; sleep 0.05; done";
-        let gone = vm.exec(Exec::new(["sh", "-c", gone, "sh", &pid]))?;
+        let gone = vm.exec(Exec::new(["sh", "-c", gone, "sh", pid]))?;
         ensure!(
             gone.success(),
             "PID {pid} is still there after the checkpoint"
@@ -110,11 +121,14 @@ impl Started {
         let image = self.path("image");
         vm.exec(Exec::new(["tracker", "restore", "--image", &image, "--detach"]).timeout(STEP))?
             .check()?;
-        ensure!(
-            vm.exec(Exec::new(["test", "-d", &format!("/proc/{pid}")]))?
-                .success(),
-            "PID {pid} is not there after the restore"
-        );
+        self.is_back(vm)
+    }
+
+    /// The program runs under its old PID.
+    fn is_back(&self, vm: &Vm) -> Result<()> {
+        let pid = &self.pid;
+        let comm = vm.read_file(&format!("/proc/{pid}/comm"));
+        ensure!(comm.is_ok(), "PID {pid} is not there after the restore");
         Ok(())
     }
 
@@ -133,13 +147,15 @@ impl Started {
         Ok(())
     }
 
-    /// Tells the case to go on and returns its verdict as a result.
+    /// Tells the case to go on.
+    fn go(&self, vm: &Vm) -> Result<()> {
+        vm.write_file(&self.path(GO), b"")
+    }
+
+    /// Waits for the case's verdict.
     fn verdict(&self, vm: &Vm) -> Result<()> {
-        vm.write_file(&self.path(GO), b"")?;
-        ensure!(
-            vm.await_file(&self.path(RESULT), STEP)?,
-            "No verdict within {STEP:?}"
-        );
+        let result = self.path(RESULT);
+        ensure!(vm.await_file(&result, STEP)?, "No verdict within {STEP:?}");
         match self.result(vm)?.as_str() {
             "PASS" => Ok(()),
             other => Err(anyhow!(other.to_owned())),
@@ -150,10 +166,14 @@ impl Started {
         Ok(String::from_utf8_lossy(&vm.read_file(&self.path(RESULT))?).into_owned())
     }
 
-    /// The verdict after the kexec.
-    pub(crate) fn after_kexec(&self, vm: &Vm) -> Result<()> {
-        let verdict = self.verdict(vm);
-        self.finish(vm, verdict)
+    /// Lets the program go on under the next kernel, if it is there.
+    pub(crate) fn go_after_kexec(&self, vm: &Vm) -> Result<()> {
+        self.is_back(vm).and_then(|()| self.go(vm))
+    }
+
+    /// The verdict after the kexec, given how letting it go on went.
+    pub(crate) fn end_after_kexec(&self, vm: &Vm, gone_on: Result<()>) -> Result<()> {
+        self.finish(vm, gone_on.and_then(|()| self.verdict(vm)))
     }
 
     /// Ends what is left of the case; adds its logs to a failure.

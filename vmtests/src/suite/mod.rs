@@ -229,9 +229,11 @@ fn run_group(options: &Options, group: &Group, report: &Report) {
             };
             let name = |entry: &Entry| batch_name(*from, *to, entry);
             if let Err(error) = lab.run(|vm| kexec::run(vm, *to, entries, report, &name)) {
-                for entry in entries {
-                    // Those with a verdict keep it.
-                    report.missing(&name(entry), &error);
+                let mut error = Err(error);
+                let open = entries.iter().map(|entry| name(entry));
+                for name in open.filter(|name| !report.has(name)) {
+                    report.verdict(&name, &error, Duration::ZERO);
+                    error = Err(anyhow!("The batch failed, see above"));
                 }
             }
         }
@@ -314,20 +316,9 @@ impl Report {
         }
     }
 
-    /// Records a failure for a test that has no verdict yet.
-    fn missing(&self, name: &str, error: &anyhow::Error) {
+    /// True if there is a verdict for this test.
+    fn has(&self, name: &str) -> bool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let first =
-            state.seen.is_empty() || !state.failures.iter().any(|n| n.starts_with("kexec/"));
-        if state.seen.iter().any(|seen| seen == name) {
-            return;
-        }
-        drop(state);
-        let text = if first {
-            format!("{error:#}")
-        } else {
-            "The batch failed, see above".to_owned()
-        };
-        self.verdict(name, &Err(anyhow!(text)), Duration::ZERO);
+        state.seen.iter().any(|seen| seen == name)
     }
 }
