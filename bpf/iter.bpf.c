@@ -12,5 +12,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
 #include "iter_vars.bpf.h"
 #include "iter_task.bpf.h"
+#include "iter_socket.bpf.h"
+#include "iter_sets.bpf.h"
 #include "iter_file.bpf.h"
 #include "iter_vma.bpf.h"

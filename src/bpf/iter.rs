@@ -457,3 +457,15 @@ impl events::ProcessRec {
         self.flags & events::ProcessFlag::SESSION_LEADER != 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The agent resyncs from a thread of its own.
+    #[test]
+    fn iterators_can_move_between_threads() {
+        fn is_send<T: Send>() {}
+        is_send::<Iterators>();
+    }
+}

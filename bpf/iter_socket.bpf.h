@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/* Sockets, as the descriptor iterator reports them. */
+
+#define AF_UNIX 1
+#define AF_INET 2
+#define AF_INET6 10
+
+struct sock_rec out_sock;
+
+static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
+{
+	struct unix_sock *unix = (void *)sk;
+	struct unix_address *addr = BPF_CORE_READ(unix, addr);
+	struct sock *peer = BPF_CORE_READ(unix, peer);
+	struct file *peer_file;
+
+	r->peer = (u64)peer;
+	if (peer) {
+		/* a connection still in an accept queue has no socket or file yet */
+		peer_file = BPF_CORE_READ(peer, sk_socket, file);
+		if (peer_file)
+			r->peer_ino = BPF_CORE_READ(peer_file, f_inode, i_ino);
+	}
+	r->inflight = BPF_CORE_READ(unix, scm_stat.nr_fds.counter);
+	if (addr) {
+		int len = BPF_CORE_READ(addr, len) - (int)sizeof(u16);
+		char *path = (char *)addr + bpf_core_field_offset(struct unix_address, name) +
+			     sizeof(u16);
+
+		if (len > 0 && len <= TRK_SUN_PATH_LEN) {
+			r->path_len = len;
+			bpf_probe_read_kernel(r->path, sizeof(r->path), path);
+		}
+	}
+}
+
+static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
+{
+	u16 dport = sk->__sk_common.skc_dport;
+
+	r->local_port = sk->__sk_common.skc_num;
+	r->remote_port = dport >> 8 | dport << 8;
+	if (r->family == AF_INET) {
+		bpf_core_read(&r->local_addr, 4, &sk->__sk_common.skc_rcv_saddr);
+		bpf_core_read(&r->remote_addr, 4, &sk->__sk_common.skc_daddr);
+	} else if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
+		bpf_core_read(&r->local_addr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
+		bpf_core_read(&r->remote_addr, 16, &sk->__sk_common.skc_v6_daddr);
+	}
+}
+
+static __always_inline long write_socket(struct seq_file *seq, struct file *file)
+{
+	struct socket *socket = bpf_sock_from_file(file);
+	struct sock_rec *r = &out_sock;
+	struct sock *sk;
+
+	if (!socket)
+		return 0;
+	sk = socket->sk;
+	if (!sk)
+		return 0;
+	__builtin_memset(r, 0, sizeof(*r));
+	r->hdr.kind = REC_SOCKET;
+	r->hdr.size = sizeof(*r);
+	r->sock = (u64)sk;
+	r->ino = file->f_inode->i_ino;
+	r->cookie = sk->__sk_common.skc_cookie.counter;
+	r->family = sk->__sk_common.skc_family;
+	r->type = sk->sk_type;
+	r->protocol = sk->sk_protocol;
+	r->state = sk->__sk_common.skc_state;
+	r->shutdown = sk->sk_shutdown;
+	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_reuse))
+		r->flags |= SOCK_REUSEADDR;
+	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_reuseport))
+		r->flags |= SOCK_REUSEPORT;
+	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_ipv6only))
+		r->flags |= SOCK_V6ONLY;
+	if (sk->sk_filter)
+		r->flags |= SOCK_HAS_FILTER;
+	r->bound_ifindex = sk->__sk_common.skc_bound_dev_if;
+	r->mark = sk->sk_mark;
+	r->priority = sk->sk_priority;
+	r->rcvbuf = sk->sk_rcvbuf;
+	r->sndbuf = sk->sk_sndbuf;
+	r->ack_backlog = sk->sk_ack_backlog;
+	r->max_ack_backlog = sk->sk_max_ack_backlog;
+	r->rcv_qlen = sk->sk_receive_queue.qlen;
+	r->rmem = sk->sk_backlog.rmem_alloc.counter;
+	r->wmem = sk->sk_wmem_queued;
+	r->err = sk->sk_err;
+	r->net_ns = sk->__sk_common.skc_net.net->ns.inum;
+	if (bpf_core_field_exists(sk->sk_cgrp_data))
+		r->cgroup_id = sk->sk_cgrp_data.cgroup->kn->id;
+	if (r->family == AF_UNIX)
+		fill_unix(r, sk);
+	else if (r->family == AF_INET || r->family == AF_INET6)
+		fill_inet(r, sk);
+	return bpf_seq_write(seq, r, sizeof(*r));
+}
