@@ -3,10 +3,12 @@
 //! Host side: [`vm::Vm`] boots a stock kernel under QEMU and talks to it.
 //! Guest side: [`guest`]. README.md tells how to add a case.
 
+pub mod apps;
 pub mod cases;
 pub mod control;
 pub mod guest;
 pub mod image;
+pub mod load;
 pub mod payload;
 pub mod protocol;
 pub mod scenarios;
