@@ -145,7 +145,10 @@ pub fn check_redis_data(vm: &Vm, megabytes: usize) -> Result<()> {
         let mut wanted = format!("value:{number}").into_bytes();
         wanted.resize(VALUE, 0);
         let found = connection.get(&format!("key:{number}"))?;
-        ensure!(found == Some(wanted), "Redis has another value at key:{number}");
+        ensure!(
+            found == Some(wanted),
+            "Redis has another value at key:{number}"
+        );
     }
     Ok(())
 }
@@ -173,7 +176,9 @@ pub fn targets(vm: &Vm, redis: usize, memcached: usize) -> Vec<Target> {
 /// If there is no such application.
 pub fn pids(vm: &Vm, name: &str) -> Result<Vec<u32>> {
     let script = "cat /sys/fs/cgroup/tracker/\"$1\"/cgroup.procs";
-    let output = vm.exec(Exec::new(["sh", "-c", script, "sh", name]))?.check()?;
+    let output = vm
+        .exec(Exec::new(["sh", "-c", script, "sh", name]))?
+        .check()?;
     let mut pids = output
         .text()
         .lines()

@@ -78,12 +78,17 @@ fn show(arguments: &Arguments, vm: &Vm, to: Kernel, step: &dyn Fn(&str)) -> Resu
         clients.0, clients.1
     ));
     println!("\n$ tracker status");
-    print!("{}", vm.exec(Exec::new(["tracker", "status"]))?.check()?.text());
+    print!(
+        "{}",
+        vm.exec(Exec::new(["tracker", "status"]))?.check()?.text()
+    );
 
     let before = State::read(vm)?;
     let (kernel, initrd) = (to.guest_vmlinuz()?, to.guest_initrd()?);
     println!("\n$ tracker update --kernel {kernel} --initrd {initrd}");
-    let update = ["tracker", "update", "--kernel", &kernel, "--initrd", &initrd];
+    let update = [
+        "tracker", "update", "--kernel", &kernel, "--initrd", &initrd,
+    ];
     let asked = Instant::now();
     match vm.exec_or_reboot(Exec::new(update).timeout(UPDATE))? {
         Outcome::Rebooted(_) => {}
@@ -124,7 +129,10 @@ fn show(arguments: &Arguments, vm: &Vm, to: Kernel, step: &dyn Fn(&str)) -> Resu
             .map_or_else(|error| format!("{error:#}"), |()| "intact".to_owned()),
     );
     line("Longest gap before", &seconds(usual_gap));
-    line("Longest gap seen by a client", &seconds(gap.max(summary.longest_gap)));
+    line(
+        "Longest gap seen by a client",
+        &seconds(gap.max(summary.longest_gap)),
+    );
     line("Command to the next kernel's hello", &seconds(took));
     print_report(vm)?;
 
@@ -169,11 +177,17 @@ fn seconds(duration: Duration) -> String {
 fn print_summary(summary: &Summary) {
     let kept = summary.connections - summary.lost.len();
     line("Connections kept", &kept.to_string());
-    line("Connections reset or closed", &summary.lost.len().to_string());
+    line(
+        "Connections reset or closed",
+        &summary.lost.len().to_string(),
+    );
     line("Requests answered", &summary.answers.to_string());
     line("Writes acknowledged", &summary.acknowledged.to_string());
     line("Wrong answers", &summary.wrong.len().to_string());
-    line("Acknowledged writes lost", &summary.missing.len().to_string());
+    line(
+        "Acknowledged writes lost",
+        &summary.missing.len().to_string(),
+    );
     let all = [&summary.lost, &summary.wrong, &summary.missing];
     for text in all.into_iter().flatten().take(20) {
         println!("    {text}");

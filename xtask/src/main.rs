@@ -1,5 +1,6 @@
-//! Developer commands: `cargo xtask setup|test|vm|vmtest`.
+//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest`.
 
+mod demo;
 mod guest_image;
 mod setup;
 mod shell;
@@ -23,6 +24,8 @@ struct Arguments {
 enum Task {
     /// Installs what building and testing need; does nothing if all is there.
     Setup(setup::Arguments),
+    /// Updates a VM's kernel under redis and memcached with clients connected.
+    Demo(demo::Arguments),
     /// Boots a VM with freshly built programs: a shell, or one command.
     Vm(vm::Arguments),
     /// Checks and tests everything, in VMs too.
@@ -34,6 +37,7 @@ enum Task {
 fn main() -> std::process::ExitCode {
     let result = match Arguments::parse().command {
         Task::Setup(arguments) => setup::run(&arguments).map(|()| 0),
+        Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Vm(arguments) => vm::run(&arguments),
         Task::Vmtest(arguments) => vmtest::run(&arguments),

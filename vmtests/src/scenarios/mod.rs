@@ -7,6 +7,7 @@ use crate::vm::{Vm, VmBuilder};
 
 mod harness;
 mod kernel;
+mod services;
 
 /// One scenario.
 #[derive(Debug, Clone, Copy)]
@@ -23,7 +24,7 @@ pub struct Scenario {
 
 /// Every scenario.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [harness::SCENARIOS, kernel::SCENARIOS]
+    [harness::SCENARIOS, kernel::SCENARIOS, services::SCENARIOS]
         .into_iter()
         .flatten()
 }

@@ -1,0 +1,120 @@
+//! Redis and memcached with connected clients.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Scenario;
+use crate::apps;
+use crate::image::Kernel;
+use crate::load::Load;
+use crate::vm::{Exec, Vm};
+
+/// The scenarios of this file.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "services_clients_notice",
+        kernels: &[Kernel::V6_1],
+        configure: apps::forwarded,
+        run: clients_notice,
+    },
+    Scenario {
+        name: "services_leave_running",
+        kernels: &Kernel::ALL,
+        configure: apps::forwarded,
+        run: leave_running,
+    },
+    Scenario {
+        name: "services_checkpoint_restore",
+        kernels: &Kernel::ALL,
+        configure: apps::forwarded,
+        run: checkpoint_restore,
+    },
+];
+
+/// Time for anything on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Megabytes of data in redis.
+const DATA: usize = 20;
+
+/// Both servers, with clients at work.
+fn start(vm: &Vm) -> Result<Load> {
+    apps::start_redis(vm, DATA)?;
+    apps::start_memcached(vm)?;
+    let load = Load::start(&apps::targets(vm, 20, 10))?;
+    load.progress(10, PATIENCE).context("Before")?;
+    Ok(load)
+}
+
+/// Clients go on, and then confirm that nothing is lost.
+fn all_well(vm: &Vm, load: Load) -> Result<()> {
+    load.progress(20, PATIENCE).context("Afterwards")?;
+    let summary = load.finish();
+    ensure!(summary.clean(), "{summary:#?}");
+    apps::check_redis_data(vm, DATA)
+}
+
+/// The clients themselves tell a server that serves from one that dies, and
+/// one that has lost its data from one that has not.
+fn clients_notice(vm: &Vm) -> Result<()> {
+    all_well(vm, start(vm)?)?;
+    let load = Load::start(&apps::targets(vm, 5, 5))?;
+    load.progress(10, PATIENCE)?;
+    vm.sh("redis-cli flushall")?.check()?;
+    load.progress(10, PATIENCE)?;
+    for name in ["redis", "memcached"] {
+        for pid in apps::pids(vm, name)? {
+            vm.kill(i32::try_from(pid)?, libc::SIGKILL)?;
+        }
+    }
+    load.progress(1000, PATIENCE)?;
+    let summary = load.finish();
+    ensure!(summary.lost.len() == 10, "Killed servers: {summary:#?}");
+    ensure!(!summary.wrong.is_empty(), "A flushed redis: {summary:#?}");
+    Ok(())
+}
+
+/// A checkpoint that leaves the program running is a pause to its clients.
+fn leave_running(vm: &Vm) -> Result<()> {
+    let load = start(vm)?;
+    for name in ["redis", "memcached"] {
+        let pids = apps::pids(vm, name)?;
+        let image = format!("/root/image.{name}");
+        let checkpoint = [
+            "tracker",
+            "checkpoint",
+            "--name",
+            name,
+            "--image",
+            &image,
+            "--leave-running",
+        ];
+        vm.exec(Exec::new(checkpoint).timeout(PATIENCE))?.check()?;
+        ensure!(apps::pids(vm, name)? == pids, "The PIDs have changed");
+        load.progress(10, PATIENCE)?;
+    }
+    all_well(vm, load)
+}
+
+/// Checkpoint, end, restore: late answers, and nothing else.
+fn checkpoint_restore(vm: &Vm) -> Result<()> {
+    let load = start(vm)?;
+    for name in ["redis", "memcached"] {
+        let pids = apps::pids(vm, name)?;
+        let image = format!("/root/image.{name}");
+        let checkpoint = ["tracker", "checkpoint", "--name", name, "--image", &image];
+        vm.exec(Exec::new(checkpoint).timeout(PATIENCE))?.check()?;
+        ensure!(
+            apps::pids(vm, name).is_err(),
+            "{name} still runs after the checkpoint"
+        );
+        let restore = ["tracker", "restore", "--image", &image, "--detach"];
+        vm.exec(Exec::new(restore).timeout(PATIENCE))?.check()?;
+        let now = apps::pids(vm, name)?;
+        ensure!(now == pids, "{name} had PIDs {pids:?}, has {now:?}");
+        load.progress(10, PATIENCE)
+            .with_context(|| format!("After the restore of {name}; lost: {:?}", load.lost()))?;
+    }
+    all_well(vm, load)
+}
