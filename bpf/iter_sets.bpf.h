@@ -18,7 +18,7 @@ struct {
 	u64 file;
 } epoll_walk;
 
-static __always_inline void emit_epoll_item(struct rb_node *node)
+static __always_inline bool emit_epoll_item(struct rb_node *node)
 {
 	struct epitem *item = (void *)node - bpf_core_field_offset(struct epitem, rbn);
 	struct epoll_item_rec *r = &out_item;
@@ -33,7 +33,7 @@ static __always_inline void emit_epoll_item(struct rb_node *node)
 	r->data = BPF_CORE_READ(item, event.data);
 	/* a list node that points at itself is on no list */
 	r->ready = (u64)BPF_CORE_READ(item, rdllink.next) != link;
-	side_write(r, sizeof(*r));
+	return side_write(r, sizeof(*r));
 }
 
 static long epoll_step(u64 index, void *ctx)
@@ -53,7 +53,8 @@ static long epoll_step(u64 index, void *ctx)
 		return 0;
 	}
 	if (prev == parent || prev == left) {
-		emit_epoll_item(node);
+		if (!emit_epoll_item(node))
+			return 1;
 		if (right) {
 			epoll_walk.node = right;
 			return 0;
@@ -108,8 +109,7 @@ static long watch_step(u64 index, void *ctx)
 	r->dev = BPF_CORE_READ(inode, i_sb, s_dev);
 	r->wd = BPF_CORE_READ(mark, wd);
 	r->mask = BPF_CORE_READ(mark, fsn_mark.mask);
-	side_write(r, sizeof(*r));
-	return 0;
+	return !side_write(r, sizeof(*r));
 }
 
 static __always_inline void emit_watches(struct file *file)
@@ -171,8 +171,7 @@ static long lock_step(u64 index, void *ctx)
 		r->start = BPF_CORE_READ(lock, fl_start);
 		r->end = BPF_CORE_READ(lock, fl_end);
 	}
-	side_write(r, sizeof(*r));
-	return 0;
+	return !side_write(r, sizeof(*r));
 }
 
 static __always_inline void emit_lock_list(struct file_lock_context *flc, u32 offset, u32 class)

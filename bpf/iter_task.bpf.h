@@ -299,7 +299,7 @@ static __always_inline void fill_hrtimer(struct timer_rec *r, struct hrtimer *ti
 	r->expires_ns = BPF_CORE_READ(timer, state) & HRTIMER_STATE_ENQUEUED ? expires : 0;
 }
 
-static __always_inline void emit_timer(struct k_itimer *timer, u32 pid)
+static __always_inline bool emit_timer(struct k_itimer *timer, u32 pid)
 {
 	struct k_itimer___embedded *embedded = (void *)timer;
 	struct timer_rec *r = &out_timer;
@@ -340,7 +340,7 @@ static __always_inline void emit_timer(struct k_itimer *timer, u32 pid)
 	} else {
 		fill_hrtimer(r, &timer->it.real.timer);
 	}
-	side_write(r, sizeof(*r));
+	return side_write(r, sizeof(*r));
 }
 
 /* The walk's position lives in memory and not on the stack: Linux 6.1 mistakes a stack
@@ -360,7 +360,8 @@ static long timer_step(u64 index, void *ctx)
 	if (!node || timer_walk.node == timer_walk.end)
 		return 1;
 	timer = (void *)node - bpf_core_field_offset(struct k_itimer, list);
-	emit_timer(timer, timer_walk.pid);
+	if (!emit_timer(timer, timer_walk.pid))
+		return 1;
 	timer_walk.node = (u64)BPF_CORE_READ(node, next);
 	return 0;
 }

@@ -13,11 +13,10 @@ struct {
 } side SEC(".maps");
 
 /* Objects whose side records this pass already wrote: one epoll instance is often
- * reached through several descriptors. */
+ * reached through several descriptors. Beyond its size, objects are reported again. */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 16384);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
 	__type(key, u64);
 	__type(value, u64);
 } seen SEC(".maps");
@@ -53,8 +52,12 @@ static __always_inline bool in_scope(struct task_struct *task)
 	return true;
 }
 
-static __always_inline void side_write(void *rec, u64 size)
+/* Returns whether the walk may go on: after a loss the pass is void anyway, and a walk over
+ * objects that change under it could go round in circles. */
+static __always_inline bool side_write(void *rec, u64 size)
 {
-	if (bpf_ringbuf_output(&side, rec, size, BPF_RB_NO_WAKEUP))
-		side_lost++;
+	if (!bpf_ringbuf_output(&side, rec, size, BPF_RB_NO_WAKEUP))
+		return true;
+	side_lost++;
+	return false;
 }

@@ -57,12 +57,12 @@ pub enum ReadError {
     },
     /// The ring of epoll items, watches, timers and locks was too small.
     #[error(
-        "{lost} records of {what} did not fit the ring of the BPF iterator; read them from /proc/PID/fdinfo"
+        "At least {lost} records of {what} did not fit the ring of the BPF iterator; read them from /proc/PID/fdinfo"
     )]
     Overflow {
         /// What is iterated over.
         what: &'static str,
-        /// Number of records missing.
+        /// Number of records known to be missing: the walk ends at the first.
         lost: u64,
     },
     /// The kernel side wrote something this side does not know: a bug of ours.

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::ptr;
 
 use anyhow::{Context, Result, bail, ensure};
-use tracker::bpf::events::{FileKind, LockClass, SockRec};
+use tracker::bpf::events::{FileKind, SockRec};
 use tracker::bpf::iter::{Detail, File, Iterators, Scope};
 
 use crate::sys::{check, fork_pause, own};
@@ -18,12 +18,12 @@ use crate::sys::{check, fork_pause, own};
 /// fcntl(2), missing in libc.
 const F_SETSIG: i32 = 10;
 
-fn me() -> Scope {
+pub fn me() -> Scope {
     Scope::Process(std::process::id())
 }
 
 /// The record of one of our descriptors.
-fn find(iterators: &mut Iterators, fd: &impl AsFd) -> Result<File> {
+pub fn find(iterators: &mut Iterators, fd: &impl AsFd) -> Result<File> {
     let number = u32::try_from(fd.as_fd().as_raw_fd())?;
     let files = iterators.descriptors(me())?;
     files
@@ -458,161 +458,7 @@ pub fn inet_sockets(iterators: &mut Iterators) -> Result<()> {
     Ok(())
 }
 
-pub fn epoll(iterators: &mut Iterators) -> Result<()> {
-    const ITEMS: usize = 2000;
-    // SAFETY: makes a descriptor.
-    let instance = own(unsafe { libc::epoll_create1(0) }, "epoll_create1")?;
-    // SAFETY: makes a descriptor.
-    let eventfd = own(unsafe { libc::eventfd(0, 0) }, "eventfd")?;
-    let mut copies: Vec<OwnedFd> = Vec::new();
-    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?.1;
-    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, limit, limit)?;
-    let mut expected = BTreeSet::new();
-    for index in 0..ITEMS {
-        let copy = eventfd
-            .try_clone()
-            .context("RLIMIT_NOFILE is too low for the check")?;
-        let data = 0xabcd_0000_0000 + u64::try_from(index)?;
-        let mut event = libc::epoll_event {
-            events: libc::EPOLLIN as u32,
-            u64: data,
-        };
-        // SAFETY: both descriptors and the event are valid.
-        let result = unsafe {
-            libc::epoll_ctl(
-                instance.as_raw_fd(),
-                libc::EPOLL_CTL_ADD,
-                copy.as_raw_fd(),
-                &raw mut event,
-            )
-        };
-        check(result.into(), "epoll_ctl")?;
-        expected.insert((u32::try_from(copy.as_raw_fd())?, data));
-        copies.push(copy);
-    }
-    let id = find(iterators, &instance)?.rec.file;
-    let target = find(iterators, &eventfd)?.rec.file;
-    let of = |files: tracker::bpf::iter::Files| {
-        files
-            .epoll_items
-            .into_iter()
-            .filter(move |item| item.epoll == id)
-            .collect::<Vec<_>>()
-    };
-    let items = of(iterators.files(me())?);
-    ensure!(items.len() == ITEMS, "{} items", items.len());
-    ensure!(
-        items
-            .iter()
-            .map(|i| (i.fd, i.data))
-            .collect::<BTreeSet<_>>()
-            == expected,
-        "items"
-    );
-    ensure!(
-        items.iter().all(|i| i.target == target && i.ready == 0),
-        "target and not ready"
-    );
-    let mut writer = fs::File::from(eventfd);
-    writer.write_all(&1u64.to_ne_bytes())?;
-    let items = of(iterators.files(me())?);
-    ensure!(items.iter().all(|i| i.ready == 1), "ready");
-    let mut count = [0; 8];
-    writer.read_exact(&mut count)?;
-    Ok(())
-}
-
-pub fn inotify(iterators: &mut Iterators) -> Result<()> {
-    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-    let (first, second) = (tempdir()?, tempdir()?);
-    let instance = Inotify::init(InitFlags::empty())?;
-    let flags = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE;
-    instance.add_watch(&first, flags)?;
-    instance.add_watch(&second, AddWatchFlags::IN_MOVED_TO)?;
-    let group = find(iterators, &instance)?.rec.file;
-    let mut found: Vec<_> = iterators
-        .files(me())?
-        .watches
-        .into_iter()
-        .filter(|w| w.group == group)
-        .collect();
-    found.sort_by_key(|watch| watch.wd);
-    ensure!(found.len() == 2, "{found:?}");
-    for (watch, (dir, mask)) in found.iter().zip([
-        (&first, flags.bits()),
-        (&second, AddWatchFlags::IN_MOVED_TO.bits()),
-    ]) {
-        ensure!(watch.ino == nix::sys::stat::stat(dir)?.st_ino, "{watch:?}");
-        ensure!(watch.mask & mask == mask, "{watch:?}");
-    }
-    ensure!(found[0].wd == 1 && found[1].wd == 2, "{found:?}");
-    fs::remove_dir(&first)?;
-    fs::remove_dir(&second)?;
-    Ok(())
-}
-
-pub fn locks(iterators: &mut Iterators) -> Result<()> {
-    let dir = tempdir()?;
-    let file = fs::File::create(dir.join("locked"))?;
-    ensure!(find(iterators, &file)?.rec.has_locks == 0, "not locked yet");
-    let range = |kind: i32, start, len| libc::flock {
-        l_type: libc::c_short::try_from(kind).unwrap_or_default(),
-        l_whence: 0,
-        l_start: start,
-        l_len: len,
-        l_pid: 0,
-    };
-    let (posix, ofd) = (range(libc::F_WRLCK, 10, 5), range(libc::F_WRLCK, 100, 0));
-    // SAFETY: the descriptor is ours and the locks are valid.
-    unsafe {
-        let fd = file.as_raw_fd();
-        check(libc::flock(fd, libc::LOCK_EX).into(), "flock")?;
-        check(
-            libc::fcntl(fd, libc::F_SETLK, &raw const posix).into(),
-            "F_SETLK",
-        )?;
-        check(
-            libc::fcntl(fd, libc::F_OFD_SETLK, &raw const ofd).into(),
-            "F_OFD_SETLK",
-        )?;
-    }
-    let rec = find(iterators, &file)?.rec;
-    ensure!(rec.has_locks != 0, "locked");
-    let mut found: Vec<_> = iterators
-        .files(me())?
-        .locks
-        .into_iter()
-        .filter(|l| l.inode == rec.inode)
-        .collect();
-    found.sort_by_key(|lock| (lock.class, lock.start));
-    let summary: Vec<_> = found
-        .iter()
-        .map(|l| (l.class, l.start, l.end, l.type_))
-        .collect();
-    let max = i64::MAX;
-    ensure!(
-        summary
-            == [
-                (LockClass::FLOCK, 0, max, 1),
-                (LockClass::POSIX, 10, 14, 1),
-                (LockClass::POSIX, 100, max, 1),
-            ],
-        "{found:?}"
-    );
-    ensure!(
-        found.iter().all(|l| l.file == rec.file && l.ino == rec.ino),
-        "{found:?}"
-    );
-    ensure!(
-        found[0].owner == rec.file && found[1].owner == rec.files,
-        "{found:?}"
-    );
-    ensure!(found[2].owner == rec.file, "{found:?}");
-    fs::remove_dir_all(&dir)?;
-    Ok(())
-}
-
-fn tempdir() -> Result<std::path::PathBuf> {
+pub fn tempdir() -> Result<std::path::PathBuf> {
     static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let dir = std::env::temp_dir().join(format!("iter-check-{}-{number}", std::process::id()));

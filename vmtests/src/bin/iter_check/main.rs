@@ -7,6 +7,7 @@
 mod files;
 mod lock;
 mod scope;
+mod sets;
 mod sys;
 mod tasks;
 mod vmas;
@@ -42,9 +43,10 @@ fn main() -> Result<()> {
         ("memfd and pidfd", files::memfd_and_pidfd),
         ("unix sockets", files::unix_sockets),
         ("inet sockets", files::inet_sockets),
-        ("epoll", files::epoll),
-        ("inotify", files::inotify),
-        ("locks", files::locks),
+        ("epoll", sets::epoll),
+        ("epoll overflow", sets::epoll_overflow),
+        ("inotify", sets::inotify),
+        ("locks", sets::locks),
         ("mappings", vmas::mappings),
         ("cgroup scope", scope::cgroup_scope),
     ];
