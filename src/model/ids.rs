@@ -55,6 +55,17 @@ id!(
     "mm:{:x}"
 );
 id!(
+    /// A thread: the address of its `struct task_struct` on the live kernel, which
+    /// an exec by a thread that does not lead its group leaves alone while its TID changes.
+    TaskId(u64),
+    "task:{:x}"
+);
+id!(
+    /// A socket: the address of its `struct sock` on the live kernel.
+    SockId(u64),
+    "sock:{:x}"
+);
+id!(
     /// A cgroup v2 id: the inode number of its directory (`kernfs_node.id`).
     CgroupId(u64),
     "cgroup:{}"

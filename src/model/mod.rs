@@ -4,3 +4,10 @@
 
 pub mod frozen;
 pub mod ids;
+
+pub mod apply;
+pub mod check;
+pub mod diff;
+pub mod event;
+pub mod snapshot;
+pub mod state;

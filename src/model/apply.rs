@@ -1,0 +1,471 @@
+//! `State x Event -> State`.
+//!
+//! Total: any event can be applied to any state. What does not fit becomes an
+//! [`Anomaly`] and makes the object suspect; nothing is guessed. An event whose
+//! number is not above the object's generation was applied before and is ignored.
+
+use super::event::{Body, Event, FileKind, Object, OfdInfo, SockInfo, TaskInfo};
+use super::ids::{CgroupId, Fd, FilesId, MmId, OfdId, Pid, SockId, TaskId};
+use super::state::{Epoll, EpollItem, Mm, Ofd, Slot, Socket, State, Table, Task, Trust};
+
+/// Something an event says that the state cannot explain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Anomaly {
+    /// An event about a thread that was never seen.
+    UnknownTask(TaskId),
+    /// A process came into a tracked cgroup and was never seen.
+    UnknownProcess(Pid),
+    /// An event about a descriptor table that was never seen.
+    UnknownTable(FilesId),
+    /// An event about an epoll instance that was never seen.
+    UnknownEpoll(OfdId),
+    /// A description is not what it was, though descriptors still refer to it.
+    Conflict(OfdId),
+    /// Calls overlapped in a way that their events cannot order.
+    Unordered(Object),
+    /// An event said so.
+    Stale(Object),
+    /// An event could not be decoded.
+    Malformed,
+}
+
+/// Applies one event and says what did not fit.
+pub fn apply(state: &mut State, event: &Event) -> Vec<Anomaly> {
+    let mut step = Step { state, seq: event.seq, anomalies: Vec::new() };
+    step.body(&event.body);
+    step.state.seq = step.state.seq.max(event.seq);
+    step.anomalies
+}
+
+pub(super) struct Step<'a> {
+    pub(super) state: &'a mut State,
+    pub(super) seq: u64,
+    pub(super) anomalies: Vec<Anomaly>,
+}
+
+/// One call of epoll_ctl(2), for judging whether its event can be ordered.
+struct EpollCall {
+    files: FilesId,
+    epfd: Fd,
+    epoll: OfdId,
+    target: OfdId,
+    fd: Fd,
+    since: u64,
+}
+
+impl Step<'_> {
+    fn body(&mut self, body: &Body) {
+        match *body {
+            Body::TaskNew(ref info) => self.task_new(info, false),
+            Body::TaskExec(ref info) => self.task_new(info, false),
+            Body::TaskRename { task, ref comm } => {
+                if let Some(task) = self.task(task) {
+                    task.comm.clone_from(comm);
+                }
+            }
+            Body::TaskExit { task } => self.task_exit(task),
+            Body::TaskRelease { task } => self.task_release(task),
+            Body::CgroupMove { tgid, cgroup, tracked } => self.cgroup_move(tgid, cgroup, tracked),
+            Body::TaskFiles { task, files } => self.task_files(task, files),
+            Body::FilesNew { files } => self.files_new(files),
+            Body::FilesWord { files, ref fds } => self.files_word(files, fds),
+            Body::FdInstall { files, fd, cloexec, ref ofd } => {
+                if self.table(files).is_some() {
+                    self.set_slot(files, fd, ofd, cloexec);
+                }
+            }
+            Body::FdClose { files, fd } => {
+                if let Some(table) = self.table(files)
+                    && let Some(slot) = table.fds.remove(&fd)
+                {
+                    self.unref(slot.ofd);
+                }
+            }
+            Body::FdCloexec { files, fd, cloexec } => {
+                let seq = self.seq;
+                if let Some(table) = self.table(files)
+                    && let Some(slot) = table.fds.get_mut(&fd)
+                {
+                    slot.cloexec = cloexec;
+                    slot.seq = seq;
+                }
+            }
+            Body::RangeCloexec { files, first, last, since } => {
+                self.range_cloexec(files, first, last, since);
+            }
+            Body::ExecClose { files } => self.exec_close(files),
+            Body::Socket(ref info) => self.socket(info),
+            Body::SocketState { sock, state } => self.socket_state(sock, state),
+            Body::EpollSet { epoll, files, epfd, target, fd, events, data, since } => {
+                let call = EpollCall { files, epfd, epoll, target, fd, since };
+                self.epoll_ctl(&call, Some((events, data)));
+            }
+            Body::EpollDel { epoll, files, epfd, target, fd, since } => {
+                let call = EpollCall { files, epfd, epoll, target, fd, since };
+                self.epoll_ctl(&call, None);
+            }
+            Body::EpollRelease { target } => self.epoll_release(target),
+            Body::Stale(object) => {
+                self.anomalies.push(Anomaly::Stale(object));
+                self.suspect(object);
+            }
+            Body::Malformed => self.anomalies.push(Anomaly::Malformed),
+        }
+    }
+
+    /// The thread, if it is known and this event is news to it.
+    fn task(&mut self, id: TaskId) -> Option<&mut Task> {
+        match self.state.tasks.get_mut(&id) {
+            None => {
+                self.anomalies.push(Anomaly::UnknownTask(id));
+                None
+            }
+            Some(task) if task.seq >= self.seq => None,
+            Some(task) => {
+                task.seq = self.seq;
+                Some(task)
+            }
+        }
+    }
+
+    /// The table, if it is known and this event is news to it.
+    fn table(&mut self, id: FilesId) -> Option<&mut Table> {
+        match self.state.tables.get_mut(&id) {
+            None => {
+                self.anomalies.push(Anomaly::UnknownTable(id));
+                None
+            }
+            Some(table) if table.seq >= self.seq => None,
+            Some(table) => {
+                table.seq = self.seq;
+                Some(table)
+            }
+        }
+    }
+
+    /// Marks an object for being read again.
+    pub(super) fn suspect(&mut self, object: Object) {
+        let trust = match object {
+            Object::Tasks => None,
+            Object::Files(id) => self.state.tables.get_mut(&id).map(|table| &mut table.trust),
+            Object::Mm(id) => self.state.mms.get_mut(&id).map(|mm| &mut mm.trust),
+            Object::Epoll(id) => self.state.epolls.get_mut(&id).map(|epoll| &mut epoll.trust),
+            Object::Socket(id) => self.state.sockets.get_mut(&id).map(|sock| &mut sock.trust),
+        };
+        if let Some(trust) = trust {
+            *trust = Trust::Suspect;
+        }
+    }
+
+    pub(super) fn task_new(&mut self, info: &TaskInfo, zombie: bool) {
+        let id = info.task;
+        if let Some(old) = self.state.tasks.get(&id) {
+            if old.seq >= self.seq {
+                return;
+            }
+            let (old_files, old_mm) = (old.files, old.mm);
+            if old_files != info.files {
+                self.leave_table(id, old_files);
+            }
+            if old_mm != info.mm {
+                self.leave_mm(id, old_mm);
+            }
+        }
+        let task = Task {
+            seq: self.seq,
+            tid: info.tid,
+            tgid: info.tgid,
+            parent: Some(info.parent),
+            files: info.files,
+            mm: info.mm,
+            cgroup: info.cgroup,
+            comm: info.comm.clone(),
+            zombie,
+        };
+        self.state.tasks.insert(id, task);
+        self.join_table(id, info.files);
+        self.join_mm(id, info.mm);
+    }
+
+    fn task_exit(&mut self, id: TaskId) {
+        let Some(task) = self.task(id) else { return };
+        task.zombie = true;
+        let (files, mm, tgid) = (task.files.take(), task.mm.take(), task.tgid);
+        self.leave_table(id, files);
+        self.leave_mm(id, mm);
+        let alive = self.state.tasks.values().any(|task| task.tgid == tgid && !task.zombie);
+        if !alive {
+            self.orphan_children(tgid);
+        }
+    }
+
+    /// The children of a process that died have a new parent, which no hook names.
+    fn orphan_children(&mut self, parent: Pid) {
+        for task in self.state.tasks.values_mut() {
+            if task.parent == Some(parent) && task.seq < self.seq {
+                task.parent = None;
+            }
+        }
+    }
+
+    fn task_release(&mut self, id: TaskId) {
+        if self.task(id).is_some() {
+            self.forget_task(id);
+        }
+    }
+
+    pub(super) fn forget_task(&mut self, id: TaskId) {
+        if let Some(task) = self.state.tasks.remove(&id) {
+            self.leave_table(id, task.files);
+            self.leave_mm(id, task.mm);
+        }
+    }
+
+    fn cgroup_move(&mut self, tgid: Pid, cgroup: CgroupId, tracked: bool) {
+        let of_process = |(id, task): (&TaskId, &Task)| (task.tgid == tgid).then_some(*id);
+        let members: Vec<TaskId> = self.state.tasks.iter().filter_map(of_process).collect();
+        if tracked && members.is_empty() {
+            self.anomalies.push(Anomaly::UnknownProcess(tgid));
+        }
+        for id in members {
+            let Some(task) = self.task(id) else { continue };
+            if tracked {
+                task.cgroup = cgroup;
+            } else {
+                self.forget_task(id);
+            }
+        }
+    }
+
+    fn task_files(&mut self, id: TaskId, files: FilesId) {
+        let Some(task) = self.task(id) else { return };
+        let old = task.files.replace(files);
+        if old != Some(files) {
+            self.leave_table(id, old);
+            self.join_table(id, Some(files));
+        }
+    }
+
+    fn join_table(&mut self, task: TaskId, files: Option<FilesId>) {
+        let Some(files) = files else { return };
+        if !self.state.tables.contains_key(&files) {
+            self.anomalies.push(Anomaly::UnknownTable(files));
+            let table = Table { born: self.seq, seq: self.seq, ..Table::default() };
+            self.state.tables.insert(files, table);
+        }
+        if let Some(table) = self.state.tables.get_mut(&files) {
+            table.users.insert(task);
+        }
+    }
+
+    fn leave_table(&mut self, task: TaskId, files: Option<FilesId>) {
+        let Some(files) = files else { return };
+        if let Some(table) = self.state.tables.get_mut(&files)
+            && table.users.remove(&task)
+            && table.users.is_empty()
+        {
+            self.forget_table(files);
+        }
+    }
+
+    pub(super) fn forget_table(&mut self, files: FilesId) {
+        if let Some(table) = self.state.tables.remove(&files) {
+            for slot in table.fds.values() {
+                self.unref(slot.ofd);
+            }
+        }
+    }
+
+    fn join_mm(&mut self, task: TaskId, mm: Option<MmId>) {
+        let Some(mm) = mm else { return };
+        let seq = self.seq;
+        let new = || Mm { seq, ..Mm::default() };
+        self.state.mms.entry(mm).or_insert_with(new).users.insert(task);
+    }
+
+    fn leave_mm(&mut self, task: TaskId, mm: Option<MmId>) {
+        let Some(id) = mm else { return };
+        if let Some(mm) = self.state.mms.get_mut(&id)
+            && mm.users.remove(&task)
+            && mm.users.is_empty()
+        {
+            self.state.mms.remove(&id);
+        }
+    }
+
+    fn files_new(&mut self, files: FilesId) {
+        if self.state.tables.get(&files).is_some_and(|table| table.seq >= self.seq) {
+            return;
+        }
+        // The address is new or used again: whatever had it before is gone.
+        self.forget_table(files);
+        let table =
+            Table { born: self.seq, seq: self.seq, trust: Trust::Verified, ..Table::default() };
+        self.state.tables.insert(files, table);
+    }
+
+    fn files_word(&mut self, files: FilesId, fds: &[(Fd, OfdId, bool)]) {
+        if self.table(files).is_none() {
+            return;
+        }
+        for (fd, id, cloexec) in fds {
+            let known = self.state.ofds.contains_key(id);
+            let info = OfdInfo { id: *id, ..OfdInfo::default() };
+            self.set_slot(files, *fd, &info, *cloexec);
+            if !known {
+                self.suspect(Object::Files(files));
+            }
+        }
+    }
+
+    /// Makes a descriptor of a known table refer to a description.
+    pub(super) fn set_slot(&mut self, files: FilesId, fd: Fd, ofd: &OfdInfo, cloexec: bool) {
+        // The new reference first: it may be the one that is replaced.
+        self.reference(ofd);
+        let slot = Slot { seq: self.seq, ofd: ofd.id, cloexec };
+        let old = self.state.tables.get_mut(&files).and_then(|table| table.fds.insert(fd, slot));
+        if let Some(old) = old {
+            self.unref(old.ofd);
+        }
+    }
+
+    fn reference(&mut self, info: &OfdInfo) {
+        let seq = self.seq;
+        if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
+            ofd.refs += 1;
+            let same = ofd.kind == info.kind && ofd.inode == info.inode && ofd.sock == info.sock;
+            if info.kind == FileKind::Unknown || same {
+                return;
+            }
+            if ofd.kind != FileKind::Unknown {
+                self.anomalies.push(Anomaly::Conflict(info.id));
+            }
+        }
+        let refs = self.state.ofds.get(&info.id).map_or(1, |ofd| ofd.refs);
+        let ofd = Ofd {
+            seq,
+            refs,
+            kind: info.kind,
+            inode: info.inode,
+            mode: info.mode,
+            flags: info.flags,
+            sock: info.sock,
+        };
+        if let Some(sock) = self.state.ofds.insert(info.id, ofd).and_then(|old| old.sock) {
+            self.state.sockets.remove(&sock);
+        }
+        self.state.epolls.remove(&info.id);
+        if info.kind == FileKind::Epoll {
+            let trust = if info.empty_epoll { Trust::Verified } else { Trust::Suspect };
+            self.state.epolls.insert(info.id, Epoll { seq, trust, ..Epoll::default() });
+        }
+        if let Some(sock) = info.sock {
+            let info = SockInfo { sock, ..SockInfo::default() };
+            self.state.sockets.insert(sock, Socket { seq, trust: Trust::Suspect, info });
+        }
+    }
+
+    pub(super) fn unref(&mut self, id: OfdId) {
+        let Some(ofd) = self.state.ofds.get_mut(&id) else { return };
+        ofd.refs = ofd.refs.saturating_sub(1);
+        if ofd.refs > 0 {
+            return;
+        }
+        // It may live on in a message or a mapping; should a descriptor refer to
+        // it again, its installation describes it again.
+        if let Some(sock) = ofd.sock {
+            self.state.sockets.remove(&sock);
+        }
+        self.state.epolls.remove(&id);
+        self.state.ofds.remove(&id);
+    }
+
+    fn range_cloexec(&mut self, files: FilesId, first: Fd, last: Fd, since: u64) {
+        let seq = self.seq;
+        let Some(table) = self.table(files) else { return };
+        if first > last {
+            return;
+        }
+        let mut unordered = false;
+        for slot in table.fds.range_mut(first..=last).map(|(_, slot)| slot) {
+            unordered |= slot.seq > since;
+            *slot = Slot { cloexec: true, seq, ..*slot };
+        }
+        if unordered {
+            self.unordered(Object::Files(files));
+        }
+    }
+
+    fn exec_close(&mut self, files: FilesId) {
+        let Some(table) = self.table(files) else { return };
+        let closed: Vec<OfdId> =
+            table.fds.extract_if(.., |_, slot| slot.cloexec).map(|(_, slot)| slot.ofd).collect();
+        for ofd in closed {
+            self.unref(ofd);
+        }
+    }
+
+    fn socket(&mut self, info: &SockInfo) {
+        // A socket no descriptor refers to is described again when one does.
+        if let Some(socket) = self.state.sockets.get_mut(&info.sock)
+            && socket.seq < self.seq
+        {
+            *socket = Socket { seq: self.seq, trust: Trust::Verified, info: info.clone() };
+        }
+    }
+
+    fn socket_state(&mut self, sock: SockId, state: u8) {
+        if let Some(socket) = self.state.sockets.get_mut(&sock)
+            && socket.seq < self.seq
+        {
+            socket.seq = self.seq;
+            socket.info.state = state;
+        }
+    }
+
+    fn epoll_ctl(&mut self, call: &EpollCall, value: Option<(u32, u64)>) {
+        let Some(epoll) = self.state.epolls.get_mut(&call.epoll) else {
+            self.anomalies.push(Anomaly::UnknownEpoll(call.epoll));
+            return;
+        };
+        if epoll.seq >= self.seq {
+            return;
+        }
+        epoll.seq = self.seq;
+        let key = (call.target, call.fd);
+        let old = match value {
+            Some((events, data)) => {
+                epoll.items.insert(key, EpollItem { seq: self.seq, events, data })
+            }
+            None => epoll.items.remove(&key),
+        };
+        let overlapped = old.is_some_and(|item| item.seq > call.since);
+        let table = self.state.tables.get(&call.files);
+        let named = |fd: Fd, ofd: OfdId| {
+            let slot = table.and_then(|table| table.fds.get(&fd));
+            slot.is_some_and(|slot| slot.ofd == ofd && slot.seq <= call.since)
+        };
+        if overlapped || !named(call.epfd, call.epoll) || !named(call.fd, call.target) {
+            self.unordered(Object::Epoll(call.epoll));
+        }
+    }
+
+    fn epoll_release(&mut self, target: OfdId) {
+        for epoll in self.state.epolls.values_mut() {
+            if epoll.seq >= self.seq {
+                continue;
+            }
+            let of_target = (target, Fd(i32::MIN))..=(target, Fd(i32::MAX));
+            let gone: Vec<_> = epoll.items.range(of_target).map(|(key, _)| *key).collect();
+            for key in gone {
+                epoll.items.remove(&key);
+                epoll.seq = self.seq;
+            }
+        }
+    }
+
+    fn unordered(&mut self, object: Object) {
+        self.anomalies.push(Anomaly::Unordered(object));
+        self.suspect(object);
+    }
+}

@@ -1,0 +1,289 @@
+//! What the kernel hooks report, decoded: identities and resulting state.
+//!
+//! An event says what *is* now, not what was called, so that applying one twice
+//! or late leads to the same state. Events are applied in the order of their
+//! number, which the BPF side takes from one counter at a point where the order
+//! of any two events about one object is decided (HOOKS.md section 2).
+
+use super::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid};
+use serde::{Deserialize, Serialize};
+
+/// One event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Its number: 1 for the first event since the programs were loaded, without gaps.
+    pub seq: u64,
+    /// What happened.
+    pub body: Body,
+}
+
+/// What an event says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// A thread exists (clone(2), or found in a cgroup that is tracked now).
+    TaskNew(TaskInfo),
+    /// execve(2) is past its point of no return.
+    TaskExec(TaskInfo),
+    /// A thread has another name: `PR_SET_NAME`, exec, a write to /proc.
+    TaskRename {
+        /// Thread.
+        task: TaskId,
+        /// Its new `comm`.
+        comm: String,
+    },
+    /// A thread exits; it gives up its descriptors and memory and is a zombie until it is reaped.
+    TaskExit {
+        /// Thread.
+        task: TaskId,
+    },
+    /// A thread was reaped.
+    TaskRelease {
+        /// Thread.
+        task: TaskId,
+    },
+    /// A process moved to another cgroup.
+    CgroupMove {
+        /// Process.
+        tgid: Pid,
+        /// Where it is now.
+        cgroup: CgroupId,
+        /// Whether that cgroup is tracked.
+        tracked: bool,
+    },
+    /// A thread uses another descriptor table now.
+    TaskFiles {
+        /// Thread.
+        task: TaskId,
+        /// The table.
+        files: FilesId,
+    },
+    /// A descriptor table was made by copying another; its descriptors follow in `FilesWord`s.
+    FilesNew {
+        /// The new table.
+        files: FilesId,
+    },
+    /// Up to 64 descriptors of a table that was just copied.
+    FilesWord {
+        /// The new table.
+        files: FilesId,
+        /// What they refer to.
+        fds: Vec<(Fd, OfdId, bool)>,
+    },
+    /// A descriptor refers to this open file description now.
+    FdInstall {
+        /// Table.
+        files: FilesId,
+        /// Number.
+        fd: Fd,
+        /// `FD_CLOEXEC`.
+        cloexec: bool,
+        /// What it refers to.
+        ofd: OfdInfo,
+    },
+    /// A descriptor is free.
+    FdClose {
+        /// Table.
+        files: FilesId,
+        /// Number.
+        fd: Fd,
+    },
+    /// `FD_CLOEXEC` of a descriptor, if it is open.
+    FdCloexec {
+        /// Table.
+        files: FilesId,
+        /// Number.
+        fd: Fd,
+        /// Its value.
+        cloexec: bool,
+    },
+    /// close_range(2) with `CLOSE_RANGE_CLOEXEC` set `FD_CLOEXEC` on all open ones of a range.
+    RangeCloexec {
+        /// Table.
+        files: FilesId,
+        /// First number.
+        first: Fd,
+        /// Last number, inclusive.
+        last: Fd,
+        /// The last event number when the call began.
+        since: u64,
+    },
+    /// exec closed every descriptor with `FD_CLOEXEC`.
+    ExecClose {
+        /// Table.
+        files: FilesId,
+    },
+    /// Resulting state of a socket.
+    Socket(SockInfo),
+    /// A TCP-like state change (`inet_sock_set_state`).
+    SocketState {
+        /// Socket.
+        sock: SockId,
+        /// `TCP_*` (include/net/tcp_states.h).
+        state: u8,
+    },
+    /// An epoll item exists with these values.
+    EpollSet {
+        /// Epoll instance.
+        epoll: OfdId,
+        /// Table of the caller, in which `epfd` and `fd` were looked up.
+        files: FilesId,
+        /// Descriptor of the epoll instance.
+        epfd: Fd,
+        /// Watched description.
+        target: OfdId,
+        /// Number it is watched under.
+        fd: Fd,
+        /// `EPOLL*` bits as the kernel keeps them.
+        events: u32,
+        /// `epoll_data_t`.
+        data: u64,
+        /// The last event number when the call began.
+        since: u64,
+    },
+    /// An epoll item was removed.
+    EpollDel {
+        /// Epoll instance.
+        epoll: OfdId,
+        /// Table of the caller.
+        files: FilesId,
+        /// Descriptor of the epoll instance.
+        epfd: Fd,
+        /// Watched description.
+        target: OfdId,
+        /// Number it was watched under.
+        fd: Fd,
+        /// The last event number when the call began.
+        since: u64,
+    },
+    /// A watched description dies: its items leave all epoll instances.
+    EpollRelease {
+        /// Description.
+        target: OfdId,
+    },
+    /// The object changed in a way that was not reported, or a report of it was lost.
+    Stale(Object),
+    /// A record that could not be decoded; counted, and nothing else is known of it.
+    Malformed,
+}
+
+/// An object that can be suspect and read again by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Object {
+    /// Threads: any may be missing, wrong or gone.
+    Tasks,
+    /// A descriptor table.
+    Files(FilesId),
+    /// An address space.
+    Mm(MmId),
+    /// An epoll instance.
+    Epoll(OfdId),
+    /// A socket.
+    Socket(SockId),
+}
+
+/// A thread as an event describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskInfo {
+    /// Identity.
+    pub task: TaskId,
+    /// Thread id.
+    pub tid: Tid,
+    /// Thread group.
+    pub tgid: Pid,
+    /// Real parent's thread group.
+    pub parent: Pid,
+    /// Descriptor table; `None` for a thread that gave it up.
+    pub files: Option<FilesId>,
+    /// Address space; `None` for a thread that gave it up.
+    pub mm: Option<MmId>,
+    /// Cgroup.
+    pub cgroup: CgroupId,
+    /// Name.
+    pub comm: String,
+}
+
+/// What an open file description is.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum FileKind {
+    /// Not known: only the address was seen.
+    #[default]
+    Unknown,
+    /// A kind without a name of its own here.
+    Other,
+    Regular,
+    Directory,
+    CharDevice,
+    BlockDevice,
+    Symlink,
+    Fifo,
+    Pipe,
+    Socket,
+    Eventfd,
+    Epoll,
+    Timerfd,
+    Signalfd,
+    Inotify,
+    Fanotify,
+    Pidfd,
+    Memfd,
+    IoUring,
+    Userfaultfd,
+    PerfEvent,
+    Bpf,
+    Mqueue,
+    Namespace,
+}
+
+/// An open file description as an event describes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfdInfo {
+    /// Identity.
+    pub id: OfdId,
+    /// Kind.
+    pub kind: FileKind,
+    /// Its inode; for anonymous kinds the one they all share.
+    pub inode: InodeId,
+    /// `st_mode`.
+    pub mode: u32,
+    /// `O_*` flags when it was last seen (status flags change without events).
+    pub flags: u32,
+    /// The socket, for sockets.
+    pub sock: Option<SockId>,
+    /// An epoll instance without items.
+    pub empty_epoll: bool,
+}
+
+/// A socket as an event describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SockInfo {
+    /// Identity.
+    pub sock: SockId,
+    /// Inode number in sockfs.
+    pub ino: u64,
+    /// `AF_*`.
+    pub family: u16,
+    /// `SOCK_*`.
+    pub kind: u16,
+    /// `IPPROTO_*`.
+    pub protocol: u16,
+    /// `TCP_*`, also for Unix sockets.
+    pub state: u8,
+    /// Receive side 1, send side 2.
+    pub shutdown: u8,
+    /// Local port; 0 if none.
+    pub local_port: u16,
+    /// Remote port; 0 if none.
+    pub remote_port: u16,
+    /// Local address in network order; IPv4 in the first four bytes.
+    pub local_addr: [u8; 16],
+    /// Remote address, same form.
+    pub remote_addr: [u8; 16],
+    /// The socket at the other end of a Unix connection.
+    pub peer: Option<SockId>,
+    /// Name of a Unix socket; starts with NUL if abstract.
+    pub name: Vec<u8>,
+}

@@ -1,0 +1,133 @@
+//! Merging what was read from the kernel into a state that events kept changing.
+//!
+//! A reading names the last event number before it began. Everything it says is
+//! as true as an event of that number: what events said later stands. Replaying
+//! the events since then afterwards gives the state as if it had always been known.
+
+use super::apply::{Anomaly, Step};
+use super::event::{FileKind, OfdInfo, SockInfo, TaskInfo};
+use super::ids::{Fd, FilesId, MmId, OfdId, SockId, TaskId};
+use super::state::{Epoll, EpollItem, Socket, State, Table, Trust};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Objects as they were read, each complete.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Every event up to this number had taken effect when reading began.
+    pub seq: u64,
+    /// Whether `tasks` are all that are tracked, rather than some.
+    pub all_tasks: bool,
+    /// Threads; `true` for zombies.
+    pub tasks: Vec<(TaskInfo, bool)>,
+    /// Tables with all their descriptors.
+    pub tables: BTreeMap<FilesId, Vec<(Fd, OfdInfo, bool)>>,
+    /// Sockets that `tables` refer to.
+    pub sockets: BTreeMap<SockId, SockInfo>,
+    /// Epoll instances that `tables` refer to, with all items: target, number, events, data.
+    pub epolls: BTreeMap<OfdId, Vec<(OfdId, Fd, u32, u64)>>,
+    /// Address spaces with their number of mappings.
+    pub mms: BTreeMap<MmId, u32>,
+}
+
+/// Merges a reading. The events numbered above `snapshot.seq` that were applied
+/// already must be applied once more afterwards.
+pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {
+    let mut step = Step { state, seq: snapshot.seq, anomalies: Vec::new() };
+    let seq = snapshot.seq;
+    if snapshot.all_tasks {
+        let read: BTreeSet<TaskId> =
+            snapshot.tasks.iter().map(|(info, _)| info.task).collect();
+        let old = step.state.tasks.iter().filter(|(id, t)| t.seq <= seq && !read.contains(id));
+        let gone: Vec<TaskId> = old.map(|(id, _)| *id).collect();
+        for id in gone {
+            step.forget_task(id);
+        }
+    }
+    for (files, fds) in &snapshot.tables {
+        step.absorb_table(*files, fds);
+    }
+    for (info, zombie) in &snapshot.tasks {
+        step.absorb_task(info, *zombie);
+    }
+    for (id, info) in &snapshot.sockets {
+        if let Some(socket) = step.state.sockets.get_mut(id)
+            && (socket.seq <= seq || socket.trust == Trust::Suspect)
+        {
+            *socket = Socket { seq, trust: Trust::Verified, info: info.clone() };
+        }
+    }
+    for (id, items) in &snapshot.epolls {
+        if let Some(epoll) = step.state.epolls.get_mut(id) {
+            let item = |(target, fd, events, data): &(OfdId, Fd, u32, u64)| {
+                ((*target, *fd), EpollItem { seq, events: *events, data: *data })
+            };
+            *epoll =
+                Epoll { seq, trust: Trust::Verified, items: items.iter().map(item).collect() };
+        }
+    }
+    for (id, mappings) in &snapshot.mms {
+        if let Some(mm) = step.state.mms.get_mut(id) {
+            mm.trust = Trust::Verified;
+            mm.mappings = Some(*mappings);
+        }
+    }
+    if snapshot.all_tasks {
+        // A fork that failed after it copied the table leaves it without a user.
+        let unused = step.state.tables.iter().filter(|(_, t)| t.users.is_empty() && t.seq <= seq);
+        let unused: Vec<FilesId> = unused.map(|(id, _)| *id).collect();
+        for id in unused {
+            step.forget_table(id);
+        }
+    }
+    step.state.seq = step.state.seq.max(seq);
+    step.anomalies
+}
+
+impl Step<'_> {
+    fn absorb_task(&mut self, info: &TaskInfo, zombie: bool) {
+        if self.state.tasks.get(&info.task).is_some_and(|task| task.seq > self.seq) {
+            return;
+        }
+        if let Some(task) = self.state.tasks.get_mut(&info.task) {
+            // Equal numbers are no news to `task_new`.
+            task.seq = 0;
+        }
+        self.task_new(info, zombie);
+    }
+
+    /// The table as it was read, except for what events said since.
+    fn absorb_table(&mut self, files: FilesId, fds: &[(Fd, OfdInfo, bool)]) {
+        let seq = self.seq;
+        let table = self.state.tables.entry(files);
+        let table = table.or_insert_with(|| Table { born: seq, seq, ..Table::default() });
+        if table.born > seq {
+            return; // another table, made at the same address since
+        }
+        table.trust = Trust::Verified;
+        table.seq = seq;
+        let newer = |table: &Table, fd: Fd| table.fds.get(&fd).is_some_and(|s| s.seq > seq);
+        let read: BTreeSet<Fd> = fds.iter().map(|(fd, _, _)| *fd).collect();
+        let gone = table.fds.extract_if(.., |fd, slot| slot.seq <= seq && !read.contains(fd));
+        let gone: Vec<OfdId> = gone.map(|(_, slot)| slot.ofd).collect();
+        for (fd, info, cloexec) in fds {
+            if !self.state.tables.get(&files).is_some_and(|table| newer(table, *fd)) {
+                self.describe(info);
+                self.set_slot(files, *fd, info, *cloexec);
+            }
+        }
+        for ofd in gone {
+            self.unref(ofd);
+        }
+    }
+
+    /// Completes a description of which only the address was known.
+    fn describe(&mut self, info: &OfdInfo) {
+        let seq = self.seq;
+        let Some(ofd) = self.state.ofds.get_mut(&info.id) else { return };
+        if ofd.kind != FileKind::Unknown && ofd.seq > seq {
+            return;
+        }
+        ofd.flags = info.flags;
+        ofd.mode = info.mode;
+    }
+}

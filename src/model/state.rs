@@ -1,0 +1,187 @@
+//! The live state of the tracked applications.
+//!
+//! Values only; `apply` changes them. Everything is keyed by the identity the
+//! kernel gives it, and each object says whether it is known to be right.
+
+use super::event::{FileKind, Object, SockInfo};
+use super::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// All that is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Number of the last event applied.
+    pub seq: u64,
+    /// Threads.
+    pub tasks: BTreeMap<TaskId, Task>,
+    /// Descriptor tables.
+    pub tables: BTreeMap<FilesId, Table>,
+    /// Open file descriptions that some descriptor refers to.
+    pub ofds: BTreeMap<OfdId, Ofd>,
+    /// Sockets that some description holds.
+    pub sockets: BTreeMap<SockId, Socket>,
+    /// Epoll instances that some descriptor refers to.
+    pub epolls: BTreeMap<OfdId, Epoll>,
+    /// Address spaces.
+    pub mms: BTreeMap<MmId, Mm>,
+}
+
+/// Whether an object is known to be as the kernel has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Trust {
+    /// Every change since it was made or read was seen.
+    Verified,
+    /// It must be read again before it is used.
+    #[default]
+    Suspect,
+}
+
+/// A thread.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// Generation: number of the last event that concerned it.
+    pub seq: u64,
+    /// Thread id.
+    pub tid: Tid,
+    /// Thread group.
+    pub tgid: Pid,
+    /// Real parent; `None` once it died, until the thread is read again.
+    pub parent: Option<Pid>,
+    /// Descriptor table; `None` once it exits.
+    pub files: Option<FilesId>,
+    /// Address space; `None` once it exits.
+    pub mm: Option<MmId>,
+    /// Cgroup.
+    pub cgroup: CgroupId,
+    /// Name.
+    pub comm: String,
+    /// Exited, not reaped yet.
+    pub zombie: bool,
+}
+
+/// A descriptor table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// Number of the event that made it, or that it was first read at.
+    pub born: u64,
+    /// Generation: number of the last event that concerned it.
+    pub seq: u64,
+    /// Whether all descriptors are right.
+    pub trust: Trust,
+    /// Threads that use it.
+    pub users: BTreeSet<TaskId>,
+    /// Descriptors.
+    pub fds: BTreeMap<Fd, Slot>,
+}
+
+/// A descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slot {
+    /// Number of the last event about it, or that it was read at.
+    pub seq: u64,
+    /// What it refers to.
+    pub ofd: OfdId,
+    /// `FD_CLOEXEC`.
+    pub cloexec: bool,
+}
+
+/// An open file description.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ofd {
+    /// Generation.
+    pub seq: u64,
+    /// Descriptors that refer to it.
+    pub refs: u32,
+    /// Kind.
+    pub kind: FileKind,
+    /// Its inode.
+    pub inode: InodeId,
+    /// `st_mode`.
+    pub mode: u32,
+    /// `O_*` flags when it was last seen.
+    pub flags: u32,
+    /// The socket, for sockets.
+    pub sock: Option<SockId>,
+}
+
+/// A socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Socket {
+    /// Generation.
+    pub seq: u64,
+    /// Whether `info` is right.
+    pub trust: Trust,
+    /// Its state.
+    pub info: SockInfo,
+}
+
+/// An epoll instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Epoll {
+    /// Generation.
+    pub seq: u64,
+    /// Whether all items are right.
+    pub trust: Trust,
+    /// Items by the description watched and the number it was added under.
+    pub items: BTreeMap<(OfdId, Fd), EpollItem>,
+}
+
+/// An epoll item.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpollItem {
+    /// Number of the last event about it, or that it was read at.
+    pub seq: u64,
+    /// `EPOLL*` bits; with `EPOLLONESHOT` the kernel disarms them without an event.
+    pub events: u32,
+    /// `epoll_data_t`.
+    pub data: u64,
+}
+
+/// An address space.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mm {
+    /// Generation.
+    pub seq: u64,
+    /// Whether `vmas` is what the kernel has.
+    pub trust: Trust,
+    /// Threads that use it.
+    pub users: BTreeSet<TaskId>,
+    /// How many mappings it had when it was last read.
+    pub mappings: Option<u32>,
+}
+
+impl State {
+    /// The thread with this id.
+    #[must_use]
+    pub fn task_by_tid(&self, tid: Tid) -> Option<(TaskId, &Task)> {
+        self.tasks.iter().find(|(_, task)| task.tid == tid).map(|(id, task)| (*id, task))
+    }
+
+    /// Thread groups, each with its threads.
+    #[must_use]
+    pub fn processes(&self) -> BTreeMap<Pid, Vec<(TaskId, &Task)>> {
+        let mut processes = BTreeMap::<_, Vec<_>>::new();
+        for (id, task) in &self.tasks {
+            processes.entry(task.tgid).or_default().push((*id, task));
+        }
+        processes
+    }
+
+    /// Everything that must be read again before it is used.
+    #[must_use]
+    pub fn suspects(&self) -> BTreeSet<Object> {
+        let suspect = |trust: Trust| trust == Trust::Suspect;
+        let tables = self.tables.iter().filter(|(_, t)| suspect(t.trust));
+        let mms = self.mms.iter().filter(|(_, m)| suspect(m.trust));
+        let epolls = self.epolls.iter().filter(|(_, e)| suspect(e.trust));
+        let sockets = self.sockets.iter().filter(|(_, s)| suspect(s.trust));
+        tables
+            .map(|(id, _)| Object::Files(*id))
+            .chain(mms.map(|(id, _)| Object::Mm(*id)))
+            .chain(epolls.map(|(id, _)| Object::Epoll(*id)))
+            .chain(sockets.map(|(id, _)| Object::Socket(*id)))
+            .collect()
+    }
+}

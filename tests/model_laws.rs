@@ -1,0 +1,424 @@
+//! Laws of the live model, over random histories that a kernel could produce.
+
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+use tracker::model::apply::{Anomaly, apply};
+use tracker::model::check::check;
+use tracker::model::diff::{diff, patch};
+use tracker::model::event::{Body, Event, FileKind, OfdInfo, TaskInfo};
+use tracker::model::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, TaskId, Tid};
+use tracker::model::snapshot::{Snapshot, absorb};
+use tracker::model::state::{State, Trust};
+
+/// What a random step tries to do; the kernel below makes it something possible.
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    Fork { who: u8, share_files: bool },
+    Unshare { who: u8 },
+    Exec { who: u8 },
+    Exit { who: u8 },
+    Open { who: u8, epoll: bool, cloexec: bool },
+    Close { who: u8, fd: u8 },
+    Dup2 { who: u8, from: u8, to: u8, cloexec: bool },
+    Cloexec { who: u8, fd: u8, on: bool },
+    RangeCloexec { who: u8, first: u8, last: u8 },
+    Watch { who: u8, epfd: u8, fd: u8, add: bool, events: u32 },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let who = any::<u8>();
+    prop_oneof![
+        2 => (who, any::<bool>()).prop_map(|(who, share_files)| Op::Fork { who, share_files }),
+        1 => who.prop_map(|who| Op::Unshare { who }),
+        1 => who.prop_map(|who| Op::Exec { who }),
+        2 => who.prop_map(|who| Op::Exit { who }),
+        6 => (who, any::<bool>(), any::<bool>())
+            .prop_map(|(who, epoll, cloexec)| Op::Open { who, epoll, cloexec }),
+        5 => (who, any::<u8>()).prop_map(|(who, fd)| Op::Close { who, fd }),
+        4 => (who, any::<u8>(), 0..12u8, any::<bool>())
+            .prop_map(|(who, from, to, cloexec)| Op::Dup2 { who, from, to, cloexec }),
+        2 => (who, any::<u8>(), any::<bool>()).prop_map(|(who, fd, on)| Op::Cloexec { who, fd, on }),
+        1 => (who, 0..12u8, 0..12u8)
+            .prop_map(|(who, first, last)| Op::RangeCloexec { who, first, last }),
+        6 => (who, any::<u8>(), any::<u8>(), prop::bool::weighted(0.7), any::<u32>())
+            .prop_map(|(who, epfd, fd, add, events)| Op::Watch { who, epfd, fd, add, events }),
+    ]
+}
+
+#[derive(Clone, Debug)]
+struct Thread {
+    task: TaskId,
+    files: FilesId,
+    mm: MmId,
+    pid: i32,
+}
+
+type Items = BTreeMap<(OfdId, Fd), u32>;
+
+/// A kernel in miniature: the truth the model must arrive at. Addresses of what
+/// died are used again at once, as slab caches do.
+#[derive(Clone, Debug, Default)]
+struct Kernel {
+    seq: u64,
+    events: Vec<Event>,
+    threads: Vec<Thread>,
+    tables: BTreeMap<FilesId, BTreeMap<Fd, (OfdId, bool)>>,
+    files: BTreeMap<OfdId, (FileKind, u64)>,
+    epolls: BTreeMap<OfdId, Items>,
+    serial: u64,
+}
+
+fn free<K: Ord + Copy>(used: &BTreeSet<K>, make: impl Fn(u64) -> K) -> K {
+    let mut address = (1..).map(|n| make(n * 64));
+    address.find(|id| !used.contains(id)).expect("addresses never run out")
+}
+
+impl Kernel {
+    fn boot() -> Self {
+        let mut kernel = Self::default();
+        kernel.emit(Body::FilesNew { files: FilesId(64) });
+        kernel.tables.insert(FilesId(64), BTreeMap::new());
+        kernel.start(FilesId(64));
+        kernel
+    }
+
+    fn emit(&mut self, body: Body) {
+        self.seq += 1;
+        self.events.push(Event { seq: self.seq, body });
+    }
+
+    fn info(thread: &Thread) -> TaskInfo {
+        TaskInfo {
+            task: thread.task,
+            tid: Tid(thread.pid),
+            tgid: Pid(thread.pid),
+            parent: Pid(1),
+            files: Some(thread.files),
+            mm: Some(thread.mm),
+            cgroup: CgroupId(7),
+            comm: format!("t{}", thread.pid),
+        }
+    }
+
+    fn start(&mut self, files: FilesId) {
+        self.serial += 1;
+        let task = free(&self.threads.iter().map(|t| t.task).collect(), TaskId);
+        let mm = free(&self.threads.iter().map(|t| t.mm).collect(), MmId);
+        let pid = i32::try_from(self.serial).expect("few threads");
+        let thread = Thread { task, files, mm, pid };
+        self.emit(Body::TaskNew(Self::info(&thread)));
+        self.threads.push(thread);
+    }
+
+    fn copy(&mut self, from: FilesId) -> FilesId {
+        let files = free(&self.tables.keys().copied().collect(), FilesId);
+        let fds = self.tables[&from].clone();
+        self.emit(Body::FilesNew { files });
+        let all: Vec<_> = fds.iter().map(|(fd, (ofd, cloexec))| (*fd, *ofd, *cloexec)).collect();
+        for word in all.chunk_by(|a, b| a.0.0 / 8 == b.0.0 / 8) {
+            self.emit(Body::FilesWord { files, fds: word.to_vec() });
+        }
+        self.tables.insert(files, fds);
+        files
+    }
+
+    /// Files no table refers to die: their items leave all epoll instances.
+    fn reap(&mut self) {
+        if self.threads.is_empty() {
+            self.tables.clear();
+        }
+        let used: BTreeSet<FilesId> = self.threads.iter().map(|t| t.files).collect();
+        self.tables.retain(|id, _| used.contains(id));
+        let held: BTreeSet<OfdId> = self.tables.values().flatten().map(|(_, slot)| slot.0).collect();
+        let dead: Vec<OfdId> = self.files.keys().filter(|id| !held.contains(id)).copied().collect();
+        for id in dead {
+            self.files.remove(&id);
+            self.epolls.remove(&id);
+            if self.epolls.values().any(|items| items.keys().any(|(target, _)| *target == id)) {
+                self.emit(Body::EpollRelease { target: id });
+                for items in self.epolls.values_mut() {
+                    items.retain(|(target, _), _| *target != id);
+                }
+            }
+        }
+    }
+
+    fn ofd(&self, id: OfdId) -> OfdInfo {
+        let (kind, ino) = self.files[&id];
+        let empty_epoll = self.epolls.get(&id).is_some_and(BTreeMap::is_empty);
+        OfdInfo { id, kind, inode: InodeId { dev: 1, ino }, empty_epoll, ..OfdInfo::default() }
+    }
+
+    fn pick(&self, files: FilesId, n: u8) -> Option<Fd> {
+        let table = &self.tables[&files];
+        table.keys().nth(usize::from(n) % table.len().max(1)).copied()
+    }
+
+    fn run(&mut self, op: Op) {
+        let who = match op {
+            Op::Fork { who, .. }
+            | Op::Unshare { who }
+            | Op::Exec { who }
+            | Op::Exit { who }
+            | Op::Open { who, .. }
+            | Op::Close { who, .. }
+            | Op::Dup2 { who, .. }
+            | Op::Cloexec { who, .. }
+            | Op::RangeCloexec { who, .. }
+            | Op::Watch { who, .. } => usize::from(who),
+        };
+        if self.threads.is_empty() {
+            return;
+        }
+        let who = who % self.threads.len();
+        let files = self.threads[who].files;
+        match op {
+            Op::Fork { share_files, .. } if self.threads.len() < 6 => {
+                let files = if share_files { files } else { self.copy(files) };
+                self.start(files);
+            }
+            Op::Unshare { .. } | Op::Exec { .. } => {
+                if self.threads.iter().filter(|t| t.files == files).count() > 1 {
+                    let files = self.copy(files);
+                    self.threads[who].files = files;
+                    self.emit(Body::TaskFiles { task: self.threads[who].task, files });
+                }
+                if let Op::Exec { .. } = op {
+                    let files = self.threads[who].files;
+                    self.tables.get_mut(&files).expect("used").retain(|_, slot| !slot.1);
+                    self.emit(Body::ExecClose { files });
+                    self.emit(Body::TaskExec(Self::info(&self.threads[who])));
+                }
+            }
+            Op::Exit { .. } if self.threads.len() > 1 => {
+                let task = self.threads.remove(who).task;
+                self.emit(Body::TaskExit { task });
+                self.emit(Body::TaskRelease { task });
+            }
+            Op::Open { epoll, cloexec, .. } => {
+                let id = free(&self.files.keys().copied().collect(), OfdId);
+                self.serial += 1;
+                let kind = if epoll { FileKind::Epoll } else { FileKind::Regular };
+                self.files.insert(id, (kind, self.serial));
+                if epoll {
+                    self.epolls.insert(id, Items::new());
+                }
+                let table = &self.tables[&files];
+                let fd = (0..).map(Fd).find(|fd| !table.contains_key(fd)).expect("free number");
+                self.install(files, fd, id, cloexec);
+            }
+            Op::Close { fd, .. } => {
+                if let Some(fd) = self.pick(files, fd) {
+                    self.tables.get_mut(&files).expect("used").remove(&fd);
+                    self.emit(Body::FdClose { files, fd });
+                }
+            }
+            Op::Dup2 { from, to, cloexec, .. } => {
+                if let Some(from) = self.pick(files, from) {
+                    let id = self.tables[&files][&from].0;
+                    self.install(files, Fd(i32::from(to)), id, cloexec);
+                }
+            }
+            Op::Cloexec { fd, on, .. } => {
+                if let Some(fd) = self.pick(files, fd) {
+                    self.tables.get_mut(&files).expect("used").get_mut(&fd).expect("open").1 = on;
+                    self.emit(Body::FdCloexec { files, fd, cloexec: on });
+                }
+            }
+            Op::RangeCloexec { first, last, .. } if first <= last => {
+                let (first, last, since) = (Fd(i32::from(first)), Fd(i32::from(last)), self.seq);
+                for slot in self.tables.get_mut(&files).expect("used").range_mut(first..=last) {
+                    slot.1.1 = true;
+                }
+                self.emit(Body::RangeCloexec { files, first, last, since });
+            }
+            Op::Watch { epfd, fd, add, events, .. } => self.watch(files, epfd, fd, add, events),
+            _ => {}
+        }
+        self.reap();
+    }
+
+    fn install(&mut self, files: FilesId, fd: Fd, id: OfdId, cloexec: bool) {
+        let ofd = self.ofd(id);
+        self.emit(Body::FdInstall { files, fd, cloexec, ofd });
+        self.tables.get_mut(&files).expect("used").insert(fd, (id, cloexec));
+    }
+
+    fn watch(&mut self, files: FilesId, epfd: u8, fd: u8, add: bool, events: u32) {
+        let (Some(fd), table) = (self.pick(files, fd), &self.tables[&files]) else { return };
+        let mut epolls = table.iter().filter(|(_, slot)| self.epolls.contains_key(&slot.0));
+        let Some((epfd, (epoll, _))) = epolls.nth(usize::from(epfd) % 2) else { return };
+        let (epfd, epoll, target, since) = (*epfd, *epoll, table[&fd].0, self.seq);
+        if target == epoll {
+            return;
+        }
+        let items = self.epolls.get_mut(&epoll).expect("an epoll instance");
+        if add {
+            items.insert((target, fd), events);
+            let data = u64::from(events);
+            self.emit(Body::EpollSet { epoll, files, epfd, target, fd, events, data, since });
+        } else if items.remove(&(target, fd)).is_some() {
+            self.emit(Body::EpollDel { epoll, files, epfd, target, fd, since });
+        }
+    }
+
+    fn snapshot(&self, all_tasks: bool) -> Snapshot {
+        let table = |(id, fds): (&FilesId, &BTreeMap<Fd, (OfdId, bool)>)| {
+            (*id, fds.iter().map(|(fd, (ofd, c))| (*fd, self.ofd(*ofd), *c)).collect())
+        };
+        let epoll = |(id, items): (&OfdId, &Items)| {
+            let item = |((target, fd), events): (&(OfdId, Fd), &u32)| {
+                (*target, *fd, *events, u64::from(*events))
+            };
+            (*id, items.iter().map(item).collect())
+        };
+        Snapshot {
+            seq: self.seq,
+            all_tasks,
+            tasks: self.threads.iter().map(|t| (Self::info(t), false)).collect(),
+            tables: self.tables.iter().map(table).collect(),
+            epolls: self.epolls.iter().map(epoll).collect(),
+            ..Snapshot::default()
+        }
+    }
+
+    /// The model must say exactly this.
+    fn assert_model(&self, state: &State) {
+        assert_eq!(check(state), [], "contradictions");
+        let model: BTreeMap<_, BTreeMap<_, _>> = state
+            .tables
+            .iter()
+            .map(|(id, t)| (*id, t.fds.iter().map(|(fd, s)| (*fd, (s.ofd, s.cloexec))).collect()))
+            .collect();
+        assert_eq!(model, self.tables, "descriptor tables");
+        let model: BTreeMap<_, _> =
+            state.ofds.iter().map(|(id, ofd)| (*id, (ofd.kind, ofd.inode.ino))).collect();
+        assert_eq!(model, self.files, "open file descriptions");
+        let model: BTreeMap<_, Items> = state
+            .epolls
+            .iter()
+            .map(|(id, e)| (*id, e.items.iter().map(|(key, item)| (*key, item.events)).collect()))
+            .collect();
+        assert_eq!(model, self.epolls, "epoll items");
+        let model: Vec<_> = state.tasks.iter().map(|(id, t)| (*id, t.files)).collect();
+        let mut threads: Vec<_> = self.threads.iter().map(|t| (t.task, Some(t.files))).collect();
+        threads.sort_unstable();
+        assert_eq!(model, threads, "threads");
+    }
+}
+
+fn history(ops: &[Op]) -> Kernel {
+    let mut kernel = Kernel::boot();
+    for op in ops {
+        kernel.run(*op);
+    }
+    kernel
+}
+
+fn replay(state: &mut State, events: &[Event]) -> Vec<Anomaly> {
+    events.iter().flat_map(|event| apply(state, event)).collect()
+}
+
+proptest! {
+    /// Events alone, nothing lost: the model is the truth and needs no second look.
+    #[test]
+    fn events_rebuild_the_truth(ops in prop::collection::vec(op(), 0..200)) {
+        let kernel = history(&ops);
+        let mut state = State::default();
+        let anomalies = replay(&mut state, &kernel.events);
+        kernel.assert_model(&state);
+        prop_assert_eq!(anomalies, vec![]);
+        prop_assert!(state.tables.values().all(|table| table.trust == Trust::Verified));
+        prop_assert!(state.epolls.values().all(|epoll| epoll.trust == Trust::Verified));
+    }
+
+    /// Applying any end of a history again changes nothing.
+    #[test]
+    fn late_repetition_converges(
+        ops in prop::collection::vec(op(), 0..150),
+        from in any::<prop::sample::Index>(),
+    ) {
+        let kernel = history(&ops);
+        let mut state = State::default();
+        replay(&mut state, &kernel.events);
+        let once = state.clone();
+        replay(&mut state, &kernel.events[from.index(kernel.events.len())..]);
+        kernel.assert_model(&state);
+        prop_assert_eq!(&once.tables, &state.tables);
+        prop_assert_eq!(&once.ofds, &state.ofds);
+        prop_assert_eq!(&once.tasks, &state.tasks);
+    }
+
+    /// Starting in the middle: events from `attach` on are seen, the kernel is
+    /// read at `read`, and the reading is merged only at `merge`.
+    #[test]
+    fn bootstrap_meets_the_events(
+        ops in prop::collection::vec(op(), 3..150),
+        mut cuts in prop::array::uniform3(any::<prop::sample::Index>()),
+    ) {
+        cuts.sort_by_key(|cut| cut.index(ops.len()));
+        let [attach, read, merge] = cuts.map(|cut| cut.index(ops.len()));
+        let mut kernel = Kernel::boot();
+        let (mut first, mut snapshot, mut merged) = (0, Snapshot::default(), 0);
+        for (n, op) in ops.iter().enumerate() {
+            if n == attach {
+                first = kernel.events.len();
+            }
+            if n == read {
+                snapshot = kernel.snapshot(true);
+            }
+            if n == merge {
+                merged = kernel.events.len();
+            }
+            kernel.run(*op);
+        }
+        let mut state = State::default();
+        replay(&mut state, &kernel.events[first..merged]);
+        absorb(&mut state, &snapshot);
+        let again = kernel.events[first..merged].iter().filter(|event| event.seq > snapshot.seq);
+        for event in again {
+            apply(&mut state, event);
+        }
+        replay(&mut state, &kernel.events[merged..]);
+        kernel.assert_model(&state);
+    }
+
+    /// Reading a state that was right leaves it right.
+    #[test]
+    fn resync_is_harmless(ops in prop::collection::vec(op(), 0..150)) {
+        let kernel = history(&ops);
+        let mut state = State::default();
+        replay(&mut state, &kernel.events);
+        absorb(&mut state, &kernel.snapshot(false));
+        kernel.assert_model(&state);
+    }
+
+    /// Whatever is lost, a full reading heals it.
+    #[test]
+    fn losses_heal(
+        ops in prop::collection::vec(op(), 0..150),
+        lost in prop::collection::vec(prop::bool::weighted(0.2), 2000),
+    ) {
+        let kernel = history(&ops);
+        let mut state = State::default();
+        for (event, _) in kernel.events.iter().zip(&lost).filter(|(_, lost)| !**lost) {
+            apply(&mut state, event);
+        }
+        absorb(&mut state, &kernel.snapshot(true));
+        kernel.assert_model(&state);
+    }
+
+    #[test]
+    fn patch_undoes_diff(
+        a in prop::collection::vec(op(), 0..80),
+        b in prop::collection::vec(op(), 0..80),
+    ) {
+        let mut first = State::default();
+        replay(&mut first, &history(&a).events);
+        let mut second = State::default();
+        replay(&mut second, &history(&b).events);
+        let change = diff(&first, &second);
+        prop_assert_eq!(patch(first, change), second.clone());
+        prop_assert!(diff(&second, &second).is_empty());
+    }
+}
