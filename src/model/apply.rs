@@ -31,7 +31,11 @@ pub enum Anomaly {
 
 /// Applies one event and says what did not fit.
 pub fn apply(state: &mut State, event: &Event) -> Vec<Anomaly> {
-    let mut step = Step { state, seq: event.seq, anomalies: Vec::new() };
+    let mut step = Step {
+        state,
+        seq: event.seq,
+        anomalies: Vec::new(),
+    };
     step.body(&event.body);
     step.state.seq = step.state.seq.max(event.seq);
     step.anomalies
@@ -65,17 +69,28 @@ impl Step<'_> {
             }
             Body::TaskExit { task } => self.task_exit(task),
             Body::TaskRelease { task } => self.task_release(task),
-            Body::CgroupMove { tgid, cgroup, tracked } => self.cgroup_move(tgid, cgroup, tracked),
+            Body::CgroupMove {
+                tgid,
+                cgroup,
+                tracked,
+            } => self.cgroup_move(tgid, cgroup, tracked),
             Body::TaskFiles { task, files } => self.task_files(task, files),
             Body::FilesNew { files } => self.files_new(files),
             Body::FilesWord { files, ref fds } => self.files_word(files, fds),
-            Body::FdInstall { files, fd, cloexec, ref ofd } => {
+            Body::FdInstall {
+                files,
+                fd,
+                cloexec,
+                ref ofd,
+            } => {
                 if self.table(files).is_some() {
                     self.set_slot(files, fd, ofd, cloexec);
                 }
             }
             Body::FdClose { files, fd } => {
+                let seq = self.seq;
                 if let Some(table) = self.table(files)
+                    && table.fds.get(&fd).is_some_and(|slot| slot.seq < seq)
                     && let Some(slot) = table.fds.remove(&fd)
                 {
                     self.unref(slot.ofd);
@@ -85,23 +100,59 @@ impl Step<'_> {
                 let seq = self.seq;
                 if let Some(table) = self.table(files)
                     && let Some(slot) = table.fds.get_mut(&fd)
+                    && slot.seq < seq
                 {
                     slot.cloexec = cloexec;
                     slot.seq = seq;
                 }
             }
-            Body::RangeCloexec { files, first, last, since } => {
+            Body::RangeCloexec {
+                files,
+                first,
+                last,
+                since,
+            } => {
                 self.range_cloexec(files, first, last, since);
             }
             Body::ExecClose { files } => self.exec_close(files),
             Body::Socket(ref info) => self.socket(info),
             Body::SocketState { sock, state } => self.socket_state(sock, state),
-            Body::EpollSet { epoll, files, epfd, target, fd, events, data, since } => {
-                let call = EpollCall { files, epfd, epoll, target, fd, since };
+            Body::EpollSet {
+                epoll,
+                files,
+                epfd,
+                target,
+                fd,
+                events,
+                data,
+                since,
+            } => {
+                let call = EpollCall {
+                    files,
+                    epfd,
+                    epoll,
+                    target,
+                    fd,
+                    since,
+                };
                 self.epoll_ctl(&call, Some((events, data)));
             }
-            Body::EpollDel { epoll, files, epfd, target, fd, since } => {
-                let call = EpollCall { files, epfd, epoll, target, fd, since };
+            Body::EpollDel {
+                epoll,
+                files,
+                epfd,
+                target,
+                fd,
+                since,
+            } => {
+                let call = EpollCall {
+                    files,
+                    epfd,
+                    epoll,
+                    target,
+                    fd,
+                    since,
+                };
                 self.epoll_ctl(&call, None);
             }
             Body::EpollRelease { target } => self.epoll_release(target),
@@ -193,7 +244,11 @@ impl Step<'_> {
         let (files, mm, tgid) = (task.files.take(), task.mm.take(), task.tgid);
         self.leave_table(id, files);
         self.leave_mm(id, mm);
-        let alive = self.state.tasks.values().any(|task| task.tgid == tgid && !task.zombie);
+        let alive = self
+            .state
+            .tasks
+            .values()
+            .any(|task| task.tgid == tgid && !task.zombie);
         if !alive {
             self.orphan_children(tgid);
         }
@@ -250,8 +305,14 @@ impl Step<'_> {
         let Some(files) = files else { return };
         if !self.state.tables.contains_key(&files) {
             self.anomalies.push(Anomaly::UnknownTable(files));
-            let table = Table { born: self.seq, seq: self.seq, ..Table::default() };
-            self.state.tables.insert(files, table);
+            // When it was made is not known: before anything that reads it.
+            self.state.tables.insert(
+                files,
+                Table {
+                    seq: self.seq,
+                    ..Table::default()
+                },
+            );
         }
         if let Some(table) = self.state.tables.get_mut(&files) {
             table.users.insert(task);
@@ -279,8 +340,16 @@ impl Step<'_> {
     fn join_mm(&mut self, task: TaskId, mm: Option<MmId>) {
         let Some(mm) = mm else { return };
         let seq = self.seq;
-        let new = || Mm { seq, ..Mm::default() };
-        self.state.mms.entry(mm).or_insert_with(new).users.insert(task);
+        let new = || Mm {
+            seq,
+            ..Mm::default()
+        };
+        self.state
+            .mms
+            .entry(mm)
+            .or_insert_with(new)
+            .users
+            .insert(task);
     }
 
     fn leave_mm(&mut self, task: TaskId, mm: Option<MmId>) {
@@ -294,13 +363,22 @@ impl Step<'_> {
     }
 
     fn files_new(&mut self, files: FilesId) {
-        if self.state.tables.get(&files).is_some_and(|table| table.seq >= self.seq) {
+        if self
+            .state
+            .tables
+            .get(&files)
+            .is_some_and(|table| table.seq >= self.seq)
+        {
             return;
         }
         // The address is new or used again: whatever had it before is gone.
         self.forget_table(files);
-        let table =
-            Table { born: self.seq, seq: self.seq, trust: Trust::Verified, ..Table::default() };
+        let table = Table {
+            born: self.seq,
+            seq: self.seq,
+            trust: Trust::Verified,
+            ..Table::default()
+        };
         self.state.tables.insert(files, table);
     }
 
@@ -310,7 +388,10 @@ impl Step<'_> {
         }
         for (fd, id, cloexec) in fds {
             let known = self.state.ofds.contains_key(id);
-            let info = OfdInfo { id: *id, ..OfdInfo::default() };
+            let info = OfdInfo {
+                id: *id,
+                ..OfdInfo::default()
+            };
             self.set_slot(files, *fd, &info, *cloexec);
             if !known {
                 self.suspect(Object::Files(files));
@@ -318,12 +399,27 @@ impl Step<'_> {
         }
     }
 
-    /// Makes a descriptor of a known table refer to a description.
+    /// Makes a descriptor of a known table refer to a description, unless later
+    /// news of the descriptor came first.
     pub(super) fn set_slot(&mut self, files: FilesId, fd: Fd, ofd: &OfdInfo, cloexec: bool) {
+        let Some(table) = self.state.tables.get(&files) else {
+            return;
+        };
+        if table.fds.get(&fd).is_some_and(|slot| slot.seq > self.seq) {
+            return;
+        }
         // The new reference first: it may be the one that is replaced.
         self.reference(ofd);
-        let slot = Slot { seq: self.seq, ofd: ofd.id, cloexec };
-        let old = self.state.tables.get_mut(&files).and_then(|table| table.fds.insert(fd, slot));
+        let slot = Slot {
+            seq: self.seq,
+            ofd: ofd.id,
+            cloexec,
+        };
+        let old = self
+            .state
+            .tables
+            .get_mut(&files)
+            .and_then(|table| table.fds.insert(fd, slot));
         if let Some(old) = old {
             self.unref(old.ofd);
         }
@@ -333,11 +429,12 @@ impl Step<'_> {
         let seq = self.seq;
         if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
             ofd.refs += 1;
+            let known = ofd.kind != FileKind::Unknown;
             let same = ofd.kind == info.kind && ofd.inode == info.inode && ofd.sock == info.sock;
-            if info.kind == FileKind::Unknown || same {
+            if info.kind == FileKind::Unknown || same || (known && ofd.seq > seq) {
                 return;
             }
-            if ofd.kind != FileKind::Unknown {
+            if known {
                 self.anomalies.push(Anomaly::Conflict(info.id));
             }
         }
@@ -351,22 +448,50 @@ impl Step<'_> {
             flags: info.flags,
             sock: info.sock,
         };
-        if let Some(sock) = self.state.ofds.insert(info.id, ofd).and_then(|old| old.sock) {
+        if let Some(sock) = self
+            .state
+            .ofds
+            .insert(info.id, ofd)
+            .and_then(|old| old.sock)
+        {
             self.state.sockets.remove(&sock);
         }
         self.state.epolls.remove(&info.id);
         if info.kind == FileKind::Epoll {
-            let trust = if info.empty_epoll { Trust::Verified } else { Trust::Suspect };
-            self.state.epolls.insert(info.id, Epoll { seq, trust, ..Epoll::default() });
+            let trust = if info.empty_epoll {
+                Trust::Verified
+            } else {
+                Trust::Suspect
+            };
+            self.state.epolls.insert(
+                info.id,
+                Epoll {
+                    seq,
+                    trust,
+                    ..Epoll::default()
+                },
+            );
         }
         if let Some(sock) = info.sock {
-            let info = SockInfo { sock, ..SockInfo::default() };
-            self.state.sockets.insert(sock, Socket { seq, trust: Trust::Suspect, info });
+            let info = SockInfo {
+                sock,
+                ..SockInfo::default()
+            };
+            self.state.sockets.insert(
+                sock,
+                Socket {
+                    seq,
+                    trust: Trust::Suspect,
+                    info,
+                },
+            );
         }
     }
 
     pub(super) fn unref(&mut self, id: OfdId) {
-        let Some(ofd) = self.state.ofds.get_mut(&id) else { return };
+        let Some(ofd) = self.state.ofds.get_mut(&id) else {
+            return;
+        };
         ofd.refs = ofd.refs.saturating_sub(1);
         if ofd.refs > 0 {
             return;
@@ -382,14 +507,21 @@ impl Step<'_> {
 
     fn range_cloexec(&mut self, files: FilesId, first: Fd, last: Fd, since: u64) {
         let seq = self.seq;
-        let Some(table) = self.table(files) else { return };
+        let Some(table) = self.table(files) else {
+            return;
+        };
         if first > last {
             return;
         }
         let mut unordered = false;
-        for slot in table.fds.range_mut(first..=last).map(|(_, slot)| slot) {
+        let slots = table.fds.range_mut(first..=last).map(|(_, slot)| slot);
+        for slot in slots.filter(|slot| slot.seq < seq) {
             unordered |= slot.seq > since;
-            *slot = Slot { cloexec: true, seq, ..*slot };
+            *slot = Slot {
+                cloexec: true,
+                seq,
+                ..*slot
+            };
         }
         if unordered {
             self.unordered(Object::Files(files));
@@ -397,9 +529,14 @@ impl Step<'_> {
     }
 
     fn exec_close(&mut self, files: FilesId) {
-        let Some(table) = self.table(files) else { return };
-        let closed: Vec<OfdId> =
-            table.fds.extract_if(.., |_, slot| slot.cloexec).map(|(_, slot)| slot.ofd).collect();
+        let seq = self.seq;
+        let Some(table) = self.table(files) else {
+            return;
+        };
+        let closed = table
+            .fds
+            .extract_if(.., |_, slot| slot.cloexec && slot.seq < seq);
+        let closed: Vec<OfdId> = closed.map(|(_, slot)| slot.ofd).collect();
         for ofd in closed {
             self.unref(ofd);
         }
@@ -410,7 +547,11 @@ impl Step<'_> {
         if let Some(socket) = self.state.sockets.get_mut(&info.sock)
             && socket.seq < self.seq
         {
-            *socket = Socket { seq: self.seq, trust: Trust::Verified, info: info.clone() };
+            *socket = Socket {
+                seq: self.seq,
+                trust: Trust::Verified,
+                info: info.clone(),
+            };
         }
     }
 
@@ -434,9 +575,14 @@ impl Step<'_> {
         epoll.seq = self.seq;
         let key = (call.target, call.fd);
         let old = match value {
-            Some((events, data)) => {
-                epoll.items.insert(key, EpollItem { seq: self.seq, events, data })
-            }
+            Some((events, data)) => epoll.items.insert(
+                key,
+                EpollItem {
+                    seq: self.seq,
+                    events,
+                    data,
+                },
+            ),
             None => epoll.items.remove(&key),
         };
         let overlapped = old.is_some_and(|item| item.seq > call.since);

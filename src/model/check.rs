@@ -30,7 +30,10 @@ pub fn check(state: &State) -> Vec<Inconsistency> {
     let mut found = Vec::new();
     for (id, task) in &state.tasks {
         if let Some(files) = task.files
-            && !state.tables.get(&files).is_some_and(|table| table.users.contains(id))
+            && !state
+                .tables
+                .get(&files)
+                .is_some_and(|table| table.users.contains(id))
         {
             found.push(Inconsistency::TableOfTask(*id, files));
         }
@@ -43,7 +46,11 @@ pub fn check(state: &State) -> Vec<Inconsistency> {
     let mut refs = BTreeMap::<OfdId, u32>::new();
     for (id, table) in &state.tables {
         for user in &table.users {
-            if state.tasks.get(user).is_none_or(|task| task.files != Some(*id)) {
+            if state
+                .tasks
+                .get(user)
+                .is_none_or(|task| task.files != Some(*id))
+            {
                 found.push(Inconsistency::UserOfTable(*id, *user));
             }
         }
@@ -53,7 +60,11 @@ pub fn check(state: &State) -> Vec<Inconsistency> {
     }
     for (id, mm) in &state.mms {
         for user in &mm.users {
-            if state.tasks.get(user).is_none_or(|task| task.mm != Some(*id)) {
+            if state
+                .tasks
+                .get(user)
+                .is_none_or(|task| task.mm != Some(*id))
+            {
                 found.push(Inconsistency::UserOfMm(*id, *user));
             }
         }
@@ -76,9 +87,15 @@ pub fn check(state: &State) -> Vec<Inconsistency> {
             found.push(Inconsistency::Epoll(*id));
         }
     }
-    let unheld = state.sockets.keys().filter(|sock| !holders.contains_key(sock));
+    let unheld = state
+        .sockets
+        .keys()
+        .filter(|sock| !holders.contains_key(sock));
     found.extend(unheld.map(|sock| Inconsistency::Socket(*sock)));
-    let unnamed = state.epolls.keys().filter(|id| !state.ofds.contains_key(id));
+    let unnamed = state
+        .epolls
+        .keys()
+        .filter(|id| !state.ofds.contains_key(id));
     found.extend(unnamed.map(|id| Inconsistency::Epoll(*id)));
     found
 }

@@ -19,7 +19,10 @@ pub struct MapDiff<K: Ord, V> {
 
 impl<K: Ord, V> Default for MapDiff<K, V> {
     fn default() -> Self {
-        Self { set: BTreeMap::new(), removed: BTreeSet::new() }
+        Self {
+            set: BTreeMap::new(),
+            removed: BTreeSet::new(),
+        }
     }
 }
 
@@ -87,15 +90,27 @@ pub fn diff(a: &State, b: &State) -> Diff {
         tables: map_diff(&a.tables, &b.tables, |old, new| {
             let none = BTreeMap::new();
             let fds = map_diff(old.map_or(&none, |old| &old.fds), &new.fds, |_, slot| *slot);
-            let rest = Table { fds: BTreeMap::new(), users: new.users.clone(), ..*new };
+            let rest = Table {
+                fds: BTreeMap::new(),
+                users: new.users.clone(),
+                ..*new
+            };
             TableDiff { rest, fds }
         }),
         ofds: map_diff(&a.ofds, &b.ofds, |_, new| *new),
         sockets: map_diff(&a.sockets, &b.sockets, |_, new| new.clone()),
         epolls: map_diff(&a.epolls, &b.epolls, |old, new| {
             let none = BTreeMap::new();
-            let items = map_diff(old.map_or(&none, |old| &old.items), &new.items, |_, item| *item);
-            EpollDiff { seq: new.seq, trust: new.trust, items }
+            let items = map_diff(
+                old.map_or(&none, |old| &old.items),
+                &new.items,
+                |_, item| *item,
+            );
+            EpollDiff {
+                seq: new.seq,
+                trust: new.trust,
+                items,
+            }
         }),
         mms: map_diff(&a.mms, &b.mms, |_, new| new.clone()),
     }
@@ -116,7 +131,11 @@ pub fn patch(mut state: State, diff: Diff) -> State {
     map_patch(&mut state.epolls, diff.epolls, |old, new| {
         let mut items = old.map(|old| old.items).unwrap_or_default();
         map_patch(&mut items, new.items, |_, item| item);
-        Epoll { seq: new.seq, trust: new.trust, items }
+        Epoll {
+            seq: new.seq,
+            trust: new.trust,
+            items,
+        }
     });
     map_patch(&mut state.mms, diff.mms, |_, new| new);
     state
@@ -139,7 +158,11 @@ fn map_diff<K: Ord + Copy, V: PartialEq, D>(
     });
     MapDiff {
         set: changed.collect(),
-        removed: a.keys().filter(|key| !b.contains_key(key)).copied().collect(),
+        removed: a
+            .keys()
+            .filter(|key| !b.contains_key(key))
+            .copied()
+            .collect(),
     }
 }
 

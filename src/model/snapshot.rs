@@ -4,8 +4,8 @@
 //! as true as an event of that number: what events said later stands. Replaying
 //! the events since then afterwards gives the state as if it had always been known.
 
-use super::apply::{Anomaly, Step};
-use super::event::{FileKind, OfdInfo, SockInfo, TaskInfo};
+use super::apply::{Anomaly, Step, apply};
+use super::event::{Event, FileKind, OfdInfo, SockInfo, TaskInfo};
 use super::ids::{Fd, FilesId, MmId, OfdId, SockId, TaskId};
 use super::state::{Epoll, EpollItem, Socket, State, Table, Trust};
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,37 +32,63 @@ pub struct Snapshot {
 /// Merges a reading. The events numbered above `snapshot.seq` that were applied
 /// already must be applied once more afterwards.
 pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {
-    let mut step = Step { state, seq: snapshot.seq, anomalies: Vec::new() };
+    let mut step = Step {
+        state,
+        seq: snapshot.seq,
+        anomalies: Vec::new(),
+    };
     let seq = snapshot.seq;
     if snapshot.all_tasks {
-        let read: BTreeSet<TaskId> =
-            snapshot.tasks.iter().map(|(info, _)| info.task).collect();
-        let old = step.state.tasks.iter().filter(|(id, t)| t.seq <= seq && !read.contains(id));
+        let read: BTreeSet<TaskId> = snapshot.tasks.iter().map(|(info, _)| info.task).collect();
+        let old = step
+            .state
+            .tasks
+            .iter()
+            .filter(|(id, t)| t.seq <= seq && !read.contains(id));
         let gone: Vec<TaskId> = old.map(|(id, _)| *id).collect();
         for id in gone {
             step.forget_task(id);
         }
     }
-    for (files, fds) in &snapshot.tables {
-        step.absorb_table(*files, fds);
-    }
+    // Threads first: a table goes with the last thread that leaves it.
     for (info, zombie) in &snapshot.tasks {
         step.absorb_task(info, *zombie);
+    }
+    step.anomalies.clear();
+    for (files, fds) in &snapshot.tables {
+        step.absorb_table(*files, fds);
     }
     for (id, info) in &snapshot.sockets {
         if let Some(socket) = step.state.sockets.get_mut(id)
             && (socket.seq <= seq || socket.trust == Trust::Suspect)
         {
-            *socket = Socket { seq, trust: Trust::Verified, info: info.clone() };
+            *socket = Socket {
+                seq,
+                trust: Trust::Verified,
+                info: info.clone(),
+            };
         }
     }
     for (id, items) in &snapshot.epolls {
-        if let Some(epoll) = step.state.epolls.get_mut(id) {
+        // One that is verified and has news was made, or seen empty, since.
+        if let Some(epoll) = step.state.epolls.get_mut(id)
+            && (epoll.seq <= seq || epoll.trust == Trust::Suspect)
+        {
             let item = |(target, fd, events, data): &(OfdId, Fd, u32, u64)| {
-                ((*target, *fd), EpollItem { seq, events: *events, data: *data })
+                (
+                    (*target, *fd),
+                    EpollItem {
+                        seq,
+                        events: *events,
+                        data: *data,
+                    },
+                )
             };
-            *epoll =
-                Epoll { seq, trust: Trust::Verified, items: items.iter().map(item).collect() };
+            *epoll = Epoll {
+                seq,
+                trust: Trust::Verified,
+                items: items.iter().map(item).collect(),
+            };
         }
     }
     for (id, mappings) in &snapshot.mms {
@@ -73,7 +99,11 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {
     }
     if snapshot.all_tasks {
         // A fork that failed after it copied the table leaves it without a user.
-        let unused = step.state.tables.iter().filter(|(_, t)| t.users.is_empty() && t.seq <= seq);
+        let unused = step
+            .state
+            .tables
+            .iter()
+            .filter(|(_, t)| t.users.is_empty() && t.seq <= seq);
         let unused: Vec<FilesId> = unused.map(|(id, _)| *id).collect();
         for id in unused {
             step.forget_table(id);
@@ -83,9 +113,46 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {
     step.anomalies
 }
 
+/// Applies events again that were applied before, such as those since a reading.
+///
+/// A repeated copy of a table that is gone by now makes it once more, and the
+/// thread that used it, being further on, does not take it: it goes again here.
+pub fn replay(state: &mut State, events: &[Event]) -> Vec<Anomaly> {
+    let unused = |state: &State| -> BTreeSet<FilesId> {
+        let unused = state
+            .tables
+            .iter()
+            .filter(|(_, table)| table.users.is_empty());
+        unused.map(|(id, _)| *id).collect()
+    };
+    let before = unused(state);
+    let anomalies = events
+        .iter()
+        .flat_map(|event| apply(state, event))
+        .collect();
+    let made = unused(state)
+        .difference(&before)
+        .copied()
+        .collect::<Vec<_>>();
+    let mut step = Step {
+        state,
+        seq: 0,
+        anomalies,
+    };
+    for files in made {
+        step.forget_table(files);
+    }
+    step.anomalies
+}
+
 impl Step<'_> {
     fn absorb_task(&mut self, info: &TaskInfo, zombie: bool) {
-        if self.state.tasks.get(&info.task).is_some_and(|task| task.seq > self.seq) {
+        if self
+            .state
+            .tasks
+            .get(&info.task)
+            .is_some_and(|task| task.seq > self.seq)
+        {
             return;
         }
         if let Some(task) = self.state.tasks.get_mut(&info.task) {
@@ -99,21 +166,23 @@ impl Step<'_> {
     fn absorb_table(&mut self, files: FilesId, fds: &[(Fd, OfdInfo, bool)]) {
         let seq = self.seq;
         let table = self.state.tables.entry(files);
-        let table = table.or_insert_with(|| Table { born: seq, seq, ..Table::default() });
+        let table = table.or_insert_with(|| Table {
+            seq,
+            ..Table::default()
+        });
         if table.born > seq {
             return; // another table, made at the same address since
         }
         table.trust = Trust::Verified;
         table.seq = seq;
-        let newer = |table: &Table, fd: Fd| table.fds.get(&fd).is_some_and(|s| s.seq > seq);
         let read: BTreeSet<Fd> = fds.iter().map(|(fd, _, _)| *fd).collect();
-        let gone = table.fds.extract_if(.., |fd, slot| slot.seq <= seq && !read.contains(fd));
+        let gone = table
+            .fds
+            .extract_if(.., |fd, slot| slot.seq <= seq && !read.contains(fd));
         let gone: Vec<OfdId> = gone.map(|(_, slot)| slot.ofd).collect();
         for (fd, info, cloexec) in fds {
-            if !self.state.tables.get(&files).is_some_and(|table| newer(table, *fd)) {
-                self.describe(info);
-                self.set_slot(files, *fd, info, *cloexec);
-            }
+            self.describe(info);
+            self.set_slot(files, *fd, info, *cloexec);
         }
         for ofd in gone {
             self.unref(ofd);
@@ -123,7 +192,9 @@ impl Step<'_> {
     /// Completes a description of which only the address was known.
     fn describe(&mut self, info: &OfdInfo) {
         let seq = self.seq;
-        let Some(ofd) = self.state.ofds.get_mut(&info.id) else { return };
+        let Some(ofd) = self.state.ofds.get_mut(&info.id) else {
+            return;
+        };
         if ofd.kind != FileKind::Unknown && ofd.seq > seq {
             return;
         }

@@ -64,7 +64,7 @@ pub struct Task {
 /// A descriptor table.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Table {
-    /// Number of the event that made it, or that it was first read at.
+    /// Number of the event that made it; 0 if it was there before it was first seen.
     pub born: u64,
     /// Generation: number of the last event that concerned it.
     pub seq: u64,
@@ -156,7 +156,10 @@ impl State {
     /// The thread with this id.
     #[must_use]
     pub fn task_by_tid(&self, tid: Tid) -> Option<(TaskId, &Task)> {
-        self.tasks.iter().find(|(_, task)| task.tid == tid).map(|(id, task)| (*id, task))
+        self.tasks
+            .iter()
+            .find(|(_, task)| task.tid == tid)
+            .map(|(id, task)| (*id, task))
     }
 
     /// Thread groups, each with its threads.
