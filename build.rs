@@ -9,7 +9,7 @@ use bindgen::callbacks::{EnumVariantValue, ItemInfo, ParseCallbacks};
 use libbpf_cargo::SkeletonBuilder;
 
 /// One skeleton per purpose, so that reading state works where tracing does not load.
-const OBJECTS: &[&str] = &["iter", "netlock", "probe"];
+const OBJECTS: &[&str] = &["iter", "track", "netlock", "probe"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let bpf = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?).join("bpf");

@@ -539,4 +539,6 @@ enum lock_direction {
 	DIRECTION_COUNT = 2,
 };
 
+#include "track_events.h"
+
 #endif

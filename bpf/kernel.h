@@ -658,6 +658,16 @@ struct bpf_iter__task_vma {
 	struct vm_area_struct *vma;
 };
 
+/* System calls, for the hooks that have nothing better than their exit */
+struct pt_regs {
+	unsigned long r10;
+	unsigned long r8;
+	unsigned long dx;
+	unsigned long si;
+	unsigned long di;
+	unsigned long orig_ax;
+};
+
 #pragma clang attribute pop
 
 #endif

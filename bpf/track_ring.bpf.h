@@ -1,0 +1,214 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/*
+ * How events leave the kernel, and which tasks cause them.
+ *
+ * Rings are sharded by the address of the object an event is about. One counter
+ * numbers all events, and an event takes its number only after its room in a ring
+ * is reserved: a number always belongs to a record that user space will see, so
+ * user space can put the shards back into one order and knows when it has all up to
+ * a number. State is read after the number is taken: what a later event changed
+ * meanwhile is then said twice, never missed. An event whose hook is inside the
+ * kernel's own lock, or before publication, is thereby in the order of the changes.
+ */
+#ifndef TRACKER_TRACK_RING_BPF_H
+#define TRACKER_TRACK_RING_BPF_H
+
+/* Set by user space before loading. */
+const volatile u32 shard_mask;
+
+/* Set by user space at any time; the number last. */
+struct root_rec roots[TRK_MAX_ROOTS];
+u32 root_count;
+
+u64 last_seq;       /* number of the last event */
+u64 stale_overflow; /* losses whose object could not be noted: everything is stale */
+
+struct ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} ring0 SEC(".maps"), ring1 SEC(".maps"), ring2 SEC(".maps"), ring3 SEC(".maps"),
+	ring4 SEC(".maps"), ring5 SEC(".maps"), ring6 SEC(".maps"), ring7 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, TRK_MAX_SHARDS);
+	__type(key, u32);
+	__array(values, struct ring);
+} rings SEC(".maps") = {
+	.values = {&ring0, &ring1, &ring2, &ring3, &ring4, &ring5, &ring6, &ring7},
+};
+
+/* Events that found no room, by class. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, CLASS_COUNT);
+	__type(key, u32);
+	__type(value, u64);
+} lost SEC(".maps");
+
+/* Objects about which something was lost, until user space takes note. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u64);
+	__type(value, u32);
+} stale SEC(".maps");
+
+/* Objects that are known to have changed: no need to say so again until they are read. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u64);
+	__type(value, u32);
+} dirty SEC(".maps");
+
+/* What a call that is reported when it returns found when it began. */
+struct call {
+	u64 since;
+	u64 epoll;
+	u64 target;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, u64);
+	__type(value, struct call);
+} calls SEC(".maps");
+
+static __always_inline bool current_tracked(void)
+{
+	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
+		if (i >= root_count)
+			return false;
+		if (bpf_get_current_ancestor_cgroup_id(roots[i].level) == roots[i].id)
+			return true;
+	}
+	return false;
+}
+
+static __always_inline bool cgroup_tracked(struct cgroup *cgrp)
+{
+	char *ancestors = (char *)cgrp + bpf_core_field_offset(struct cgroup, ancestors);
+	u32 level = BPF_CORE_READ(cgrp, level);
+
+	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
+		struct cgroup *ancestor = NULL;
+		u32 depth;
+
+		if (i >= root_count)
+			return false;
+		depth = roots[i].level;
+		if (depth > level)
+			continue;
+		bpf_probe_read_kernel(&ancestor, sizeof(ancestor), ancestors + depth * 8);
+		if (BPF_CORE_READ(ancestor, kn, id) == roots[i].id)
+			return true;
+	}
+	return false;
+}
+
+static __always_inline bool task_tracked(struct task_struct *task)
+{
+	return cgroup_tracked(BPF_CORE_READ(task, cgroups, dfl_cgrp));
+}
+
+static __always_inline void note_loss(u64 object, u32 class)
+{
+	u64 *count = bpf_map_lookup_elem(&lost, &class);
+
+	if (bpf_map_update_elem(&stale, &object, &class, BPF_ANY))
+		__sync_fetch_and_add(&stale_overflow, 1);
+	if (count)
+		(*count)++;
+}
+
+static __always_inline void *reserve(u64 object, u32 class, u64 size)
+{
+	/* slab objects differ in the middle bits: Fibonacci hashing spreads them */
+	u32 shard = (object * 0x9e3779b97f4a7c15ULL) >> 60 & shard_mask;
+	void *ring = bpf_map_lookup_elem(&rings, &shard);
+	void *rec = NULL;
+
+	if (ring)
+		rec = bpf_ringbuf_reserve(ring, size, 0);
+	if (!rec)
+		note_loss(object, class);
+	return rec;
+}
+
+static __always_inline void number(struct event_hdr *ev, u32 kind, u32 size)
+{
+	ev->hdr.kind = kind;
+	ev->hdr.size = size;
+	ev->seq = __sync_fetch_and_add(&last_seq, 1) + 1;
+}
+
+/* Room for an event of this type, numbered; NULL if there is none. It must be submitted. */
+#define EVENT(type, kind, object, class)                                                           \
+	({                                                                                         \
+		type *_e = reserve((u64)(object), class, sizeof(type));                            \
+		if (_e)                                                                            \
+			number(&_e->ev, kind, sizeof(type));                                       \
+		_e;                                                                                \
+	})
+
+static __always_inline void say_stale(u64 object, u32 class)
+{
+	struct object_event *e = EVENT(struct object_event, EVENT_STALE, object, class);
+
+	if (!e)
+		return;
+	e->object = object;
+	e->class = class;
+	e->pad = 0;
+	bpf_ringbuf_submit(e, 0);
+}
+
+/* Says once that an object changed, until user space clears the mark to read it. */
+static __always_inline void mark_dirty(u64 object, u32 class)
+{
+	if (bpf_map_lookup_elem(&dirty, &object))
+		return;
+	bpf_map_update_elem(&dirty, &object, &class, BPF_ANY);
+	say_stale(object, class);
+}
+
+static __always_inline struct call *begin_call(void)
+{
+	u64 id = bpf_get_current_pid_tgid();
+	struct call call = {};
+
+	bpf_map_update_elem(&calls, &id, &call, BPF_ANY);
+	return bpf_map_lookup_elem(&calls, &id);
+}
+
+static __always_inline struct file *file_at(struct files_struct *files, u32 fd)
+{
+	struct fdtable *fdt = BPF_CORE_READ(files, fdt);
+	struct file *file = NULL;
+	struct file **table;
+
+	if (fd >= BPF_CORE_READ(fdt, max_fds))
+		return NULL;
+	table = BPF_CORE_READ(fdt, fd);
+	bpf_probe_read_kernel(&file, sizeof(file), table + fd);
+	return file;
+}
+
+static __always_inline u32 cloexec_at(struct files_struct *files, u32 fd)
+{
+	unsigned long *bitmap = BPF_CORE_READ(files, fdt, close_on_exec);
+	unsigned long word = 0;
+
+	bpf_probe_read_kernel(&word, sizeof(word), bitmap + fd / 64);
+	return word >> (fd % 64) & 1;
+}
+
+static __always_inline struct files_struct *current_files(void)
+{
+	return bpf_get_current_task_btf()->files;
+}
+
+#endif

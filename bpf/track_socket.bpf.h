@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/* Sockets: their whole state is said when a descriptor is made and after each call
+ * that changes it; TCP also changes state by itself. */
+
+#define AF_UNIX 1
+#define AF_INET 2
+#define AF_INET6 10
+
+static __always_inline void fill_event_inet(struct socket_event *e, struct sock *sk)
+{
+	u16 dport = BPF_CORE_READ(sk, __sk_common.skc_dport);
+
+	e->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+	e->remote_port = dport >> 8 | dport << 8;
+	if (e->family == AF_INET) {
+		bpf_core_read(&e->local_addr, 4, &sk->__sk_common.skc_rcv_saddr);
+		bpf_core_read(&e->remote_addr, 4, &sk->__sk_common.skc_daddr);
+	} else if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
+		bpf_core_read(&e->local_addr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
+		bpf_core_read(&e->remote_addr, 16, &sk->__sk_common.skc_v6_daddr);
+	}
+}
+
+static __always_inline void fill_event_unix(struct socket_event *e, struct sock *sk)
+{
+	struct unix_sock *unix = (void *)sk;
+	struct unix_address *addr = BPF_CORE_READ(unix, addr);
+	int len;
+
+	e->peer = (u64)BPF_CORE_READ(unix, peer);
+	if (!addr)
+		return;
+	len = BPF_CORE_READ(addr, len) - (int)sizeof(u16);
+	if (len > 0 && len <= TRK_SUN_PATH_LEN) {
+		e->path_len = len;
+		bpf_probe_read_kernel(e->path, sizeof(e->path),
+				      (char *)addr +
+					      bpf_core_field_offset(struct unix_address, name) +
+					      sizeof(u16));
+	}
+}
+
+static __always_inline void send_socket(struct sock *sk, u64 ino)
+{
+	struct socket_event *e;
+
+	if (!sk)
+		return;
+	e = reserve((u64)sk, CLASS_SOCKET, sizeof(*e));
+	if (!e)
+		return;
+	__builtin_memset(e, 0, sizeof(*e));
+	number(&e->ev, EVENT_SOCKET, sizeof(*e));
+	e->sock = (u64)sk;
+	e->ino = ino;
+	e->family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	e->type = BPF_CORE_READ(sk, sk_type);
+	e->protocol = BPF_CORE_READ(sk, sk_protocol);
+	e->state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	e->shutdown = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_shutdown);
+	if (e->family == AF_UNIX)
+		fill_event_unix(e, sk);
+	else if (e->family == AF_INET || e->family == AF_INET6)
+		fill_event_inet(e, sk);
+	bpf_ringbuf_submit(e, 0);
+}
+
+static __always_inline void send_socket_file(struct file *file)
+{
+	struct socket *socket;
+
+	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+		return;
+	socket = BPF_CORE_READ(file, private_data);
+	send_socket(BPF_CORE_READ(socket, sk), BPF_CORE_READ(file, f_inode, i_ino));
+}
+
+static __always_inline void socket_changed(u32 fd)
+{
+	if (current_tracked())
+		send_socket_file(file_at(current_files(), fd));
+}
+
+SEC("fexit/__sys_bind")
+int BPF_PROG(sys_bind, int fd)
+{
+	socket_changed(fd);
+	return 0;
+}
+
+SEC("fexit/__sys_listen")
+int BPF_PROG(sys_listen, int fd)
+{
+	socket_changed(fd);
+	return 0;
+}
+
+SEC("fexit/__sys_connect_file")
+int BPF_PROG(sys_connect, struct file *file)
+{
+	if (current_tracked())
+		send_socket_file(file);
+	return 0;
+}
+
+SEC("fexit/__sys_shutdown")
+int BPF_PROG(sys_shutdown, int fd)
+{
+	socket_changed(fd);
+	return 0;
+}
+
+/* Anyone's context; the socket knows the cgroup it was made in. */
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(inet_sock_set_state, const struct sock *sk, int old, int state)
+{
+	struct sock_state_event *e;
+
+	if (bpf_core_field_exists(sk->sk_cgrp_data) &&
+	    !cgroup_tracked(BPF_CORE_READ(sk, sk_cgrp_data.cgroup)))
+		return 0;
+	e = EVENT(struct sock_state_event, EVENT_SOCKET_STATE, sk, CLASS_SOCKET);
+	if (!e)
+		return 0;
+	e->sock = (u64)sk;
+	e->state = state;
+	e->pad = 0;
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}

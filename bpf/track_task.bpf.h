@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/* Threads: birth, exec, exit, reaping, names, cgroups, and which table they use. */
+
+static __always_inline void send_task(struct task_struct *task, u32 kind, const char *comm)
+{
+	struct task_event *e;
+
+	e = EVENT(struct task_event, kind, task, CLASS_TASK);
+	if (!e)
+		return;
+	e->task = (u64)task;
+	e->files = (u64)BPF_CORE_READ(task, files);
+	e->mm = (u64)BPF_CORE_READ(task, mm);
+	e->cgroup = task_cgroup_id(task);
+	e->tid = BPF_CORE_READ(task, pid);
+	e->tgid = BPF_CORE_READ(task, tgid);
+	e->ppid = BPF_CORE_READ(task, real_parent, tgid);
+	e->pad = 0;
+	__builtin_memset(e->comm, 0, sizeof(e->comm));
+	bpf_probe_read_kernel_str(e->comm, sizeof(e->comm), comm ? comm : task->comm);
+	bpf_ringbuf_submit(e, 0);
+}
+
+/* In copy_process, after the child joined its cgroup and before it runs; unlike
+ * sched_process_fork it sees io_uring workers too. */
+SEC("tp_btf/task_newtask")
+int BPF_PROG(task_newtask, struct task_struct *task)
+{
+	if (!(task->flags & PF_KTHREAD) && task_tracked(task))
+		send_task(task, EVENT_TASK_NEW, NULL);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(task_exec, struct task_struct *task)
+{
+	if (current_tracked())
+		send_task(task, EVENT_TASK_EXEC, NULL);
+	return 0;
+}
+
+SEC("tp_btf/task_rename")
+int BPF_PROG(task_rename, struct task_struct *task, const char *comm)
+{
+	if (task_tracked(task))
+		send_task(task, EVENT_TASK_RENAME, comm);
+	return 0;
+}
+
+/* In do_exit, before the thread lets go of its descriptors. */
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(task_exit, struct task_struct *task)
+{
+	if (current_tracked())
+		send_task(task, EVENT_TASK_EXIT, NULL);
+	return 0;
+}
+
+/* Reaped. A leader that release_task() reaps along with its last thread is seen only
+ * when it is freed, a grace period later. */
+SEC("fentry/release_task")
+int BPF_PROG(task_release, struct task_struct *task)
+{
+	if (task_tracked(task))
+		send_task(task, EVENT_TASK_RELEASE, NULL);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_free")
+int BPF_PROG(task_free, struct task_struct *task)
+{
+	if (task_tracked(task))
+		send_task(task, EVENT_TASK_RELEASE, NULL);
+	return 0;
+}
+
+SEC("tp_btf/cgroup_attach_task")
+int BPF_PROG(cgroup_attach, struct cgroup *cgrp, const char *path, struct task_struct *task)
+{
+	struct move_event *e = EVENT(struct move_event, EVENT_CGROUP_MOVE, task, CLASS_TASK);
+
+	if (!e)
+		return 0;
+	e->cgroup = BPF_CORE_READ(cgrp, kn, id);
+	e->tgid = BPF_CORE_READ(task, tgid);
+	e->tracked = cgroup_tracked(cgrp);
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+static __always_inline void files_switched(void)
+{
+	if (current_tracked())
+		send_task(bpf_get_current_task_btf(), EVENT_TASK_FILES, NULL);
+}
+
+/* exec */
+SEC("fexit/unshare_files")
+int BPF_PROG(unshare_files)
+{
+	files_switched();
+	return 0;
+}
+
+SEC("fexit/ksys_unshare")
+int BPF_PROG(ksys_unshare, unsigned long flags)
+{
+	if (flags & CLONE_FILES)
+		files_switched();
+	return 0;
+}
