@@ -191,25 +191,26 @@ struct word_walk {
 static long send_word(u64 index, void *ctx)
 {
 	struct word_walk *walk = ctx;
+	struct files_struct *files = walk->files;
+	struct fdtable *fdt = walk->fdt;
 	unsigned long open = 0, cloexec = 0;
 	struct word_event *e;
 	u32 word = index;
 
-	bpf_probe_read_kernel(&open, sizeof(open), BPF_CORE_READ(walk->fdt, open_fds) + word);
+	bpf_probe_read_kernel(&open, sizeof(open), BPF_CORE_READ(fdt, open_fds) + word);
 	if (!open)
 		return 0;
-	e = EVENT(struct word_event, EVENT_FILES_WORD, walk->files, CLASS_FILES);
+	e = EVENT(struct word_event, EVENT_FILES_WORD, files, CLASS_FILES);
 	if (!e)
 		return 0;
-	bpf_probe_read_kernel(&cloexec, sizeof(cloexec),
-			      BPF_CORE_READ(walk->fdt, close_on_exec) + word);
-	e->files = (u64)walk->files;
+	bpf_probe_read_kernel(&cloexec, sizeof(cloexec), BPF_CORE_READ(fdt, close_on_exec) + word);
+	e->files = (u64)files;
 	e->open = open;
 	e->cloexec = cloexec;
 	e->base = word * TRK_WORD_FDS;
 	e->pad = 0;
 	bpf_probe_read_kernel(e->file, sizeof(e->file),
-			      BPF_CORE_READ(walk->fdt, fd) + word * TRK_WORD_FDS);
+			      BPF_CORE_READ(fdt, fd) + word * TRK_WORD_FDS);
 	bpf_ringbuf_submit(e, 0);
 	return 0;
 }
@@ -218,14 +219,18 @@ static long send_word(u64 index, void *ctx)
 SEC("fexit/dup_fd")
 int BPF_PROG(dup_fd)
 {
+	struct files_struct *files;
 	struct word_walk walk;
+	struct fdtable *fdt;
 	u64 ret = 0;
 
 	if (!current_tracked() || bpf_get_func_ret(ctx, &ret) || IS_ERR_OR_NULL(ret))
 		return 0;
-	walk.files = (struct files_struct *)ret;
-	walk.fdt = BPF_CORE_READ(walk.files, fdt);
-	send_fd(EVENT_FILES_NEW, walk.files, 0, 0, 0);
-	bpf_loop((BPF_CORE_READ(walk.fdt, max_fds) + 63) / 64, send_word, &walk, 0);
+	files = (struct files_struct *)ret;
+	fdt = BPF_CORE_READ(files, fdt);
+	walk.files = files;
+	walk.fdt = fdt;
+	send_fd(EVENT_FILES_NEW, files, 0, 0, 0);
+	bpf_loop((BPF_CORE_READ(fdt, max_fds) + 63) / 64, send_word, &walk, 0);
 	return 0;
 }

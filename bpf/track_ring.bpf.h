@@ -124,6 +124,16 @@ static __always_inline void note_loss(u64 object, u32 class)
 		(*count)++;
 }
 
+/* The address as a number: the verifier knows most objects as typed pointers, with
+ * which it allows no arithmetic. */
+static __always_inline u64 address(const void *object)
+{
+	u64 number = 0;
+
+	bpf_probe_read_kernel(&number, sizeof(number), &object);
+	return number;
+}
+
 static __always_inline void *reserve(u64 object, u32 class, u64 size)
 {
 	/* slab objects differ in the middle bits: Fibonacci hashing spreads them */
@@ -148,7 +158,7 @@ static __always_inline void number(struct event_hdr *ev, u32 kind, u32 size)
 /* Room for an event of this type, numbered; NULL if there is none. It must be submitted. */
 #define EVENT(type, kind, object, class)                                                           \
 	({                                                                                         \
-		type *_e = reserve((u64)(object), class, sizeof(type));                            \
+		type *_e = reserve(address((void *)(object)), class, sizeof(type));                \
 		if (_e)                                                                            \
 			number(&_e->ev, kind, sizeof(type));                                       \
 		_e;                                                                                \

@@ -46,7 +46,7 @@ static __always_inline void send_socket(struct sock *sk, u64 ino)
 
 	if (!sk)
 		return;
-	e = reserve((u64)sk, CLASS_SOCKET, sizeof(*e));
+	e = reserve(address(sk), CLASS_SOCKET, sizeof(*e));
 	if (!e)
 		return;
 	__builtin_memset(e, 0, sizeof(*e));

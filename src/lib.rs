@@ -1,5 +1,6 @@
 //! Updates the Linux kernel under running applications: see `ARCHITECTURE.md`.
 
+pub mod agent;
 pub mod applications;
 pub mod bpf;
 pub mod cli;
@@ -7,3 +8,4 @@ pub mod error;
 pub mod image;
 pub mod model;
 pub mod sys;
+pub mod track;

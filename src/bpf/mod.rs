@@ -8,6 +8,8 @@ pub mod netlock;
 mod pass;
 pub mod record;
 mod skeleton;
+pub mod track;
+pub mod wire;
 
 use std::sync::Once;
 

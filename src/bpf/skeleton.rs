@@ -19,3 +19,4 @@ macro_rules! skeleton {
 skeleton!(iter, "iter");
 skeleton!(netlock, "netlock");
 skeleton!(probe, "probe");
+skeleton!(track, "track");

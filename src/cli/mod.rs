@@ -1,7 +1,11 @@
 //! The command line: one file per subcommand.
 
+mod agent;
+mod audit;
+mod check;
 mod completions;
 mod run;
+mod status;
 
 use crate::error::{ExitCode, HasExitCode};
 use clap::{Parser, Subcommand};
@@ -27,6 +31,14 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 difference found or application 
 enum Command {
     /// Start an application in a cgroup of its own, or wait for one that was resumed
     Run(run::RunArgs),
+    /// Keep the model of all applications, and answer for it
+    Agent(agent::AgentArgs),
+    /// Compare the agent's model with the kernel
+    Audit(audit::AuditArgs),
+    /// Show what the kernel can do for tracker
+    Check(check::CheckArgs),
+    /// Show what the agent tracks
+    Status(status::StatusArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -64,7 +76,20 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Run(args) => Ok(run::run(&args)?),
+        Command::Agent(args) => Ok(agent::run(args)?),
+        Command::Audit(args) => Ok(audit::run(&args)?),
+        Command::Check(args) => Ok(check::run(&args)),
+        Command::Status(args) => Ok(status::run(&args)?),
         Command::Completions(args) => Ok(completions::run(&args)),
+    }
+}
+
+/// Prints a value for machines.
+fn print_json(value: &impl serde::Serialize) {
+    match serde_json::to_string_pretty(value) {
+        Ok(text) => println!("{text}"),
+        // Only a map with keys that are no strings could fail, which none of ours has.
+        Err(error) => eprintln!("tracker: {error}"),
     }
 }
 

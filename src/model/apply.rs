@@ -239,6 +239,9 @@ impl Step<'_> {
     }
 
     fn task_exit(&mut self, id: TaskId) {
+        if !self.state.tasks.contains_key(&id) {
+            return; // what was never known need not be known to be gone
+        }
         let Some(task) = self.task(id) else { return };
         task.zombie = true;
         let (files, mm, tgid) = (task.files.take(), task.mm.take(), task.tgid);
@@ -264,7 +267,7 @@ impl Step<'_> {
     }
 
     fn task_release(&mut self, id: TaskId) {
-        if self.task(id).is_some() {
+        if self.state.tasks.contains_key(&id) && self.task(id).is_some() {
             self.forget_task(id);
         }
     }

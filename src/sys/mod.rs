@@ -3,6 +3,7 @@
 //! One file per kernel noun; every function here is a safe wrapper with the
 //! errors of its system call.
 
+pub mod membarrier;
 pub mod process;
 pub mod ptrace;
 pub mod signal;

@@ -1,0 +1,178 @@
+//! The daemon: keeps the model, answers on a control socket, shows metrics.
+
+pub mod client;
+mod metrics;
+pub mod protocol;
+mod server;
+pub mod status;
+
+use crate::bpf::track::Options;
+use crate::error::{ExitCode, HasExitCode};
+use crate::track::roots::{Root, RootError};
+use crate::track::{StartError, Tracking};
+use crossbeam_channel::bounded;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{SigSet, Signal};
+use sd_notify::NotifyState;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+/// Where the agent keeps its lock and, by default, its socket.
+pub const STATE_DIR: &str = "/run/tracker";
+
+/// How the agent is run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Cgroups to track; none: the parent of all that `tracker run` starts.
+    pub cgroups: Vec<PathBuf>,
+    /// Where to serve metrics, if at all.
+    pub metrics_listen: Option<SocketAddr>,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// Directory of the lock file.
+    pub state_dir: PathBuf,
+    /// The hooks.
+    pub hooks: Options,
+}
+
+/// The agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A cgroup.
+    #[error(transparent)]
+    Root(#[from] RootError),
+    /// Tracking.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A file or directory.
+    #[error("{action} {path} failed; is it writable for root?")]
+    File {
+        /// What was done.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Another agent.
+    #[error("Another agent runs in {0}; stop it first, or give this one its own --state-dir")]
+    Running(PathBuf),
+    /// The metrics endpoint.
+    #[error("Listening on {address} failed; choose another --metrics-listen")]
+    Metrics {
+        /// Where.
+        address: SocketAddr,
+        /// Why it failed.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A signal or thread call.
+    #[error("{0} failed")]
+    System(&'static str, #[source] io::Error),
+}
+
+impl HasExitCode for AgentError {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Start(_) | Self::Root(RootError::NoCgroup2(_)) => ExitCode::Unsupported,
+            Self::Root(_) | Self::Metrics { .. } => ExitCode::Usage,
+            _ => ExitCode::Difference,
+        }
+    }
+}
+
+/// Runs until SIGTERM, SIGINT or a request to shut down.
+///
+/// # Errors
+///
+/// It could not start.
+pub fn run(config: &Config) -> Result<(), AgentError> {
+    let _lock = lock(&config.state_dir)?;
+    // Before any thread is started, so that all inherit it.
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    let system = |what| move |errno: nix::Error| AgentError::System(what, errno.into());
+    signals.thread_block().map_err(system("Blocking signals"))?;
+
+    let roots = if config.cgroups.is_empty() {
+        vec![Root::default_parent()?]
+    } else {
+        config
+            .cgroups
+            .iter()
+            .map(|path| Root::open(path))
+            .collect::<Result<_, _>>()?
+    };
+    let tracking = Arc::new(Tracking::start(&config.hooks, roots)?);
+    // The first reading is in the model before anyone is told that the agent is ready.
+    tracking
+        .view(true)
+        .map_err(|gone| AgentError::System("Reading the applications", io::Error::other(gone)))?;
+
+    let (stop, stopped) = bounded(1);
+    let listener = server::listen(&config.socket)?;
+    let for_server = (Arc::clone(&tracking), stop.clone());
+    let thread = |what| move |source| AgentError::System(what, source);
+    thread::Builder::new()
+        .name("control".into())
+        .spawn(move || server::serve(&listener, &for_server.0, &for_server.1))
+        .map_err(thread("Starting a thread"))?;
+    if let Some(address) = config.metrics_listen {
+        let server = metrics::listen(address)?;
+        let tracking = Arc::clone(&tracking);
+        thread::Builder::new()
+            .name("metrics".into())
+            .spawn(move || metrics::serve(&server, &tracking))
+            .map_err(thread("Starting a thread"))?;
+    }
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            if let Ok(signal) = signals.wait() {
+                tracing::info!(%signal, "stopping");
+                // If the channel is full, it stops already.
+                let _ = stop.try_send(());
+            }
+        })
+        .map_err(thread("Starting a thread"))?;
+
+    notify(&[NotifyState::Ready]);
+    // An error means that nobody is left who could ask.
+    let _ = stopped.recv();
+    notify(&[NotifyState::Stopping]);
+    // It may have been removed by hand.
+    let _ = fs::remove_file(&config.socket);
+    Ok(())
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "the service manager was not told");
+    }
+}
+
+/// Makes sure that one agent runs; the lock is held as long as the value lives.
+fn lock(dir: &Path) -> Result<Flock<File>, AgentError> {
+    let failed = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| AgentError::File {
+            action,
+            path,
+            source,
+        }
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(failed("Creating", dir))?;
+    let path = dir.join("agent.lock");
+    let file = File::create(&path).map_err(failed("Creating", &path))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| AgentError::Running(dir.to_owned()))
+}

@@ -1,0 +1,355 @@
+//! Decodes the events of the tracking hooks: the only place that knows their layout.
+
+use super::events::{self, EpollCtlEvent};
+use super::events::{
+    EventClass, EventKind, FdEvent, FileKind as Kind, InstallEvent, MoveEvent, ObjectEvent,
+    SockStateEvent, SocketEvent, TaskEvent, WordEvent,
+};
+use super::record::{Malformed, c_text};
+use crate::model::event::{Body, Event, FileKind, Object, OfdInfo, SockInfo, TaskInfo};
+use crate::model::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid};
+
+/// Several event kinds share a layout, so the kind is checked where a layout is chosen.
+macro_rules! events {
+    ($($type:ty),+) => {$(
+        // SAFETY: bindgen made the type from events.h, which allows integers and arrays of
+        // them only, asserts sizes that leave no room for padding, and puts a rec_hdr first.
+        unsafe impl Layout for $type {}
+    )+};
+}
+
+/// An event layout.
+///
+/// # Safety
+///
+/// Valid for every bit pattern, no padding.
+unsafe trait Layout: Copy {}
+
+events!(
+    TaskEvent,
+    MoveEvent,
+    InstallEvent,
+    FdEvent,
+    WordEvent,
+    SocketEvent,
+    SockStateEvent,
+    EpollCtlEvent,
+    ObjectEvent
+);
+
+/// Decodes one ring record; one that cannot be decoded still has its number if it
+/// is long enough for one, else it is `Err`.
+///
+/// # Errors
+///
+/// The record has no room for an event header.
+pub fn decode(bytes: &[u8]) -> Result<Event, Malformed> {
+    let kind = word(bytes, 0);
+    let size = word(bytes, 4);
+    let torn = Malformed {
+        kind,
+        size,
+        offset: 0,
+    };
+    let seq = bytes
+        .get(8..)
+        .and_then(|rest| rest.first_chunk::<8>())
+        .ok_or(torn)?;
+    let seq = u64::from_ne_bytes(*seq);
+    // The kernel pads what a ring holds to eight bytes.
+    let len = usize::try_from(size).unwrap_or(usize::MAX);
+    let body = bytes
+        .get(..len)
+        .and_then(|bytes| body(kind, bytes))
+        .unwrap_or(Body::Malformed);
+    Ok(Event { seq, body })
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    let chunk = bytes.get(at..).and_then(|rest| rest.first_chunk::<4>());
+    chunk.map_or(0, |chunk| u32::from_ne_bytes(*chunk))
+}
+
+fn read<T: Layout>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: Layout promises that any bytes are a valid T, and there are exactly
+    // size_of::<T>() of them; the read does not need alignment.
+    (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+fn body(kind: u32, bytes: &[u8]) -> Option<Body> {
+    Some(match kind {
+        EventKind::TASK_NEW => Body::TaskNew(task(&read(bytes)?)),
+        EventKind::TASK_EXEC => Body::TaskExec(task(&read(bytes)?)),
+        EventKind::TASK_RENAME => {
+            let TaskInfo { task, comm, .. } = task(&read(bytes)?);
+            Body::TaskRename { task, comm }
+        }
+        EventKind::TASK_EXIT => Body::TaskExit {
+            task: task(&read(bytes)?).task,
+        },
+        EventKind::TASK_RELEASE => Body::TaskRelease {
+            task: task(&read(bytes)?).task,
+        },
+        EventKind::TASK_FILES => {
+            let TaskInfo { task, files, .. } = task(&read(bytes)?);
+            Body::TaskFiles {
+                task,
+                files: files?,
+            }
+        }
+        EventKind::CGROUP_MOVE => {
+            let e: MoveEvent = read(bytes)?;
+            Body::CgroupMove {
+                tgid: Pid(e.tgid.cast_signed()),
+                cgroup: CgroupId(e.cgroup),
+                tracked: e.tracked != 0,
+            }
+        }
+        EventKind::FILES_WORD => files_word(&read(bytes)?),
+        EventKind::FD_INSTALL => install(&read(bytes)?),
+        EventKind::FILES_NEW
+        | EventKind::FD_CLOSE
+        | EventKind::FD_CLOEXEC
+        | EventKind::RANGE_CLOEXEC
+        | EventKind::EXEC_CLOSE => descriptor(kind, &read(bytes)?),
+        EventKind::SOCKET => Body::Socket(socket(&read(bytes)?)),
+        EventKind::SOCKET_STATE => {
+            let e: SockStateEvent = read(bytes)?;
+            Body::SocketState {
+                sock: SockId(e.sock),
+                state: u8::try_from(e.state).ok()?,
+            }
+        }
+        EventKind::EPOLL_SET | EventKind::EPOLL_DEL => epoll_ctl(kind, &read(bytes)?),
+        EventKind::EPOLL_RELEASE => {
+            let e: ObjectEvent = read(bytes)?;
+            Body::EpollRelease {
+                target: OfdId(e.object),
+            }
+        }
+        EventKind::STALE => {
+            let e: ObjectEvent = read(bytes)?;
+            Body::Stale(object(e.class, e.object)?)
+        }
+        _ => return None,
+    })
+}
+
+/// The object an address names, by the class of the event that named it.
+#[must_use]
+pub fn object(class: u32, address: u64) -> Option<Object> {
+    Some(match class {
+        EventClass::TASK => Object::Tasks,
+        EventClass::FILES => Object::Files(FilesId(address)),
+        EventClass::SOCKET => Object::Socket(SockId(address)),
+        EventClass::EPOLL => Object::Epoll(OfdId(address)),
+        EventClass::MM => Object::Mm(MmId(address)),
+        _ => return None,
+    })
+}
+
+/// Names of the event classes, in the order of their numbers.
+pub const CLASSES: [&str; EventClass::COUNT as usize] = ["task", "files", "socket", "epoll", "mm"];
+
+fn some(address: u64) -> Option<u64> {
+    (address != 0).then_some(address)
+}
+
+fn task(e: &TaskEvent) -> TaskInfo {
+    TaskInfo {
+        task: TaskId(e.task),
+        tid: Tid(e.tid.cast_signed()),
+        tgid: Pid(e.tgid.cast_signed()),
+        parent: Pid(e.ppid.cast_signed()),
+        files: some(e.files).map(FilesId),
+        mm: some(e.mm).map(MmId),
+        cgroup: CgroupId(e.cgroup),
+        comm: c_text(&e.comm),
+    }
+}
+
+fn install(e: &InstallEvent) -> Body {
+    Body::FdInstall {
+        files: FilesId(e.files),
+        fd: Fd(e.fd.cast_signed()),
+        cloexec: e.cloexec != 0,
+        ofd: OfdInfo {
+            id: OfdId(e.file),
+            kind: file_kind(e.kind),
+            inode: InodeId {
+                dev: e.dev,
+                ino: e.ino,
+            },
+            mode: e.mode,
+            flags: e.flags,
+            sock: some(e.sock).map(SockId),
+            empty_epoll: e.empty_epoll != 0,
+        },
+    }
+}
+
+fn descriptor(kind: u32, e: &FdEvent) -> Body {
+    let files = FilesId(e.files);
+    let fd = Fd(e.fd.cast_signed());
+    match kind {
+        EventKind::FILES_NEW => Body::FilesNew { files },
+        EventKind::FD_CLOSE => Body::FdClose { files, fd },
+        EventKind::FD_CLOEXEC => Body::FdCloexec {
+            files,
+            fd,
+            cloexec: e.cloexec != 0,
+        },
+        EventKind::EXEC_CLOSE => Body::ExecClose { files },
+        _ => Body::RangeCloexec {
+            files,
+            first: Fd(e.fd.min(i32::MAX.cast_unsigned()).cast_signed()),
+            last: Fd(e.last.min(i32::MAX.cast_unsigned()).cast_signed()),
+            since: e.since,
+        },
+    }
+}
+
+fn files_word(e: &WordEvent) -> Body {
+    let base = e.base.cast_signed();
+    let fds = (0..64)
+        .zip(e.file)
+        .filter(|(bit, file)| e.open >> bit & 1 != 0 && *file != 0);
+    let fds = fds.map(|(bit, file)| {
+        (
+            Fd(base.saturating_add(bit)),
+            OfdId(file),
+            e.cloexec >> bit & 1 != 0,
+        )
+    });
+    Body::FilesWord {
+        files: FilesId(e.files),
+        fds: fds.collect(),
+    }
+}
+
+fn epoll_ctl(kind: u32, e: &EpollCtlEvent) -> Body {
+    let (epoll, files, target) = (OfdId(e.epoll), FilesId(e.files), OfdId(e.target));
+    let (epfd, fd, since) = (Fd(e.epfd.cast_signed()), Fd(e.fd.cast_signed()), e.since);
+    if kind == EventKind::EPOLL_DEL {
+        return Body::EpollDel {
+            epoll,
+            files,
+            epfd,
+            target,
+            fd,
+            since,
+        };
+    }
+    let (events, data) = (e.events, e.data);
+    Body::EpollSet {
+        epoll,
+        files,
+        epfd,
+        target,
+        fd,
+        events,
+        data,
+        since,
+    }
+}
+
+fn socket(e: &SocketEvent) -> SockInfo {
+    let len = usize::try_from(e.path_len).map_or(e.path.len(), |len| len.min(e.path.len()));
+    SockInfo {
+        sock: SockId(e.sock),
+        ino: e.ino,
+        family: e.family,
+        kind: e.type_,
+        protocol: e.protocol,
+        state: e.state,
+        shutdown: e.shutdown,
+        local_port: e.local_port,
+        remote_port: e.remote_port,
+        local_addr: e.local_addr,
+        remote_addr: e.remote_addr,
+        peer: some(e.peer).map(SockId),
+        name: e.path[..len].iter().map(|c| c.to_ne_bytes()[0]).collect(),
+    }
+}
+
+/// A socket as the iterators describe it.
+#[must_use]
+pub fn sock_info(rec: &events::SockRec) -> SockInfo {
+    SockInfo {
+        sock: SockId(rec.sock),
+        ino: rec.ino,
+        family: rec.family,
+        kind: rec.type_,
+        protocol: rec.protocol,
+        state: rec.state,
+        shutdown: rec.shutdown,
+        local_port: rec.local_port,
+        remote_port: rec.remote_port,
+        local_addr: rec.local_addr,
+        remote_addr: rec.remote_addr,
+        peer: some(rec.peer).map(SockId),
+        name: rec.unix_path(),
+    }
+}
+
+/// A thread as the iterators describe it, with its parent's PID.
+#[must_use]
+pub fn task_info(rec: &events::ThreadRec, parent: Pid) -> TaskInfo {
+    TaskInfo {
+        task: TaskId(rec.task),
+        tid: Tid(rec.tid.cast_signed()),
+        tgid: Pid(rec.tgid.cast_signed()),
+        parent,
+        files: some(rec.files).map(FilesId),
+        mm: some(rec.mm).map(MmId),
+        cgroup: CgroupId(rec.cgroup_id),
+        comm: rec.comm(),
+    }
+}
+
+/// A description as the iterators describe it; `sock` is its socket.
+#[must_use]
+pub fn ofd_info(rec: &events::FileRec, sock: Option<SockId>) -> OfdInfo {
+    OfdInfo {
+        id: OfdId(rec.file),
+        kind: file_kind(rec.kind),
+        inode: InodeId {
+            dev: rec.dev,
+            ino: rec.ino,
+        },
+        mode: rec.mode,
+        flags: rec.flags,
+        sock,
+        empty_epoll: false,
+    }
+}
+
+/// A file kind of `events.h` as the model names it.
+#[must_use]
+pub fn file_kind(kind: u32) -> FileKind {
+    match kind {
+        Kind::REGULAR => FileKind::Regular,
+        Kind::DIRECTORY => FileKind::Directory,
+        Kind::CHAR_DEVICE => FileKind::CharDevice,
+        Kind::BLOCK_DEVICE => FileKind::BlockDevice,
+        Kind::SYMLINK => FileKind::Symlink,
+        Kind::FIFO => FileKind::Fifo,
+        Kind::PIPE => FileKind::Pipe,
+        Kind::SOCKET => FileKind::Socket,
+        Kind::EVENTFD => FileKind::Eventfd,
+        Kind::EPOLL => FileKind::Epoll,
+        Kind::TIMERFD => FileKind::Timerfd,
+        Kind::SIGNALFD => FileKind::Signalfd,
+        Kind::INOTIFY => FileKind::Inotify,
+        Kind::FANOTIFY => FileKind::Fanotify,
+        Kind::PIDFD => FileKind::Pidfd,
+        Kind::MEMFD => FileKind::Memfd,
+        Kind::IO_URING => FileKind::IoUring,
+        Kind::USERFAULTFD => FileKind::Userfaultfd,
+        Kind::PERF_EVENT => FileKind::PerfEvent,
+        Kind::BPF => FileKind::Bpf,
+        Kind::MQUEUE => FileKind::Mqueue,
+        Kind::NAMESPACE => FileKind::Namespace,
+        _ => FileKind::Other,
+    }
+}

@@ -1,0 +1,104 @@
+//! `tracker check`.
+
+use crate::bpf::features::{Features, Probe};
+use crate::bpf::track::{HookSet, Hooks, Options};
+use crate::error::ExitCode;
+use clap::Args;
+use serde::Serialize;
+
+/// Arguments of `tracker check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Found {
+    #[serde(flatten)]
+    features: Features,
+    /// The hook set that an agent would use; `None` if the kernel takes none.
+    hook_set: Option<HookSet>,
+    /// Programs of that set.
+    hooks: Vec<&'static str>,
+    /// Why not the better set, or none.
+    refused: Option<String>,
+}
+
+/// Prints what the kernel can do for tracker; ends with 4 if it lacks what tracking needs.
+#[must_use]
+pub fn run(args: &CheckArgs) -> ExitCode {
+    let features = Features::probe();
+    // Loaded and attached without any cgroup to track, and detached at once.
+    let (hook_set, hooks, refused) = match Hooks::load(&Options::default()) {
+        Ok(hooks) => (
+            Some(hooks.set),
+            hooks.attached.clone(),
+            hooks.refused.clone(),
+        ),
+        Err(error) => (None, Vec::new(), Some(super::chain(&error))),
+    };
+    let found = Found {
+        features,
+        hook_set,
+        hooks,
+        refused,
+    };
+    if args.json {
+        super::print_json(&found);
+    } else {
+        print(&found);
+    }
+    let usable = found.features.iterators.works() && found.hook_set.is_some();
+    if usable {
+        ExitCode::Done
+    } else {
+        ExitCode::Unsupported
+    }
+}
+
+fn print(found: &Found) {
+    let features = &found.features;
+    println!("Kernel           {}", features.kernel_release);
+    let lines = [
+        ("BTF", &features.btf),
+        ("Iterators", &features.iterators),
+        ("fentry", &features.fentry),
+        ("Network lock", &features.network_lock),
+    ];
+    for (name, probe) in lines {
+        let text = match probe {
+            Probe::Works => "works".to_owned(),
+            Probe::Fails(why) => format!("fails: {why}"),
+        };
+        println!("{name:<16} {text}");
+    }
+    let cgroup2 = features
+        .cgroup2
+        .as_ref()
+        .map(|path| path.display().to_string());
+    println!(
+        "{:<16} {}",
+        "Cgroup v2",
+        cgroup2.as_deref().unwrap_or("not mounted")
+    );
+    let lacking = features.capabilities.iter().filter(|(_, held)| !**held);
+    let lacking: Vec<&str> = lacking.map(|(name, _)| name.as_str()).collect();
+    let lacking = if lacking.is_empty() {
+        "all".to_owned()
+    } else {
+        format!("without {}", lacking.join(" "))
+    };
+    println!("{:<16} {lacking}", "Capabilities");
+    let set = match found.hook_set {
+        Some(HookSet::Fentry) => "fentry: exact",
+        Some(HookSet::Fallback) => "fallback: tracepoints, tables are read again after changes",
+        None => "none",
+    };
+    println!("{:<16} {set}", "Hook set");
+    println!("{:<16} {}", "Hooks", found.hooks.join(" "));
+    if let Some(refused) = &found.refused {
+        println!("{:<16} {refused}", "Refused");
+    }
+}

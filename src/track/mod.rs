@@ -1,0 +1,172 @@
+//! Keeps a model of the tracked applications: ring threads hand events to one
+//! thread that owns the state, a reader reads what is suspect.
+
+pub mod audit;
+mod engine;
+pub mod order;
+mod proc;
+mod reader;
+pub mod roots;
+
+use crate::bpf::iter::Iterators;
+use crate::bpf::track::{HookSet, Hooks, Options};
+use crate::model::state::State;
+use crossbeam_channel::{Sender, bounded};
+use roots::Root;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// Tracking cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The hooks.
+    #[error(transparent)]
+    Hooks(#[from] crate::bpf::track::LoadError),
+    /// The iterators.
+    #[error(transparent)]
+    Iterators(#[from] crate::bpf::iter::LoadError),
+    /// A thread.
+    #[error("Starting a thread failed; is the limit of processes reached?")]
+    Thread(#[from] io::Error),
+}
+
+/// The thread that owns the model is gone: a bug of ours.
+#[derive(Debug, thiserror::Error)]
+#[error("The model's thread ended; restart the agent")]
+pub struct Gone;
+
+/// Counts since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Events applied.
+    pub events: u64,
+    /// Events lost for want of room, by class.
+    pub lost: BTreeMap<String, u64>,
+    /// Records that could not be decoded.
+    pub malformed: u64,
+    /// Numbers that were never seen: a bug of ours.
+    pub gaps: u64,
+    /// Things events said that the model could not explain, by kind.
+    pub anomalies: BTreeMap<String, u64>,
+    /// Readings of suspect objects, the first one included.
+    pub readings: u64,
+    /// Readings that failed.
+    pub failed_readings: u64,
+}
+
+/// The model at one instant.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// The state.
+    pub state: State,
+    /// The counters.
+    pub counters: Counters,
+    /// The hook set in use.
+    pub hooks: HookSet,
+    /// Why the better one is not.
+    pub refused: Option<String>,
+    /// Number of the last event that happened; `state.seq` is the last applied.
+    pub last_seq: u64,
+}
+
+enum Request {
+    View { settle: bool, reply: Sender<View> },
+    Stop,
+}
+
+/// Running tracking. Dropping it stops the threads and detaches the hooks.
+#[derive(Debug)]
+pub struct Tracking {
+    requests: Sender<Request>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+    /// What is tracked.
+    pub roots: Vec<Root>,
+}
+
+impl Tracking {
+    /// Attaches the hooks and reads what is there already.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses the programs, or a thread cannot be started.
+    pub fn start(options: &Options, roots: Vec<Root>) -> Result<Self, StartError> {
+        let iterators = Iterators::load()?;
+        let mut hooks = Hooks::load(options)?;
+        let (batches, inbox) = bounded(1024);
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut threads = Vec::new();
+        let collected: Vec<_> = (0..8).map(|_| engine::Batch::default()).collect();
+        let sink = |shard: u32| {
+            let batch = collected[shard as usize].clone();
+            move |event| batch.push(event)
+        };
+        for (ring, batch) in hooks
+            .rings(sink)?
+            .into_iter()
+            .zip(collected.iter().cloned())
+        {
+            let (stop, batches) = (Arc::clone(&stop), batches.clone());
+            let ring = SendRing(ring);
+            threads.push(thread::Builder::new().name("ring".into()).spawn(move || {
+                let SendRing(ring) = { ring };
+                while !stop.load(Ordering::Relaxed) {
+                    // The error is EINTR, after which polling goes on.
+                    let _ = ring.poll(Duration::from_millis(100));
+                    let events = batch.take();
+                    if !events.is_empty() && batches.send(events).is_err() {
+                        return;
+                    }
+                }
+            })?);
+        }
+        let roots_of: Vec<_> = roots.iter().map(|root| (root.id.0, root.level)).collect();
+        hooks.set_roots(&roots_of);
+        let (requests, requested) = bounded(16);
+        let engine = engine::Engine::new(hooks, iterators, roots.clone(), inbox, requested)?;
+        threads.push(
+            thread::Builder::new()
+                .name("model".into())
+                .spawn(move || engine.run())?,
+        );
+        Ok(Self {
+            requests,
+            stop,
+            threads,
+            roots,
+        })
+    }
+
+    /// The model as it is; with `settle`, after everything that happened before the
+    /// call is applied and what is suspect was read again.
+    ///
+    /// # Errors
+    ///
+    /// The model's thread is gone.
+    pub fn view(&self, settle: bool) -> Result<View, Gone> {
+        let (reply, answer) = bounded(1);
+        self.requests
+            .send(Request::View { settle, reply })
+            .map_err(|_| Gone)?;
+        answer.recv().map_err(|_| Gone)
+    }
+}
+
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // The thread may be gone already; it is joined in any case.
+        let _ = self.requests.send(Request::Stop);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A ring with its callback, moved to its thread once.
+struct SendRing(libbpf_rs::RingBuffer<'static>);

@@ -1,0 +1,102 @@
+//! Puts the events of all rings back into their one order.
+
+use crate::model::event::Event;
+use std::collections::BTreeMap;
+
+/// Holds events back until all before them are there. Numbers have no gaps: each
+/// was taken for a record that had its room in a ring already.
+#[derive(Debug, Default)]
+pub struct Order {
+    /// Number of the last event handed out.
+    done: u64,
+    early: BTreeMap<u64, Event>,
+}
+
+impl Order {
+    /// Takes an event in.
+    pub fn push(&mut self, event: Event) {
+        if event.seq > self.done {
+            self.early.insert(event.seq, event);
+        }
+    }
+
+    /// The next event, if it is there.
+    pub fn pop(&mut self) -> Option<Event> {
+        let event = self.early.remove(&(self.done + 1))?;
+        self.done = event.seq;
+        Some(event)
+    }
+
+    /// Number of the last event handed out.
+    #[must_use]
+    pub fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// Events waiting for one before them.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.early.len()
+    }
+
+    /// Gives up on the missing ones: returns how many there were.
+    pub fn skip_gap(&mut self) -> u64 {
+        let Some(first) = self.early.keys().next() else {
+            return 0;
+        };
+        let missing = first - self.done - 1;
+        self.done = first - 1;
+        missing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::event::Body;
+
+    fn event(seq: u64) -> Event {
+        Event {
+            seq,
+            body: Body::Malformed,
+        }
+    }
+
+    fn drain(order: &mut Order) -> Vec<u64> {
+        std::iter::from_fn(|| order.pop())
+            .map(|event| event.seq)
+            .collect()
+    }
+
+    #[test]
+    fn shards_interleave_to_one_order() {
+        let mut order = Order::default();
+        for seq in [2, 4, 1] {
+            order.push(event(seq));
+        }
+        assert_eq!(drain(&mut order), [1, 2]);
+        order.push(event(3));
+        assert_eq!(drain(&mut order), [3, 4]);
+        assert_eq!(order.done(), 4);
+    }
+
+    #[test]
+    fn an_old_number_is_not_handed_out_again() {
+        let mut order = Order::default();
+        order.push(event(1));
+        assert_eq!(drain(&mut order), [1]);
+        order.push(event(1));
+        assert_eq!(drain(&mut order), []);
+        assert_eq!(order.waiting(), 0);
+    }
+
+    #[test]
+    fn a_gap_is_counted_when_it_is_skipped() {
+        let mut order = Order::default();
+        order.push(event(4));
+        assert_eq!(drain(&mut order), []);
+        assert_eq!(order.skip_gap(), 3);
+        assert_eq!(drain(&mut order), [4]);
+        assert_eq!(order.skip_gap(), 0);
+    }
+}

@@ -1,0 +1,134 @@
+//! Reads objects from the kernel through the BPF iterators, in a thread of its own.
+
+use crate::bpf::iter::{Detail, Files, Iterators, ReadError, Scope, Tasks};
+use crate::bpf::wire;
+use crate::model::ids::{Fd, FilesId, MmId, OfdId, Pid, SockId};
+use crate::model::snapshot::Snapshot;
+use crate::sys::membarrier;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use std::collections::BTreeMap;
+use std::thread::{self, JoinHandle};
+
+/// What to read.
+#[derive(Clone, Debug)]
+pub(super) struct Order {
+    /// Number of the last event when reading was asked for.
+    pub seq: u64,
+    /// Whose objects.
+    pub scopes: Vec<Scope>,
+    /// The scopes are all that is tracked.
+    pub all: bool,
+    /// Read tasks and descriptors.
+    pub files: bool,
+    /// Read mappings.
+    pub mms: bool,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) struct Reading {
+    pub order: Order,
+    pub result: Result<Snapshot, ReadError>,
+}
+
+/// Starts the thread; it ends when the sender is dropped.
+pub(super) fn start(
+    iterators: Iterators,
+) -> std::io::Result<(Sender<Order>, Receiver<Reading>, JoinHandle<()>)> {
+    let (orders, inbox) = bounded::<Order>(1);
+    let (outbox, readings) = bounded(1);
+    let mut iterators = Some(iterators);
+    let thread = thread::Builder::new()
+        .name("reader".into())
+        .spawn(move || {
+            let Some(mut iterators) = iterators.take() else {
+                return;
+            };
+            for order in inbox {
+                // An event is numbered just before its change can be seen; after this, the
+                // changes of all events up to order.seq can be.
+                if let Err(errno) = membarrier::grace_period() {
+                    tracing::debug!(%errno, "membarrier");
+                }
+                let result = read(&mut iterators, &order);
+                if outbox.send(Reading { order, result }).is_err() {
+                    return;
+                }
+            }
+        })?;
+    Ok((orders, readings, thread))
+}
+
+fn read(iterators: &mut Iterators, order: &Order) -> Result<Snapshot, ReadError> {
+    let mut snapshot = Snapshot {
+        seq: order.seq,
+        ..Snapshot::default()
+    };
+    snapshot.all_tasks = order.all && order.files;
+    for scope in &order.scopes {
+        if order.files {
+            // Descriptors first: a table is then never listed without its threads.
+            let files = iterators.files(*scope)?;
+            let tasks = iterators.threads(*scope)?;
+            add_tasks(&mut snapshot, &tasks);
+            add_files(&mut snapshot, &files);
+        }
+        if order.mms {
+            for vma in iterators.vmas(*scope)? {
+                *snapshot.mms.entry(MmId(vma.mm)).or_default() += 1;
+            }
+        }
+    }
+    Ok(snapshot)
+}
+
+fn add_tasks(snapshot: &mut Snapshot, tasks: &Tasks) {
+    let parents: BTreeMap<u32, u32> = tasks
+        .processes
+        .iter()
+        .map(|process| (process.pid, process.ppid))
+        .collect();
+    for thread in &tasks.threads {
+        let parent = parents.get(&thread.tgid).copied().unwrap_or(0);
+        let info = wire::task_info(thread, Pid(parent.cast_signed()));
+        // A table without descriptors is listed by nothing else.
+        if let Some(files) = info.files {
+            snapshot.tables.entry(files).or_default();
+        }
+        snapshot.tasks.push((info, thread.is_zombie()));
+    }
+}
+
+fn add_files(snapshot: &mut Snapshot, files: &Files) {
+    let mut tables = BTreeMap::<FilesId, BTreeMap<Fd, _>>::new();
+    for file in &files.files {
+        let sock = match &file.detail {
+            Detail::Socket(rec) => {
+                let sock = SockId(rec.sock);
+                snapshot.sockets.insert(sock, wire::sock_info(rec));
+                Some(sock)
+            }
+            _ => None,
+        };
+        let info = wire::ofd_info(&file.rec, sock);
+        if info.kind == crate::model::event::FileKind::Epoll {
+            snapshot.epolls.entry(info.id).or_default();
+        }
+        let fd = Fd(file.rec.fd.cast_signed());
+        // A table shared by processes is listed once for each.
+        let table = tables.entry(FilesId(file.rec.files)).or_default();
+        table.insert(fd, (fd, info, file.rec.cloexec != 0));
+    }
+    for (id, fds) in tables {
+        snapshot.tables.insert(id, fds.into_values().collect());
+    }
+    for item in &files.epoll_items {
+        let items = snapshot.epolls.entry(OfdId(item.epoll)).or_default();
+        items.push((
+            OfdId(item.target),
+            Fd(item.fd.cast_signed()),
+            item.events,
+            item.data,
+        ));
+    }
+}
