@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use tiny_http::{Header, Response, Server};
 
+type Size = fn(&Sizes) -> u64;
 type Labels = Vec<(&'static str, String)>;
 
 pub(super) fn listen(address: SocketAddr) -> Result<Server, AgentError> {
@@ -105,7 +106,7 @@ fn render(status: &Status) -> String {
         suspects,
     );
     let applications = || status.applications.iter();
-    let sizes: [(&str, &str, fn(&Sizes) -> u64); 5] = [
+    let sizes: [(&str, &str, Size); 5] = [
         ("processes", "Processes", |sizes| sizes.processes),
         ("threads", "Threads", |sizes| sizes.threads),
         ("descriptors", "File descriptors", |sizes| sizes.descriptors),

@@ -267,7 +267,7 @@ impl Hooks {
             }
         }
         let missing = |group: &&[&str]| !group.iter().any(|name| attached.contains(name));
-        if set == HookSet::Fentry && NEEDED.iter().any(|group| missing(&group)) {
+        if set == HookSet::Fentry && NEEDED.iter().any(missing) {
             let source = refusal.unwrap_or_else(|| {
                 std::io::Error::new(std::io::ErrorKind::NotFound, "a function is inlined").into()
             });

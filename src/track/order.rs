@@ -86,7 +86,7 @@ mod tests {
         order.push(event(1));
         assert_eq!(drain(&mut order), [1]);
         order.push(event(1));
-        assert_eq!(drain(&mut order), []);
+        assert_eq!(drain(&mut order), Vec::<u64>::new());
         assert_eq!(order.waiting(), 0);
     }
 
@@ -94,7 +94,7 @@ mod tests {
     fn a_gap_is_counted_when_it_is_skipped() {
         let mut order = Order::default();
         order.push(event(4));
-        assert_eq!(drain(&mut order), []);
+        assert_eq!(drain(&mut order), Vec::<u64>::new());
         assert_eq!(order.skip_gap(), 3);
         assert_eq!(drain(&mut order), [4]);
         assert_eq!(order.skip_gap(), 0);
