@@ -22,8 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-/// Where the agent keeps its lock and, by default, its socket.
-pub const STATE_DIR: &str = "/run/tracker";
+pub use crate::applications::STATE_DIR;
 
 /// How the agent is run.
 #[derive(Clone, Debug)]

@@ -1,5 +1,6 @@
 //! The cgroups that are tracked.
 
+use crate::applications::PARENT_CGROUP;
 use crate::bpf::features::cgroup2_mount;
 use crate::model::ids::CgroupId;
 use std::collections::BTreeMap;
@@ -52,7 +53,7 @@ impl Root {
     pub fn default_parent() -> Result<Self, RootError> {
         let path = cgroup2_mount()
             .map_err(RootError::NoCgroup2)?
-            .join("tracker");
+            .join(PARENT_CGROUP);
         match fs::create_dir(&path) {
             Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
                 Err(RootError::Open { path, source })
