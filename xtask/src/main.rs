@@ -1,5 +1,6 @@
-//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest`.
+//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|bench`.
 
+mod bench;
 mod demo;
 mod guest_image;
 mod setup;
@@ -22,6 +23,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Measures frozen time and client gaps, against CRIU in the same VM.
+    Bench(bench::Arguments),
     /// Installs what building and testing need; does nothing if all is there.
     Setup(setup::Arguments),
     /// Updates a VM's kernel under redis and memcached with clients connected.
@@ -37,6 +40,7 @@ enum Task {
 fn main() -> std::process::ExitCode {
     let result = match Arguments::parse().command {
         Task::Setup(arguments) => setup::run(&arguments).map(|()| 0),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Vm(arguments) => vm::run(&arguments),

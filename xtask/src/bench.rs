@@ -1,0 +1,283 @@
+//! `cargo xtask bench`: how long redis stands still for a checkpoint that
+//! leaves it running, by tracker and by CRIU, in turns in one VM.
+//!
+//! Three figures each time: what the tool itself reports, the longest silence
+//! that a client inside the guest hears (asking every millisecond), and the
+//! longest that clients on the host hear.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use vmtests::apps;
+use vmtests::image::Kernel;
+use vmtests::load::Load;
+use vmtests::payload::TESTS_DIR;
+use vmtests::vm::{Exec, Vm};
+
+use crate::{setup, workspace};
+
+/// Options of `cargo xtask bench`.
+#[derive(Args)]
+pub struct Arguments {
+    /// The kernel: 6.1 or 6.12
+    #[arg(long, default_value = "6.12")]
+    kernel: Kernel,
+    /// How many times each tool has its turn
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Connections to redis
+    #[arg(long, default_value_t = 50)]
+    clients: usize,
+    /// Megabytes of data in redis
+    #[arg(long, value_name = "MB", default_value_t = 200)]
+    data: usize,
+    /// Only this tool
+    #[arg(long, value_enum)]
+    only: Option<Tool>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Time for one step on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Where the images go, one after another.
+const IMAGES: &str = "/root/bench";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+enum Tool {
+    Tracker,
+    Criu,
+}
+
+/// One checkpoint, in milliseconds.
+#[derive(Debug, Serialize)]
+struct Sample {
+    tool: Tool,
+    /// Frozen time as the tool reports it.
+    reported: f64,
+    /// Longest gap of the client in the guest.
+    guest_gap: f64,
+    /// Longest gap of the clients on the host.
+    host_gap: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    kernel: String,
+    clients: usize,
+    data_mb: usize,
+    /// Gaps without any checkpoint: guest and host, in milliseconds.
+    idle_guest_gap: f64,
+    idle_host_gap: f64,
+    samples: Vec<Sample>,
+}
+
+/// Returns the exit code.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    setup::for_vm()?;
+    let builder = Vm::builder(workspace())
+        .kernel(arguments.kernel)
+        .quiet(arguments.json);
+    let vm = apps::forwarded(builder).start()?;
+    apps::start_redis(&vm, arguments.data)?;
+    let load = Load::start(&apps::targets(&vm, arguments.clients, 0))?;
+    load.progress(20, PATIENCE)?;
+    let (_, idle) = heard(&vm, &load, || {
+        std::thread::sleep(Duration::from_secs(5));
+        Ok(0.0)
+    })?;
+    let mut report = Report {
+        kernel: vm.hello().release,
+        clients: arguments.clients,
+        data_mb: arguments.data,
+        idle_guest_gap: idle.0,
+        idle_host_gap: idle.1,
+        samples: Vec::new(),
+    };
+    for round in 1..=arguments.rounds {
+        for tool in [Tool::Tracker, Tool::Criu] {
+            if arguments.only.is_some_and(|only| only != tool) {
+                continue;
+            }
+            if !arguments.json {
+                eprintln!("Round {round}: {tool:?}");
+            }
+            let checkpoint = || match tool {
+                Tool::Tracker => tracker(&vm),
+                Tool::Criu => criu(&vm),
+            };
+            let (reported, (guest_gap, host_gap)) =
+                heard(&vm, &load, checkpoint).with_context(|| format!("{tool:?}"))?;
+            report.samples.push(Sample {
+                tool,
+                reported,
+                guest_gap,
+                host_gap,
+            });
+        }
+    }
+    let summary = load.finish();
+    ensure!(summary.clean(), "Something was lost: {summary:#?}");
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", table(&report)?);
+    }
+    Ok(0)
+}
+
+/// Runs something while the heart beats; returns its result and the longest
+/// gaps heard in the guest and on the host, in milliseconds.
+fn heard(vm: &Vm, load: &Load, work: impl FnOnce() -> Result<f64>) -> Result<(f64, (f64, f64))> {
+    let dir = "/run/heartbeat";
+    vm.sh(&format!(
+        "rm -rf {dir} {IMAGES}; mkdir -p {dir} {IMAGES}; sync"
+    ))?
+    .check()?;
+    let program = format!("{TESTS_DIR}/heartbeat");
+    let port = apps::REDIS.to_string();
+    let pid = vm.spawn(
+        Exec::new([program.as_str(), &port, dir]),
+        Some("/root/heartbeat.log"),
+    )?;
+    if !vm.await_file(&format!("{dir}/beating"), PATIENCE)? {
+        let log = vm.read_file("/root/heartbeat.log").unwrap_or_default();
+        bail!("No heartbeat: {}", String::from_utf8_lossy(&log));
+    }
+    load.progress(5, PATIENCE)?;
+    load.take_longest_gap();
+    let result = work();
+    // Gaps end with an answer.
+    load.progress(2, PATIENCE)?;
+    let host_gap = load.take_longest_gap();
+    vm.write_file(&format!("{dir}/stop"), b"")?;
+    ensure!(
+        vm.await_file(&format!("{dir}/gap"), PATIENCE)?,
+        "The heartbeat did not end"
+    );
+    vm.wait(pid, PATIENCE)?;
+    let gap = String::from_utf8(vm.read_file(&format!("{dir}/gap"))?)?;
+    let guest_gap = gap.trim().parse::<f64>().context("The heartbeat's gap")? / 1000.0;
+    Ok((result?, (guest_gap, host_gap.as_secs_f64() * 1000.0)))
+}
+
+/// `tracker checkpoint` with its pre-copy.
+fn tracker(vm: &Vm) -> Result<f64> {
+    let image = format!("{IMAGES}/tracker");
+    let command = [
+        "tracker",
+        "checkpoint",
+        "--name",
+        "redis",
+        "--image",
+        &image,
+        "--leave-running",
+        "--json",
+    ];
+    let output = vm.exec(Exec::new(command).timeout(PATIENCE))?.check()?;
+    let json: serde_json::Value =
+        serde_json::from_slice(&output.stdout).with_context(|| output.text())?;
+    let frozen = json["frozen_us"].as_f64();
+    Ok(frozen.with_context(|| format!("No frozen_us in {}", output.text()))? / 1000.0)
+}
+
+/// CRIU, as its documentation has it: two pre-dumps, then the dump.
+fn criu(vm: &Vm) -> Result<f64> {
+    let pid = apps::pids(vm, "redis")?[0].to_string();
+    let call = |action: &str, directory: &str, more: &[&str]| {
+        let images = format!("{IMAGES}/{directory}");
+        vm.exec(Exec::new(["mkdir", "-p", &images]))?.check()?;
+        let words = [
+            "criu",
+            action,
+            "--tree",
+            &pid,
+            "--images-dir",
+            &images,
+            "--track-mem",
+        ];
+        let command = Exec::new([&words[..], more].concat()).timeout(PATIENCE);
+        vm.exec(command)?.check()
+    };
+    call("pre-dump", "1", &[])?;
+    call("pre-dump", "2", &["--prev-images-dir", "../1"])?;
+    let output = call(
+        "dump",
+        "3",
+        &[
+            "--prev-images-dir",
+            "../2",
+            "--leave-running",
+            "--tcp-established",
+            "--network-lock",
+            "nftables",
+            "--display-stats",
+        ],
+    )?;
+    let text = output.text() + &output.error_text();
+    let frozen = text.lines().find_map(|line| {
+        let digits = line.trim().strip_prefix("Frozen time:")?.trim();
+        digits.trim_end_matches("us").trim().parse::<f64>().ok()
+    });
+    Ok(frozen.with_context(|| format!("CRIU reports no frozen time:\n{text}"))? / 1000.0)
+}
+
+/// The middle of the values, the upper of two.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn table(report: &Report) -> Result<String> {
+    let mut text = String::new();
+    writeln!(
+        text,
+        "Linux {}, redis with {} MB and {} clients; milliseconds",
+        report.kernel, report.data_mb, report.clients
+    )?;
+    writeln!(
+        text,
+        "{:<12} {:>16} {:>16} {:>16}",
+        "", "reported frozen", "gap in guest", "gap on host"
+    )?;
+    let mut row = |name: &str, values: [f64; 3], digits: usize| {
+        let cell = |value: f64| match value.is_nan() {
+            true => "-".to_owned(),
+            false => format!("{value:.digits$}"),
+        };
+        let [a, b, c] = values.map(cell);
+        writeln!(text, "{name:<12} {a:>16} {b:>16} {c:>16}")
+    };
+    row(
+        "idle",
+        [f64::NAN, report.idle_guest_gap, report.idle_host_gap],
+        1,
+    )?;
+    for sample in &report.samples {
+        let name = format!("{:?}", sample.tool).to_lowercase();
+        row(
+            &name,
+            [sample.reported, sample.guest_gap, sample.host_gap],
+            1,
+        )?;
+    }
+    let medians = |tool: Tool| {
+        let of = |value: fn(&Sample) -> f64| {
+            let samples = report.samples.iter().filter(|sample| sample.tool == tool);
+            median(samples.map(value).collect())
+        };
+        [of(|s| s.reported), of(|s| s.guest_gap), of(|s| s.host_gap)]
+    };
+    let (ours, theirs) = (medians(Tool::Tracker), medians(Tool::Criu));
+    row("tracker, med", ours, 1)?;
+    row("criu, median", theirs, 1)?;
+    let ratios = [0, 1, 2].map(|i| theirs[i] / ours[i]);
+    row("criu/tracker", ratios, 2)?;
+    Ok(text)
+}
