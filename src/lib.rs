@@ -7,5 +7,6 @@ pub mod cli;
 pub mod error;
 pub mod image;
 pub mod model;
+pub mod restore;
 pub mod sys;
 pub mod track;

@@ -3,7 +3,11 @@
 //! One file per kernel noun; every function here is a safe wrapper with the
 //! errors of its system call.
 
+pub mod eventfile;
+pub mod fd;
 pub mod membarrier;
 pub mod process;
 pub mod ptrace;
 pub mod signal;
+pub mod socket;
+pub mod tcp;

@@ -1,0 +1,82 @@
+//! Descriptions without a name or a peer: eventfd, timerfd, signalfd, inotify.
+
+use super::error::{FilesError, call};
+use crate::model::frozen::{InotifyWatch, Timerfd};
+use crate::sys::eventfile;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::ffi::CString;
+use std::os::fd::OwnedFd;
+
+/// Makes an eventfd with its count.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn eventfd(count: u64, semaphore: bool) -> Result<OwnedFd, FilesError> {
+    let object = "eventfd";
+    let mut flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    flags.set(EfdFlags::EFD_SEMAPHORE, semaphore);
+    let fd = EventFd::from_value_and_flags(0, flags).map_err(call(object, "eventfd2"))?;
+    if count > 0 {
+        fd.write(count).map_err(call(object, "write"))?;
+    }
+    Ok(fd.into())
+}
+
+/// Makes a timerfd with its time left and its unread expirations.
+///
+/// # Errors
+/// The kernel refuses, or lacks `CONFIG_CHECKPOINT_RESTORE`.
+pub fn timerfd(timer: &Timerfd) -> Result<OwnedFd, FilesError> {
+    let object = "timerfd";
+    let fd = eventfile::timerfd(timer).map_err(call(object, "timerfd_create"))?;
+    eventfile::arm_timerfd(&fd, timer).map_err(call(object, "timerfd_settime"))?;
+    if timer.ticks > 0 {
+        eventfile::set_timerfd_ticks(&fd, timer.ticks)
+            .map_err(call(object, "ioctl(TFD_IOC_SET_TICKS)"))?;
+    }
+    Ok(fd)
+}
+
+/// Makes a signalfd.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn signalfd(mask: u64) -> Result<OwnedFd, FilesError> {
+    eventfile::signalfd(mask).map_err(call("signalfd", "signalfd4"))
+}
+
+/// Makes an inotify instance whose watches have their old descriptors.
+///
+/// # Errors
+/// A watched file is gone, or the kernel hands out other watch descriptors.
+pub fn inotify(watches: &[InotifyWatch]) -> Result<OwnedFd, FilesError> {
+    let fd = eventfile::inotify().map_err(call("inotify", "inotify_init1"))?;
+    for watch in watches {
+        let object = format!(
+            "inotify watch of {}",
+            String::from_utf8_lossy(&watch.at.path)
+        );
+        let path = CString::new(watch.at.path.clone())
+            .map_err(|_| FilesError::Unsupported(object.clone()))?;
+        // Descriptors count upwards from 1 and are not reused
+        // (inotify_add_to_idr): those of removed watches are used up in between.
+        loop {
+            let number = eventfile::add_watch(&fd, &path, watch.mask)
+                .map_err(call(&object, "inotify_add_watch"))?;
+            if number == watch.wd {
+                break;
+            }
+            if number > watch.wd {
+                return Err(FilesError::Unsupported(format!(
+                    "{object} as number {}",
+                    watch.wd
+                )));
+            }
+            eventfile::remove_watch(&fd, number).map_err(call(&object, "inotify_rm_watch"))?;
+        }
+    }
+    // Each removal queued an IN_IGNORED.
+    let mut events = [0_u8; 4096];
+    while nix::unistd::read(&fd, &mut events).is_ok_and(|got| got > 0) {}
+    Ok(fd)
+}

@@ -1,0 +1,105 @@
+//! Memfds, shared anonymous memory and deleted files: bytes that come from the image.
+
+use super::error::{FilesError, call, io_call};
+use crate::image::Store;
+use crate::model::frozen::{Content, ContentKind, PAGE_SIZE};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{Gid, Uid, fchown, ftruncate};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Bytes copied at once.
+const CHUNK_PAGES: u64 = 256;
+
+/// Makes the object and fills it; seals are set last.
+///
+/// # Errors
+/// The kernel refuses a step, or the image cannot be read.
+pub fn make(content: &Content, store: &dyn Store) -> Result<OwnedFd, FilesError> {
+    let object = name(content);
+    let fd = match &content.kind {
+        ContentKind::SharedAnonymous => memfd_create("shared anonymous", MFdFlags::MFD_CLOEXEC)
+            .map_err(call(&object, "memfd_create"))?,
+        ContentKind::Memfd { name, .. } => {
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            memfd_create(name.as_str(), flags).map_err(call(&object, "memfd_create"))?
+        }
+        ContentKind::Deleted { at } => {
+            let path = Path::new(OsStr::from_bytes(&at.path));
+            let dir = path.parent().unwrap_or(Path::new("/"));
+            let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+            open(dir, flags, Mode::from_bits_truncate(0o600))
+                .map_err(call(&object, "open(O_TMPFILE)"))?
+        }
+    };
+    fchown(
+        fd.as_fd(),
+        Some(Uid::from_raw(content.uid)),
+        Some(Gid::from_raw(content.gid)),
+    )
+    .map_err(call(&object, "fchown"))?;
+    fchmod(fd.as_fd(), Mode::from_bits_truncate(content.mode & 0o7777))
+        .map_err(call(&object, "fchmod"))?;
+    let size = i64::try_from(content.size).unwrap_or(i64::MAX);
+    ftruncate(fd.as_fd(), size).map_err(call(&object, "ftruncate"))?;
+    let file = File::from(fd);
+    fill(&object, &file, content, store)?;
+    if let ContentKind::Memfd { seals, .. } = &content.kind {
+        let seals = SealFlag::from_bits_retain(seals.cast_signed());
+        fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))
+            .map_err(call(&object, "fcntl(F_ADD_SEALS)"))?;
+    }
+    Ok(file.into())
+}
+
+fn name(content: &Content) -> String {
+    match &content.kind {
+        ContentKind::SharedAnonymous => "shared anonymous memory".to_owned(),
+        ContentKind::Memfd { name, .. } => format!("memfd {name}"),
+        ContentKind::Deleted { at } => {
+            format!("deleted file {}", String::from_utf8_lossy(&at.path))
+        }
+    }
+}
+
+fn fill(object: &str, file: &File, content: &Content, store: &dyn Store) -> Result<(), FilesError> {
+    let mut buffer = Vec::new();
+    for run in &content.pages {
+        let mut done = 0;
+        while done < run.pages {
+            let pages = CHUNK_PAGES.min(run.pages - done);
+            let len = usize::try_from(pages * PAGE_SIZE).unwrap_or(usize::MAX);
+            buffer.resize(len, 0);
+            store.read_pages(run.slot + done, &mut buffer)?;
+            let at = run.addr + done * PAGE_SIZE;
+            // The last page may reach beyond the end of a file of odd length.
+            let end = usize::try_from(content.size.saturating_sub(at)).unwrap_or(usize::MAX);
+            file.write_all_at(&buffer[..len.min(end)], at)
+                .map_err(io_call(object, "pwrite"))?;
+            done += pages;
+        }
+    }
+    Ok(())
+}
+
+/// One more description of an object.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn reopen(fd: &OwnedFd, flags: u32, pos: u64) -> Result<OwnedFd, FilesError> {
+    let object = "memfd or deleted file";
+    let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    let once = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_TRUNC | OFlag::O_TMPFILE;
+    let flags = OFlag::from_bits_retain(flags.cast_signed()).difference(once) | OFlag::O_CLOEXEC;
+    let new = open(&path, flags, Mode::empty()).map_err(call(object, "open"))?;
+    let pos = i64::try_from(pos).unwrap_or(i64::MAX);
+    nix::unistd::lseek(new.as_fd(), pos, nix::unistd::Whence::SeekSet)
+        .map_err(call(object, "lseek"))?;
+    Ok(new)
+}

@@ -1,0 +1,218 @@
+//! Open file descriptions and descriptor tables.
+//!
+//! Every description is created once, by the restorer, at numbers above those
+//! the application uses ([`open_all`]). The processes inherit them all; each puts
+//! its own in place ([`install`]), does what only it can do ([`finish`]) and
+//! closes the rest. TCP connections keep silent until [`go_live`].
+
+mod anonymous;
+mod content;
+mod epoll;
+mod error;
+mod lock;
+mod pipe;
+mod regular;
+mod tcp;
+mod unix;
+
+pub use error::FilesError;
+
+use crate::image::Store;
+use crate::model::frozen::{
+    Application, ContentId, FileKind, FilesTable, OpenFile, Socket, SocketState,
+};
+use crate::model::ids::{OfdId, Pid};
+use crate::sys::fd;
+use error::{call, missing};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+/// What the restorer has opened for its children.
+#[derive(Debug, Default)]
+pub struct OpenedFiles {
+    ofds: BTreeMap<OfdId, OwnedFd>,
+    contents: BTreeMap<ContentId, OwnedFd>,
+}
+
+impl OpenedFiles {
+    /// Descriptor of a content in the restorer, to map it from.
+    #[must_use]
+    pub fn content(&self, id: ContentId) -> Option<i32> {
+        self.contents.get(&id).map(AsRawFd::as_raw_fd)
+    }
+}
+
+/// Creates every open file description and every content of the application.
+///
+/// # Errors
+/// A file is gone or changed, an address is in use, or the kernel refuses a step.
+/// What was created goes with the caller's descriptors; no packet was sent.
+pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, FilesError> {
+    let mut opened = OpenedFiles::default();
+    for (&id, content) in &app.contents {
+        opened.contents.insert(id, content::make(content, store)?);
+    }
+    opened.ofds = pipe::open_all(app)?;
+    opened.ofds.append(&mut unix::open_all(app)?);
+    // Listeners first: a connection on a listener's port is bound by force only after it.
+    for connections in [false, true] {
+        for (&id, file) in &app.ofds {
+            if is_connection(file) == connections
+                && let Some(fd) = open_one(file, &opened.contents)?
+            {
+                opened.ofds.insert(id, fd);
+            }
+        }
+    }
+    for (&id, file) in &app.ofds {
+        let fd = opened
+            .ofds
+            .get(&id)
+            .ok_or_else(|| FilesError::Missing(format!("{id}")))?;
+        set_status(fd, file)?;
+        lock::take_shared(fd, file)?;
+    }
+    unix::fill_all(app, &opened.ofds)?;
+    move_up(app, &mut opened)?;
+    Ok(opened)
+}
+
+fn is_connection(file: &OpenFile) -> bool {
+    matches!(&file.kind, FileKind::Socket(socket)
+        if matches!(socket.state, SocketState::TcpConnection(_)))
+}
+
+/// Opens a description that needs no other; `None` for kinds made elsewhere.
+fn open_one(
+    file: &OpenFile,
+    contents: &BTreeMap<ContentId, OwnedFd>,
+) -> Result<Option<OwnedFd>, FilesError> {
+    let fd = match &file.kind {
+        FileKind::Regular(identity) => regular::open_regular(identity, file.flags, file.pos)?,
+        FileKind::Directory(at) => regular::open_directory(at, file.flags, file.pos)?,
+        FileKind::CharDevice { at, rdev } => regular::open_device(at, *rdev, file.flags)?,
+        FileKind::Content(id) => {
+            let fd = contents
+                .get(id)
+                .ok_or_else(|| FilesError::Missing(format!("the content of inode {}", id.0)))?;
+            content::reopen(fd, file.flags, file.pos)?
+        }
+        FileKind::Eventfd { count, semaphore } => anonymous::eventfd(*count, *semaphore)?,
+        FileKind::Timerfd(timer) => anonymous::timerfd(timer)?,
+        FileKind::Signalfd { mask } => anonymous::signalfd(*mask)?,
+        FileKind::Epoll { .. } => epoll::create()?,
+        FileKind::Inotify { watches } => anonymous::inotify(watches)?,
+        FileKind::Pidfd { pid } => {
+            return Err(FilesError::Unsupported(format!("A pidfd of PID {pid}")));
+        }
+        FileKind::Socket(socket) => match open_socket(socket)? {
+            Some(fd) => fd,
+            None => return Ok(None),
+        },
+        FileKind::Pipe { .. } | FileKind::Fifo { .. } => return Ok(None),
+    };
+    Ok(Some(fd))
+}
+
+fn open_socket(socket: &Socket) -> Result<Option<OwnedFd>, FilesError> {
+    match &socket.state {
+        SocketState::TcpIdle { .. }
+        | SocketState::TcpListen { .. }
+        | SocketState::TcpConnection(_) => tcp::open(socket).map(Some),
+        SocketState::Unix(_) => Ok(None),
+        SocketState::Udp { .. } => Err(FilesError::Unsupported("A UDP socket".into())),
+        SocketState::Netlink { .. } => Err(FilesError::Unsupported("A netlink socket".into())),
+    }
+}
+
+/// `F_SETFL`: the status flags that open(2) or socket(2) was not asked for.
+fn set_status(fd: &OwnedFd, file: &OpenFile) -> Result<(), FilesError> {
+    let flags = OFlag::from_bits_retain(file.flags.cast_signed());
+    if flags.contains(OFlag::O_PATH) {
+        return Ok(());
+    }
+    fcntl(fd.as_fd(), FcntlArg::F_SETFL(flags)).map_err(call("Open file", "fcntl(F_SETFL)"))?;
+    Ok(())
+}
+
+/// Moves every descriptor above the numbers that any process of the application uses.
+fn move_up(app: &Application, opened: &mut OpenedFiles) -> Result<(), FilesError> {
+    let highest = app
+        .files
+        .values()
+        .flat_map(|table| &table.fds)
+        .map(|entry| entry.fd.0)
+        .max();
+    let base = highest.map_or(0, |fd| fd + 1);
+    for fd in opened.ofds.values_mut().chain(opened.contents.values_mut()) {
+        if fd.as_raw_fd() < base {
+            *fd = fd::duplicate_above(fd.as_fd(), base)
+                .map_err(call("Open file", "fcntl(F_DUPFD_CLOEXEC)"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts a process's descriptors in place. To be called by that process, on a table of its own.
+///
+/// # Errors
+/// The image lacks a description, or the limit on descriptors is too low.
+pub fn install(table: &FilesTable, opened: &OpenedFiles) -> Result<(), FilesError> {
+    for entry in &table.fds {
+        let fd = opened
+            .ofds
+            .get(&entry.ofd)
+            .ok_or_else(|| missing(entry.fd, entry.ofd))?;
+        fd::duplicate_to(fd.as_fd(), entry.fd.0, entry.cloexec)
+            .map_err(call(format!("Descriptor {}", entry.fd), "dup3"))?;
+    }
+    Ok(())
+}
+
+/// Does what needs the process's own numbers and identity: epoll sets, POSIX
+/// locks, owners of `SIGIO`. Then closes all that is not in its table.
+///
+/// # Errors
+/// The image lacks a description, or the kernel refuses a step.
+pub fn finish(app: &Application, pid: Pid, opened: &OpenedFiles) -> Result<(), FilesError> {
+    let Some(process) = app.processes.iter().find(|process| process.pid == pid) else {
+        return Ok(());
+    };
+    let Some(table) = app.files.get(&process.files) else {
+        return Ok(());
+    };
+    epoll::fill_of(app, process, &opened.ofds)?;
+    for entry in &table.fds {
+        let Some(file) = app.ofds.get(&entry.ofd) else {
+            continue;
+        };
+        lock::take_posix(entry.fd, file, pid)?;
+        if let Some(owner) = &file.owner {
+            fd::set_owner(entry.fd.0, owner).map_err(call(
+                format!("Descriptor {}", entry.fd),
+                "fcntl(F_SETOWN_EX)",
+            ))?;
+        }
+    }
+    let mut next = 0;
+    for entry in &table.fds {
+        fd::close_range(next, entry.fd.0 - 1).map_err(call("Descriptors", "close_range"))?;
+        next = entry.fd.0 + 1;
+    }
+    fd::close_range(next, i32::MAX).map_err(call("Descriptors", "close_range"))
+}
+
+/// Lets every TCP connection talk again. To be called by the restorer when all
+/// listeners exist and all processes stand.
+///
+/// # Errors
+/// The kernel refuses a step.
+pub fn go_live(app: &Application, opened: &OpenedFiles) -> Result<(), FilesError> {
+    for (id, file) in &app.ofds {
+        if let (FileKind::Socket(socket), Some(fd)) = (&file.kind, opened.ofds.get(id)) {
+            tcp::go_live(fd.as_fd(), socket)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! Files that have a name: regular files, directories, devices without state.
+
+use super::error::{FilesError, call};
+use crate::model::frozen::{FileIdentity, PathRef};
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::{FileStat, Mode, fstat};
+use nix::unistd::{Whence, lseek};
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+fn path_of(at: &PathRef) -> &Path {
+    Path::new(OsStr::from_bytes(&at.path))
+}
+
+/// Flags that open(2) acts on once and that `F_GETFL` does not show again.
+fn flags_of(flags: u32) -> OFlag {
+    let once = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_TRUNC | OFlag::O_NOCTTY;
+    OFlag::from_bits_retain(flags.cast_signed()).difference(once) | OFlag::O_CLOEXEC
+}
+
+fn open_path(at: &PathRef, flags: OFlag) -> Result<(OwnedFd, FileStat), FilesError> {
+    let path = path_of(at);
+    let name = path.display().to_string();
+    let fd = open(path, flags | OFlag::O_NOCTTY, Mode::empty()).map_err(call(&name, "open"))?;
+    let found = fstat(fd.as_fd()).map_err(call(&name, "fstat"))?;
+    Ok((fd, found))
+}
+
+fn check_inode(at: &PathRef, found: &FileStat) -> Result<(), FilesError> {
+    // The device number may differ on another kernel; the inode number does not.
+    if found.st_ino == at.inode.ino {
+        return Ok(());
+    }
+    Err(FilesError::Changed {
+        path: path_of(at).display().to_string(),
+        reason: format!("inode {} was {}", found.st_ino, at.inode.ino),
+    })
+}
+
+fn seek(fd: &OwnedFd, at: &PathRef, pos: u64) -> Result<(), FilesError> {
+    let pos = i64::try_from(pos).unwrap_or(i64::MAX);
+    lseek(fd.as_fd(), pos, Whence::SeekSet)
+        .map_err(call(path_of(at).display().to_string(), "lseek"))?;
+    Ok(())
+}
+
+/// Opens a regular file, which must be the same inode and not have become shorter.
+///
+/// # Errors
+/// It is gone, another file, or shorter.
+pub fn open_regular(identity: &FileIdentity, flags: u32, pos: u64) -> Result<OwnedFd, FilesError> {
+    let (fd, found) = open_path(&identity.at, flags_of(flags))?;
+    check_inode(&identity.at, &found)?;
+    if u64::try_from(found.st_size).unwrap_or(0) < identity.size {
+        return Err(FilesError::Changed {
+            path: path_of(&identity.at).display().to_string(),
+            reason: format!("{} bytes long, was {}", found.st_size, identity.size),
+        });
+    }
+    if !flags_of(flags).contains(OFlag::O_PATH) {
+        seek(&fd, &identity.at, pos)?;
+    }
+    Ok(fd)
+}
+
+/// Opens a directory, at the position readdir(3) had reached.
+///
+/// # Errors
+/// It is gone or another one.
+pub fn open_directory(at: &PathRef, flags: u32, pos: u64) -> Result<OwnedFd, FilesError> {
+    let (fd, found) = open_path(at, flags_of(flags))?;
+    check_inode(at, &found)?;
+    if !flags_of(flags).contains(OFlag::O_PATH) {
+        seek(&fd, at, pos)?;
+    }
+    Ok(fd)
+}
+
+/// Opens a character device, which must be the same device.
+///
+/// # Errors
+/// It is gone or another device.
+pub fn open_device(at: &PathRef, rdev: u32, flags: u32) -> Result<OwnedFd, FilesError> {
+    let (fd, found) = open_path(at, flags_of(flags))?;
+    let (major, minor) = (
+        nix::sys::stat::major(found.st_rdev),
+        nix::sys::stat::minor(found.st_rdev),
+    );
+    if (major << 20 | minor) != u64::from(rdev) {
+        return Err(FilesError::Changed {
+            path: path_of(at).display().to_string(),
+            reason: format!(
+                "device {major}:{minor}, was {}:{}",
+                rdev >> 20,
+                rdev & 0xf_ffff
+            ),
+        });
+    }
+    Ok(fd)
+}

@@ -1,0 +1,2 @@
+//! Restores an application.
+pub mod files;

@@ -1,0 +1,98 @@
+//! Descriptors by number, owners and locks of open file descriptions.
+
+use crate::model::frozen::{FileLock, FileOwner, LockKind};
+use nix::errno::Errno;
+use nix::libc;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// A duplicate at the lowest free number from `least` on, with `FD_CLOEXEC`.
+///
+/// # Errors
+/// `EMFILE`, `EINVAL`: beyond `RLIMIT_NOFILE`.
+pub fn duplicate_above(fd: BorrowedFd<'_>, least: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: takes integers and returns a new descriptor.
+    let new = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) };
+    Errno::result(new)?;
+    // SAFETY: the kernel has just handed out this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// dup3(2): makes `number` refer to the same description. Whatever was there is closed, so
+/// the number must belong to the table being built, not to an owned descriptor.
+///
+/// # Errors
+/// As the system call.
+pub fn duplicate_to(fd: BorrowedFd<'_>, number: i32, cloexec: bool) -> Result<(), Errno> {
+    let flags = if cloexec { libc::O_CLOEXEC } else { 0 };
+    // SAFETY: takes integers; who owns `number` is the caller's promise above.
+    Errno::result(unsafe { libc::dup3(fd.as_raw_fd(), number, flags) }).map(drop)
+}
+
+/// Closes the numbers from `first` to `last`, both included (close_range(2)).
+///
+/// # Errors
+/// As the system call; none for an empty range.
+pub fn close_range(first: i32, last: i32) -> Result<(), Errno> {
+    if first > last {
+        return Ok(());
+    }
+    let (first, last) = (first.cast_unsigned(), last.cast_unsigned());
+    // SAFETY: for processes about to be replaced, which drop no owned descriptor afterwards.
+    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }).map(drop)
+}
+
+#[repr(C)]
+struct OwnerEx {
+    kind: i32,
+    id: i32,
+}
+
+/// `F_SETOWN_EX` and `F_SETSIG`.
+///
+/// # Errors
+/// `ESRCH`: no such process.
+pub fn set_owner(number: i32, owner: &FileOwner) -> Result<(), Errno> {
+    const F_SETOWN_EX: i32 = 15;
+    const F_SETSIG: i32 = 10;
+    let value = OwnerEx {
+        kind: owner.kind,
+        id: owner.id,
+    };
+    // SAFETY: reads one f_owner_ex.
+    Errno::result(unsafe { libc::fcntl(number, F_SETOWN_EX, &raw const value) })?;
+    // SAFETY: takes an integer.
+    Errno::result(unsafe { libc::fcntl(number, F_SETSIG, owner.signal) }).map(drop)
+}
+
+/// Takes a lock without waiting.
+///
+/// # Errors
+/// `EAGAIN`, `EACCES`: somebody else holds it.
+pub fn lock(number: i32, lock: &FileLock) -> Result<(), Errno> {
+    if lock.kind == LockKind::Flock {
+        let how = if lock.exclusive {
+            libc::LOCK_EX
+        } else {
+            libc::LOCK_SH
+        };
+        // SAFETY: takes integers.
+        return Errno::result(unsafe { libc::flock(number, how | libc::LOCK_NB) }).map(drop);
+    }
+    // SAFETY: plain data for which zero is valid.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    let kind = if lock.exclusive {
+        libc::F_WRLCK
+    } else {
+        libc::F_RDLCK
+    };
+    range.l_type = i16::try_from(kind).unwrap_or(0);
+    range.l_start = lock.start.cast_signed();
+    range.l_len = lock.len.cast_signed();
+    let command = if lock.kind == LockKind::Ofd {
+        libc::F_OFD_SETLK
+    } else {
+        libc::F_SETLK
+    };
+    // SAFETY: reads one struct flock.
+    Errno::result(unsafe { libc::fcntl(number, command, &raw const range) }).map(drop)
+}

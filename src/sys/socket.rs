@@ -1,0 +1,147 @@
+//! Sockets: options as raw bytes, TCP repair mode, queue lengths.
+
+use nix::errno::Errno;
+use nix::libc;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// A system call that failed on a socket.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{call}: {errno}")]
+pub struct SocketError {
+    /// The call with what it was about.
+    pub call: String,
+    /// What the kernel answered.
+    pub errno: Errno,
+}
+
+fn failed(call: String) -> SocketError {
+    SocketError {
+        call,
+        errno: Errno::last(),
+    }
+}
+
+/// getsockopt(2) into at most `len` bytes.
+///
+/// # Errors
+/// As the system call.
+pub fn option(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    len: usize,
+) -> Result<Vec<u8>, SocketError> {
+    let mut value = vec![0_u8; len];
+    let mut got = libc::socklen_t::try_from(len).unwrap_or(libc::socklen_t::MAX);
+    // SAFETY: the kernel writes at most `got` bytes, which `value` holds.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            value.as_mut_ptr().cast(),
+            &raw mut got,
+        )
+    };
+    if result < 0 {
+        return Err(failed(format!("getsockopt({level}, {name})")));
+    }
+    value.truncate(usize::try_from(got).unwrap_or(len));
+    Ok(value)
+}
+
+/// getsockopt(2) of an `int`.
+///
+/// # Errors
+/// As the system call.
+pub fn int_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> Result<i32, SocketError> {
+    let bytes = option(fd, level, name, 4)?;
+    Ok(bytes.try_into().map_or(0, i32::from_ne_bytes))
+}
+
+/// setsockopt(2) of raw bytes.
+///
+/// # Errors
+/// As the system call.
+pub fn set_option(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    value: &[u8],
+) -> Result<(), SocketError> {
+    let len = libc::socklen_t::try_from(value.len()).unwrap_or(libc::socklen_t::MAX);
+    // SAFETY: the kernel reads `len` bytes of `value`.
+    let result =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), len) };
+    if result < 0 {
+        Err(failed(format!("setsockopt({level}, {name})")))
+    } else {
+        Ok(())
+    }
+}
+
+/// setsockopt(2) of an `int`.
+///
+/// # Errors
+/// As the system call.
+pub fn set_int_option(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    value: i32,
+) -> Result<(), SocketError> {
+    set_option(fd, level, name, &value.to_ne_bytes())
+}
+
+/// What an ioctl(2) counts on a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Count {
+    /// `SIOCINQ`: bytes that can be read.
+    Unread,
+    /// `SIOCOUTQ`: bytes not acknowledged.
+    Unacknowledged,
+    /// `SIOCOUTQNSD`: bytes not sent.
+    Unsent,
+}
+
+/// Bytes in a queue (tcp(7), unix(7)).
+///
+/// # Errors
+/// `EINVAL`: a listening socket.
+pub fn queued(fd: BorrowedFd<'_>, which: Count) -> Result<usize, SocketError> {
+    let (request, name) = match which {
+        Count::Unread => (libc::FIONREAD, "SIOCINQ"),
+        Count::Unacknowledged => (libc::TIOCOUTQ, "SIOCOUTQ"),
+        Count::Unsent => (0x894B, "SIOCOUTQNSD"),
+    };
+    let mut value = 0_i32;
+    // SAFETY: each of these requests writes one int.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut value) };
+    if result < 0 {
+        return Err(failed(format!("ioctl({name})")));
+    }
+    Ok(usize::try_from(value).unwrap_or(0))
+}
+
+/// recv(2) until `len` bytes are there; with `MSG_PEEK` in one call.
+///
+/// # Errors
+/// As the system call; `UnexpectedEof` when fewer come.
+pub fn peek_exact(fd: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0_u8; len];
+    if len == 0 {
+        return Ok(bytes);
+    }
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: the kernel writes at most `len` bytes into `bytes`.
+    let got = unsafe { libc::recv(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), len, flags) };
+    match usize::try_from(got) {
+        Ok(got) if got == len => Ok(bytes),
+        Ok(got) => Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            format!("{got} of {len} bytes could be peeked"),
+        )),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
