@@ -5,6 +5,7 @@ pub mod applications;
 pub mod bpf;
 pub mod cli;
 pub mod error;
+pub mod handover;
 pub mod image;
 pub mod model;
 pub mod restore;

@@ -3,5 +3,8 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    if tracker::handover::early::called() {
+        return tracker::handover::early::main();
+    }
     ExitCode::from(tracker::cli::main() as u8)
 }

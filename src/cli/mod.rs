@@ -6,6 +6,7 @@ mod check;
 mod completions;
 mod run;
 mod status;
+mod update;
 
 use crate::error::{ExitCode, HasExitCode};
 use clap::{Parser, Subcommand};
@@ -39,6 +40,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Show what the agent tracks
     Status(status::StatusArgs),
+    /// Boot the next kernel under the running applications
+    Update(update::UpdateArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -80,6 +83,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Audit(args) => Ok(audit::run(&args)?),
         Command::Check(args) => Ok(check::run(&args)),
         Command::Status(args) => Ok(status::run(&args)?),
+        Command::Update(args) => Ok(update::run(&args)?),
         Command::Completions(args) => Ok(completions::run(&args)),
     }
 }

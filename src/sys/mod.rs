@@ -3,8 +3,11 @@
 //! One file per kernel noun; every function here is a safe wrapper with the
 //! errors of its system call.
 
+pub mod clock;
 pub mod eventfile;
 pub mod fd;
+pub mod filesystem;
+pub mod kexec;
 pub mod membarrier;
 pub mod process;
 pub mod ptrace;

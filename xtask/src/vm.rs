@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmtests::image::Kernel;
 use vmtests::protocol::Status;
-use vmtests::vm::{Exec, Vm};
+use vmtests::vm::{Exec, Outcome, Vm};
 
 use crate::{setup, workspace};
 
@@ -24,6 +24,9 @@ pub struct Arguments {
     /// The same with a script from a file
     #[arg(long, value_name = "FILE")]
     script: Option<PathBuf>,
+    /// The command leads to a kexec: run this afterwards
+    #[arg(long, value_name = "COMMAND")]
+    after_kexec: Option<String>,
     /// Seconds the command may take
     #[arg(long, default_value_t = 300)]
     timeout: u64,
@@ -91,8 +94,18 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         vm.wait_for_end()?;
         return Ok(0);
     };
-    let output =
-        vm.exec(Exec::new(["sh", "-c", &script]).timeout(Duration::from_secs(arguments.timeout)))?;
+    let timeout = Duration::from_secs(arguments.timeout);
+    let command = |script: &str| Exec::new(["sh", "-c", script]).timeout(timeout);
+    let output = match &arguments.after_kexec {
+        None => vm.exec(command(&script))?,
+        Some(after) => match vm.exec_or_reboot(command(&script))? {
+            Outcome::Exited(output) => output,
+            Outcome::Rebooted(hello) => {
+                eprintln!("vm: now on {}", hello.release);
+                vm.exec(command(after))?
+            }
+        },
+    };
     std::io::stdout().write_all(&output.stdout)?;
     std::io::stderr().write_all(&output.stderr)?;
     match output.status {

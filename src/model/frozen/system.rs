@@ -5,6 +5,7 @@ use serde_bytes::ByteBuf;
 
 /// Network and identity of the machine, put back before any application is restored.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct System {
     /// `uname -n`.
     pub hostname: String,
@@ -15,6 +16,33 @@ pub struct System {
     pub routes: Vec<Route>,
     /// `net.*` and other sysctls that must be as they were: (path below /proc/sys, value).
     pub sysctls: Vec<(String, String)>,
+    /// The update as the old kernel knew it.
+    pub origin: Origin,
+}
+
+/// What the early-boot stage tells of the update's first half.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Origin {
+    /// `uname -r` of the old kernel.
+    pub kernel_release: String,
+    /// Steps done there, in order.
+    pub timeline: Vec<Milestone>,
+    /// `CLOCK_REALTIME` in nanoseconds when `tsc` was read.
+    pub realtime: u64,
+    /// Time stamp counter of the CPU, which goes on through kexec.
+    pub tsc: u64,
+    /// Counts of it per second.
+    pub tsc_hz: u64,
+}
+
+/// One step of an update.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Milestone {
+    /// What was done, e.g. `frozen`.
+    pub step: String,
+    /// `CLOCK_REALTIME` in nanoseconds when it was done.
+    pub at: u64,
 }
 
 /// One network interface.
@@ -30,6 +58,8 @@ pub struct Interface {
     pub up: bool,
     /// Addresses in `ADDR/PREFIX` text form (both families).
     pub addresses: Vec<String>,
+    /// Kernel module of its driver; `None` where that is built in or there is none.
+    pub driver: Option<String>,
 }
 
 /// One route.
@@ -51,4 +81,6 @@ pub struct Route {
     pub table: u32,
     /// `RT_SCOPE_*`.
     pub scope: u8,
+    /// `RTPROT_*`: who added it.
+    pub protocol: u8,
 }

@@ -1,0 +1,66 @@
+//! `tracker update`: the next kernel, under running applications.
+
+use crate::error::ExitCode;
+use crate::handover::update::{Request, Update, UpdateError};
+use clap::Args;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Arguments of `tracker update`.
+#[derive(Debug, Args)]
+pub struct UpdateArgs {
+    /// Kernel image to boot
+    #[arg(long, value_name = "VMLINUZ")]
+    kernel: PathBuf,
+    /// Its initrd
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Words to add to the kernel command line
+    #[arg(
+        long,
+        value_name = "ARGS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    append: String,
+    /// Copy memory while the applications run until they need to stand still for at most so long
+    #[arg(long, value_name = "MS", default_value_t = 20)]
+    max_freeze: u64,
+    /// Check everything and tell what would happen
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Boots the next kernel; returns after a dry run only.
+///
+/// # Errors
+/// Nothing happened, or all of it was undone.
+pub fn run(args: &UpdateArgs) -> Result<ExitCode, UpdateError> {
+    let update = Update::prepare(&Request {
+        kernel: args.kernel.clone(),
+        initrd: args.initrd.clone(),
+        append: args.append.clone(),
+        max_freeze: Duration::from_millis(args.max_freeze),
+    })?;
+    if !args.dry_run {
+        match update.run()? {}
+    }
+    let names: Vec<_> = update.applications().iter().map(|app| app.name()).collect();
+    let range = update.arena().range;
+    if args.json {
+        let plan = serde_json::json!({
+            "applications": names,
+            "arena": { "address": range.address, "bytes": range.size },
+            "command_line": update.command_line(),
+        });
+        println!("{plan}");
+    } else {
+        println!("Applications: {}", names.join(" "));
+        println!("Arena: {} MiB at {:#x}", range.size >> 20, range.address);
+        println!("Command line: {}", update.command_line());
+    }
+    Ok(ExitCode::Done)
+}

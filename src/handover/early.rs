@@ -1,0 +1,97 @@
+//! Early boot of the next kernel: PID 1 until the real init takes over.
+//!
+//! The distribution's initrd has mounted root and runs this program as its `init=`. PID 1
+//! itself does only simple things: it starts the *stage* (`stage`), a process of its own,
+//! waits for it with a deadline, and becomes the real init whatever happened. Nothing in
+//! the stage can keep the machine from booting.
+
+use super::cmdline::Handed;
+use super::stage;
+use crate::sys::clock;
+use crate::sys::process::pidfd_open;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command};
+
+/// Name of this program as the early-boot stage.
+const NAME: &str = "early";
+
+/// How long the machine waits for its applications, in milliseconds. Each of them has a
+/// shorter deadline of its own.
+const STAGE_DEADLINE: u32 = 180_000;
+
+/// Where an init is looked for, as the kernel itself does (init/main.c).
+const INITS: [&str; 4] = ["/sbin/init", "/etc/init", "/bin/init", "/bin/sh"];
+
+/// Whether this process is the early-boot stage: by the name it was called, or as PID 1.
+#[must_use]
+pub fn called() -> bool {
+    let name = std::env::args_os().next().unwrap_or_default();
+    std::process::id() == 1 || Path::new(&name).file_name() == Some(OsStr::new(NAME))
+}
+
+/// Runs as PID 1, or the part of the stage that the arguments name.
+pub fn main() -> std::process::ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if std::process::id() == 1 {
+        init(&arguments);
+    }
+    stage::main(&arguments)
+}
+
+/// Says something on the console.
+pub(super) fn say(text: &str) {
+    eprintln!("tracker: {text}");
+}
+
+fn init(arguments: &[OsString]) -> ! {
+    let begun = clock::tsc();
+    // The stage reports on its own failures; this is for a machine where it cannot start.
+    let stage = Command::new("/proc/self/exe")
+        .arg0(NAME)
+        .args([stage::RESTORE, &begun.to_string()])
+        .spawn();
+    match stage {
+        Ok(child) => wait(child),
+        Err(error) => say(&format!("The restore cannot be started: {error}")),
+    }
+    become_init(arguments)
+}
+
+/// Waits for the stage, or ends it.
+fn wait(mut child: Child) {
+    let pid = i32::try_from(child.id()).map(crate::model::ids::Pid);
+    let in_time = pid.is_ok_and(|pid| match pidfd_open(pid) {
+        Ok(pidfd) => {
+            let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+            let deadline = PollTimeout::try_from(STAGE_DEADLINE).unwrap_or(PollTimeout::MAX);
+            poll(&mut fds, deadline) == Ok(1)
+        }
+        Err(_) => true,
+    });
+    if !in_time {
+        say("The restore does not end; the machine boots without it");
+        let _ = child.kill();
+    }
+    match child.wait() {
+        Ok(status) if status.success() => {}
+        Ok(status) => say(&format!("The restore ended with {status}")),
+        Err(error) => say(&format!("wait: {error}")),
+    }
+}
+
+/// Executes the real init. With none left to try, PID 1 ends and the kernel panics, as it
+/// does without us.
+fn become_init(arguments: &[OsString]) -> ! {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let handed = Handed::parse(&line).init;
+    for path in handed.iter().map(String::as_str).chain(INITS) {
+        let error = Command::new(path).args(arguments).exec();
+        say(&format!("exec {path}: {error}"));
+    }
+    std::process::exit(1)
+}
