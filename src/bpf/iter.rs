@@ -6,7 +6,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -144,8 +144,6 @@ pub struct Files {
 
 /// The loaded iterators.
 pub struct Iterators {
-    tasks: OwnedFd,
-    files: OwnedFd,
     // before the skeleton, whose map it reads
     ring: RingBuffer<'static>,
     side: Arc<Mutex<Vec<u8>>>,
@@ -176,14 +174,15 @@ impl Iterators {
             .map_err(at("open"))?;
         let skel = open.load().map_err(at("load"))?;
 
-        let attach = |program: &libbpf_rs::ProgramMut<'_>, step| {
-            pass::link(program.as_fd(), Target::System).map_err(|source| LoadError {
-                step,
-                source: source.into(),
-            })
-        };
-        let tasks = attach(&skel.progs.iter_tasks, "attach to task")?;
-        let files = attach(&skel.progs.iter_files, "attach to task_file")?;
+        // a kernel may accept a program and refuse to attach it: better learnt now
+        for program in [
+            &skel.progs.iter_tasks,
+            &skel.progs.iter_files,
+            &skel.progs.iter_vmas,
+        ] {
+            pass::link(program.as_fd(), Target::Process(std::process::id()))
+                .map_err(|source| at("attach")(source.into()))?;
+        }
 
         let side = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&side);
@@ -198,8 +197,6 @@ impl Iterators {
             .map_err(at("ring"))?;
         let ring = builder.build().map_err(at("ring"))?;
         Ok(Self {
-            tasks,
-            files,
             ring,
             side,
             buffer: Buffer::default(),
@@ -267,10 +264,12 @@ impl Iterators {
         };
         self.prepare(what, scope, 0)?;
         for target in targets {
-            let link = pass::link(self.skel.progs.iter_vmas.as_fd(), target)
-                .map_err(|source| ReadError::Run { what, source })?;
-            pass::run(link.as_fd(), &mut self.buffer)
-                .map_err(|source| ReadError::Run { what, source })?;
+            run(
+                self.skel.progs.iter_vmas.as_fd(),
+                target,
+                what,
+                &mut self.buffer,
+            )?;
         }
         records(self.buffer.filled())
             .map(|raw| Ok(raw?.decode()?))
@@ -280,8 +279,12 @@ impl Iterators {
     fn read_tasks(&mut self, scope: Scope, want: u32) -> Result<Tasks, ReadError> {
         let what = "tasks";
         self.prepare(what, scope, want)?;
-        pass::run(self.tasks.as_fd(), &mut self.buffer)
-            .map_err(|source| ReadError::Run { what, source })?;
+        run(
+            self.skel.progs.iter_tasks.as_fd(),
+            scope.target(),
+            what,
+            &mut self.buffer,
+        )?;
         let mut found = Tasks::default();
         for raw in records(self.buffer.filled()) {
             let raw = raw?;
@@ -301,8 +304,12 @@ impl Iterators {
     fn read_files(&mut self, scope: Scope, want: u32) -> Result<Files, ReadError> {
         let what = "descriptors";
         self.prepare(what, scope, want)?;
-        pass::run(self.files.as_fd(), &mut self.buffer)
-            .map_err(|source| ReadError::Run { what, source })?;
+        run(
+            self.skel.progs.iter_files.as_fd(),
+            scope.target(),
+            what,
+            &mut self.buffer,
+        )?;
         let mut found = Files::default();
         for raw in records(self.buffer.filled()) {
             let raw = raw?;
@@ -371,6 +378,28 @@ impl Iterators {
         }
         Ok(bytes)
     }
+}
+
+impl Scope {
+    /// What the kernel has to walk for it.
+    fn target(self) -> Target {
+        match self {
+            Self::System | Self::Cgroup(_) => Target::System,
+            Self::Process(pid) => Target::Process(pid),
+        }
+    }
+}
+
+/// Attaches an iterator program, runs it once and detaches it.
+fn run(
+    program: BorrowedFd<'_>,
+    target: Target,
+    what: &'static str,
+    buffer: &mut Buffer,
+) -> Result<(), ReadError> {
+    pass::link(program, target)
+        .and_then(|link| pass::run(link.as_fd(), buffer))
+        .map_err(|source| ReadError::Run { what, source })
 }
 
 fn decode_detail(raw: &Raw<'_>) -> Result<Detail, Malformed> {

@@ -214,6 +214,24 @@ pub fn locks(iterators: &mut Iterators) -> Result<()> {
         "{found:?}"
     );
     ensure!(found[2].owner == rec.file, "{found:?}");
+    // a lease wants a file nobody has open for writing
+    fs::write(dir.join("leased"), b"")?;
+    let leased = fs::File::open(dir.join("leased"))?;
+    // SAFETY: the descriptor is ours.
+    let result = unsafe { libc::fcntl(leased.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) };
+    check(result.into(), "F_SETLEASE")?;
+    let rec = find(iterators, &leased)?.rec;
+    let found = iterators.files(me())?.locks;
+    let lease = found
+        .iter()
+        .find(|lock| lock.inode == rec.inode)
+        .context("no lease")?;
+    ensure!(
+        lease.class == LockClass::LEASE && lease.type_ == 0,
+        "{lease:?}"
+    );
+    ensure!(lease.file == rec.file, "{lease:?}");
+    drop(leased);
     fs::remove_dir_all(&dir)?;
     Ok(())
 }
