@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use serde::Deserialize;
 use vmtests::apps;
 use vmtests::image::Kernel;
 use vmtests::load::{Load, Summary};
@@ -35,8 +36,8 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// Time for the update as a whole.
 const UPDATE: Duration = Duration::from_secs(600);
 
-/// The guest's file with the timeline of its last update.
-const REPORT: &str = "/run/tracker/update.json";
+/// The guest's file about its last update.
+const RECORD: &str = "/run/tracker/update.json";
 
 const APPLICATIONS: [&str; 2] = ["redis", "memcached"];
 
@@ -134,12 +135,15 @@ fn show(arguments: &Arguments, vm: &Vm, to: Kernel, step: &dyn Fn(&str)) -> Resu
         &seconds(gap.max(summary.longest_gap)),
     );
     line("Command to the next kernel's hello", &seconds(took));
-    print_report(vm)?;
+    let recorded = print_record(vm);
+    if let Err(error) = &recorded {
+        println!("{error:#}");
+    }
 
     let same = before.pids == after.pids;
     let updated = after.kernel == to.release()?;
     ensure!(updated, "The guest runs {}", after.kernel);
-    let good = summary.clean() && same && data.is_ok();
+    let good = summary.clean() && same && data.is_ok() && recorded.is_ok_and(|done| done);
     println!("\n{}", if good { "Nothing was lost." } else { "FAILED" });
     Ok(u8::from(!good))
 }
@@ -194,14 +198,52 @@ fn print_summary(summary: &Summary) {
     }
 }
 
-/// Prints what the update itself has recorded.
-fn print_report(vm: &Vm) -> Result<()> {
-    let report = vm
-        .read_file(REPORT)
-        .with_context(|| format!("The update left no {REPORT}"))?;
-    let report: serde_json::Value = serde_json::from_slice(&report)?;
-    println!("\nThe update's own record:");
-    print!("{}", serde_json::to_string_pretty(&report)?);
-    println!();
-    Ok(())
+/// What the update itself has recorded; durations in nanoseconds.
+#[derive(Debug, Deserialize)]
+struct Record {
+    status: String,
+    timeline: Vec<Milestone>,
+    frozen_until_kexec: u64,
+    boot: u64,
+    restore: u64,
+    total: u64,
+    warnings: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Milestone {
+    step: String,
+    at: u64,
+}
+
+/// Prints the update's record; false if it says that something failed.
+fn print_record(vm: &Vm) -> Result<bool> {
+    let text = vm
+        .read_file(RECORD)
+        .with_context(|| format!("The update left no {RECORD}"))?;
+    let record: Record = serde_json::from_slice(&text)
+        .with_context(|| format!("{RECORD}: {}", String::from_utf8_lossy(&text)))?;
+    let nanoseconds = |time| seconds(Duration::from_nanos(time));
+    line("Frozen time", &nanoseconds(record.total));
+    line("  until kexec", &nanoseconds(record.frozen_until_kexec));
+    line("  kexec and boot", &nanoseconds(record.boot));
+    line("  restore", &nanoseconds(record.restore));
+    line("The update's own verdict", &record.status);
+    for warning in &record.warnings {
+        println!("    {warning}");
+    }
+    println!("\nTimeline, from the first step:");
+    let mut last = record.timeline.first().map_or(0, |first| first.at);
+    let first = last;
+    for milestone in &record.timeline {
+        let since = |from: u64| Duration::from_nanos(milestone.at.saturating_sub(from));
+        println!(
+            "  {:>9.3} s  (+{:.3})  {}",
+            since(first).as_secs_f64(),
+            since(last).as_secs_f64(),
+            milestone.step
+        );
+        last = milestone.at;
+    }
+    Ok(record.status == "done")
 }
