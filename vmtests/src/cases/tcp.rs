@@ -21,11 +21,11 @@ pub const CASES: &[Entry] = &[
         loopback(case, Ipv6Addr::LOCALHOST.into())
     }),
     Entry::carried("tcp_listener", listener),
-    Entry::carried("tcp_accept_queue", accept_queue),
     Entry::carried("tcp_half_closed", half_closed),
     Entry::carried("tcp_options", options),
     Entry::carried("tcp_blocked", blocked),
     Entry::carried("tcp_many", many),
+    Entry::refused("refused_accept_queue", "accept queue", accept_queue),
 ];
 
 /// Nothing here may hang for ever.
