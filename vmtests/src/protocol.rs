@@ -73,7 +73,8 @@ pub enum Request {
         argv: Vec<String>,
         /// Variables added to the environment.
         env: Vec<(String, String)>,
-        /// File that stdout and stderr are appended to; `/dev/null` if none.
+        /// File that stdout and stderr are appended to, made with its
+        /// directory if missing; `/dev/null` if none.
         log: Option<String>,
     },
     /// Wait for the end of a process that `Spawn` started.
@@ -83,10 +84,12 @@ pub enum Request {
         /// Give up after this many milliseconds.
         timeout_ms: u64,
     },
-    /// Wait until a file exists.
+    /// Wait until a file exists, or until it is gone.
     AwaitFile {
         /// Absolute path.
         path: String,
+        /// Which of the two.
+        exists: bool,
         /// Give up after this many milliseconds.
         timeout_ms: u64,
     },
@@ -149,8 +152,8 @@ pub enum Reply {
         /// How it ended.
         status: Option<Status>,
     },
-    /// Whether the file of `AwaitFile` exists.
-    Exists(bool),
+    /// Whether the file of `AwaitFile` came or went in time.
+    Awaited(bool),
     /// A part of a file.
     Data {
         /// Hex digits.

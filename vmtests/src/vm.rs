@@ -618,14 +618,27 @@ impl Vm {
     /// # Errors
     /// If the guest does not answer.
     pub fn await_file(&self, path: &str, timeout: Duration) -> Result<bool> {
+        self.await_state(path, true, timeout)
+    }
+
+    /// Waits until a file, or `/proc/PID`, is gone from the guest.
+    ///
+    /// # Errors
+    /// If the guest does not answer.
+    pub fn await_gone(&self, path: &str, timeout: Duration) -> Result<bool> {
+        self.await_state(path, false, timeout)
+    }
+
+    fn await_state(&self, path: &str, exists: bool, timeout: Duration) -> Result<bool> {
         let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         let request = Request::AwaitFile {
             path: path.to_owned(),
+            exists,
             timeout_ms,
         };
         let reply = self.control.request(request, timeout + PATIENCE);
         match reply.map_err(|error| self.explain(error))? {
-            Reply::Exists(exists) => Ok(exists),
+            Reply::Awaited(met) => Ok(met),
             reply => bail!("The guest's answer does not fit: {reply:?}"),
         }
     }

@@ -123,12 +123,17 @@ fn obey(reaper: &Reaper, started: u64, request: Request) -> Result<Reply> {
         Request::Wait { pid, timeout_ms } => Ok(Reply::Waited {
             status: reaper.wait(pid, Duration::from_millis(timeout_ms)),
         }),
-        Request::AwaitFile { path, timeout_ms } => {
+        Request::AwaitFile {
+            path,
+            exists,
+            timeout_ms,
+        } => {
             let deadline = Instant::now() + Duration::from_millis(timeout_ms);
-            while !Path::new(&path).exists() && Instant::now() < deadline {
+            let met = || Path::new(&path).exists() == exists;
+            while !met() && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(10));
             }
-            Ok(Reply::Exists(Path::new(&path).exists()))
+            Ok(Reply::Awaited(met()))
         }
         Request::Kill { pid, signal } => {
             let signal = Signal::try_from(signal)?;
@@ -224,6 +229,9 @@ fn spawn(
     with_session.extend_from_slice(argv);
     let mut command = command(&with_session, env)?;
     if let Some(log) = log {
+        if let Some(dir) = Path::new(log).parent() {
+            fs::create_dir_all(dir).with_context(|| format!("Create {}", dir.display()))?;
+        }
         let file = OpenOptions::new().create(true).append(true).open(log);
         let file = file.with_context(|| format!("Open {log}"))?;
         command.stdout(file.try_clone()?).stderr(file);

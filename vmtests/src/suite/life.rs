@@ -22,19 +22,20 @@ const NOT_ELIGIBLE: i32 = 3;
 pub(crate) struct Life {
     name: &'static str,
     dir: String,
+    /// What was started: the program, or `tracker run` above it.
+    started: i32,
     /// The program's PID when it was ready; empty before.
     pid: String,
 }
 
-/// Runs a case from start to verdict.
-pub(crate) fn run(vm: &Vm, mode: Mode, entry: &Entry) -> Result<()> {
-    let mut life = Life::new(mode, entry);
+/// Runs a case alone, under `tracker`, from start to verdict.
+pub(crate) fn run(vm: &Vm, entry: &Entry) -> Result<()> {
+    let mut life = Life::start(vm, Mode::Same, entry)?;
     let result = life
-        .start(vm, mode != Mode::Plain)
-        .and_then(|()| match (mode, entry.expect) {
-            (Mode::Plain, _) => Ok(()),
-            (_, Expect::Carried) => life.checkpoint_and_restore(vm),
-            (_, Expect::Refused(text)) => life.refusal(vm, text),
+        .await_ready(vm)
+        .and_then(|()| match entry.expect {
+            Expect::Carried => life.checkpoint_and_restore(vm),
+            Expect::Refused(text) => life.refusal(vm, text),
         })
         .and_then(|()| life.go(vm))
         .and_then(|()| life.verdict(vm));
@@ -42,47 +43,37 @@ pub(crate) fn run(vm: &Vm, mode: Mode, entry: &Entry) -> Result<()> {
 }
 
 impl Life {
-    fn new(mode: Mode, entry: &Entry) -> Life {
-        let dir = format!("/var/lib/cases/{mode}/{}", entry.name);
-        Life {
-            name: entry.name,
+    /// Starts the program.
+    pub(crate) fn start(vm: &Vm, mode: Mode, entry: &Entry) -> Result<Life> {
+        let (name, dir) = (entry.name, format!("/var/lib/cases/{mode}/{}", entry.name));
+        let program = format!("{TESTS_DIR}/cases");
+        let case = [program.as_str(), name, &dir];
+        let argv = match mode {
+            Mode::Plain => case.to_vec(),
+            _ => [&["tracker", "run", "--name", name, "--"], &case[..]].concat(),
+        };
+        let started = vm.spawn(Exec::new(argv), Some(&format!("{dir}/run.log")))?;
+        Ok(Life {
+            name,
             dir,
+            started,
             pid: String::new(),
-        }
-    }
-
-    /// Starts a case of the batch that goes through a kexec.
-    pub(crate) fn start_in_batch(vm: &Vm, entry: &Entry) -> Result<Life> {
-        let mut life = Life::new(Mode::Kexec, entry);
-        match life.start(vm, true) {
-            Ok(()) => Ok(life),
-            Err(error) => life.finish(vm, Err(error)).map(|()| life),
-        }
+        })
     }
 
     fn path(&self, name: &str) -> String {
         format!("{}/{name}", self.dir)
     }
 
-    /// Starts the program and waits until it is ready.
-    fn start(&mut self, vm: &Vm, tracked: bool) -> Result<()> {
-        vm.exec(Exec::new(["mkdir", "-p", &self.dir]))?.check()?;
-        let program = format!("{TESTS_DIR}/cases");
-        let case = [program.as_str(), self.name, &self.dir];
-        let tracker = ["tracker", "run", "--name", self.name, "--"];
-        let argv = if tracked {
-            [&tracker[..], &case].concat()
-        } else {
-            case.to_vec()
-        };
-        let pid = vm.spawn(Exec::new(argv), Some(&self.path("run.log")))?;
+    /// Waits until the program is ready.
+    pub(crate) fn await_ready(&mut self, vm: &Vm) -> Result<()> {
         let begun = std::time::Instant::now();
         while !vm.await_file(&self.path(READY), Duration::from_secs(2))? {
             if vm.await_file(&self.path(RESULT), Duration::ZERO)? {
                 bail!("Not ready: {}", self.result(vm)?);
             }
             // `tracker run` may return once the program runs.
-            if let Some(status) = vm.wait(pid, Duration::ZERO)?
+            if let Some(status) = vm.wait(self.started, Duration::ZERO)?
                 && status != Status::Exited(0)
             {
                 bail!("Not ready: the program ended with {status}");
@@ -111,11 +102,8 @@ impl Life {
     fn checkpoint_and_restore(&self, vm: &Vm) -> Result<()> {
         let pid = &self.pid;
         self.checkpoint(vm)?.check()?;
-        let gone =
-            "n=0; while [ -d /proc/$1 ]; do n=$((n+1)); [ $n -lt 100 ] || exit 1; sleep 0.05; done";
-        let gone = vm.exec(Exec::new(["sh", "-c", gone, "sh", pid]))?;
         ensure!(
-            gone.success(),
+            vm.await_gone(&format!("/proc/{pid}"), Duration::from_secs(5))?,
             "PID {pid} is still there after the checkpoint"
         );
         let image = self.path("image");
@@ -148,12 +136,12 @@ impl Life {
     }
 
     /// Tells the case to go on.
-    fn go(&self, vm: &Vm) -> Result<()> {
+    pub(crate) fn go(&self, vm: &Vm) -> Result<()> {
         vm.write_file(&self.path(GO), b"")
     }
 
     /// Waits for the case's verdict.
-    fn verdict(&self, vm: &Vm) -> Result<()> {
+    pub(crate) fn verdict(&self, vm: &Vm) -> Result<()> {
         let result = self.path(RESULT);
         ensure!(vm.await_file(&result, STEP)?, "No verdict within {STEP:?}");
         match self.result(vm)?.as_str() {
@@ -171,17 +159,12 @@ impl Life {
         self.is_back(vm).and_then(|()| self.go(vm))
     }
 
-    /// The verdict after the kexec, given how letting it go on went.
-    pub(crate) fn end_after_kexec(&self, vm: &Vm, gone_on: Result<()>) -> Result<()> {
-        self.finish(vm, gone_on.and_then(|()| self.verdict(vm)))
-    }
-
-    /// Ends what is left of the case; adds its logs to a failure.
-    fn finish(&self, vm: &Vm, result: Result<()>) -> Result<()> {
+    /// After a failure, ends what is left of the case and adds its logs.
+    pub(crate) fn finish(&self, vm: &Vm, result: Result<()>) -> Result<()> {
         let result = match result {
             Err(error) if error.is::<ControlError>() || !vm.alive() => return Err(error),
             Err(error) => Err(anyhow!("{error:#}\n{}", self.logs(vm)?)),
-            Ok(()) => Ok(()),
+            Ok(()) => return Ok(()),
         };
         // The patterns do not match the shell they are written in.
         let kill = r#"
@@ -191,8 +174,8 @@ impl Life {
             pkill -KILL -f "ru[n] --name $1 "
             true"#;
         let killed = vm.exec(Exec::new(["sh", "-c", kill, "sh", self.name]));
-        // Its own error matters more than one of the cleaning up.
-        result.and_then(|()| killed?.check().map(|_| ()))
+        // The case's own error matters more than one of the cleaning up.
+        killed.and(result)
     }
 
     fn logs(&self, vm: &Vm) -> Result<String> {

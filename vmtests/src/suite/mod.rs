@@ -6,6 +6,7 @@ use std::{fmt, path::PathBuf};
 
 use anyhow::{Result, anyhow};
 
+use self::batch::Fate;
 use crate::cases;
 use crate::control::ControlError;
 use crate::guest::case::{Entry, Expect};
@@ -13,7 +14,7 @@ use crate::image::Kernel;
 use crate::scenarios::{self, Scenario};
 use crate::vm::{Vm, VmBuilder};
 
-mod kexec;
+mod batch;
 mod life;
 
 /// What is done to a case between "ready" and "go".
@@ -76,18 +77,18 @@ pub struct Totals {
     pub failed: usize,
 }
 
-/// Tests that run one after another in one VM (or a fresh one each).
+/// Tests that share a VM.
 #[derive(Debug)]
 enum Group {
-    /// Cases in one VM that is booted again only if it dies.
+    /// Cases one after another; the VM is booted again only if it dies.
     Cases {
         kernel: Kernel,
-        tests: Vec<(Mode, &'static Entry)>,
+        entries: Vec<&'static Entry>,
     },
-    /// Cases that go through one `tracker update` together.
+    /// Cases at the same time.
     Batch {
-        from: Kernel,
-        to: Kernel,
+        kernel: Kernel,
+        fate: Fate,
         entries: Vec<&'static Entry>,
     },
     /// A scenario.
@@ -100,28 +101,35 @@ enum Group {
 impl Group {
     fn names(&self) -> Vec<String> {
         match self {
-            Group::Cases { kernel, tests } => tests
+            Group::Cases { kernel, entries } => entries
                 .iter()
-                .map(|(mode, entry)| case_name(*mode, *kernel, entry))
+                .map(|entry| case_name(*kernel, entry))
                 .collect(),
-            Group::Batch { from, to, entries } => entries
+            Group::Batch {
+                kernel,
+                fate,
+                entries,
+            } => entries
                 .iter()
-                .map(|entry| batch_name(*from, *to, entry))
+                .map(|entry| batch_name(*kernel, *fate, entry))
                 .collect(),
             Group::Scenario { kernel, scenario } => vec![scenario_name(*kernel, scenario)],
         }
     }
 }
 
-fn case_name(mode: Mode, kernel: Kernel, entry: &Entry) -> String {
-    match (mode, entry.expect) {
-        (Mode::Same, Expect::Refused(_)) => format!("refused/{kernel}/{}", entry.name),
-        _ => format!("{mode}/{kernel}/{}", entry.name),
+fn case_name(kernel: Kernel, entry: &Entry) -> String {
+    match entry.expect {
+        Expect::Carried => format!("same/{kernel}/{}", entry.name),
+        Expect::Refused(_) => format!("refused/{kernel}/{}", entry.name),
     }
 }
 
-fn batch_name(from: Kernel, to: Kernel, entry: &Entry) -> String {
-    format!("kexec/{from}-{to}/{}", entry.name)
+fn batch_name(kernel: Kernel, fate: Fate, entry: &Entry) -> String {
+    match fate {
+        Fate::Nothing => format!("plain/{kernel}/{}", entry.name),
+        Fate::Update(to) => format!("kexec/{kernel}-{to}/{}", entry.name),
+    }
 }
 
 fn scenario_name(kernel: Kernel, scenario: &Scenario) -> String {
@@ -141,24 +149,35 @@ fn plan(options: &Options) -> Vec<Group> {
             .is_none_or(|filter| name.contains(filter))
     };
     let mut groups = Vec::new();
+    let entries = |name: &dyn Fn(&Entry) -> String| -> Vec<_> {
+        cases::all().filter(|entry| wanted(&name(entry))).collect()
+    };
     for &kernel in &options.kernels {
-        let mut tests = Vec::new();
-        for &mode in options
-            .modes
-            .iter()
-            .filter(|mode| matches!(mode, Mode::Plain | Mode::Same))
-        {
-            let entries = cases::all().map(|entry| (mode, entry));
-            tests.extend(entries.filter(|(mode, entry)| wanted(&case_name(*mode, kernel, entry))));
+        let name = |entry: &Entry| batch_name(kernel, Fate::Nothing, entry);
+        if options.modes.contains(&Mode::Plain) {
+            let entries = entries(&name);
+            groups.push(Group::Batch {
+                kernel,
+                fate: Fate::Nothing,
+                entries,
+            });
         }
-        groups.push(Group::Cases { kernel, tests });
     }
-    let (from, to) = (Kernel::V6_1, Kernel::V6_12);
-    if options.modes.contains(&Mode::Kexec) && options.kernels.contains(&from) {
-        let entries = cases::all()
-            .filter(|entry| entry.expect == Expect::Carried && wanted(&batch_name(from, to, entry)))
-            .collect();
-        groups.push(Group::Batch { from, to, entries });
+    for &kernel in &options.kernels {
+        if options.modes.contains(&Mode::Same) {
+            let entries = entries(&|entry| case_name(kernel, entry));
+            groups.push(Group::Cases { kernel, entries });
+        }
+    }
+    let (kernel, fate) = (Kernel::V6_1, Fate::Update(Kernel::V6_12));
+    if options.modes.contains(&Mode::Kexec) && options.kernels.contains(&kernel) {
+        let mut entries = entries(&|entry| batch_name(kernel, fate, entry));
+        entries.retain(|entry| entry.expect == Expect::Carried);
+        groups.push(Group::Batch {
+            kernel,
+            fate,
+            entries,
+        });
     }
     if options.modes.contains(&Mode::Scenario) {
         for scenario in scenarios::all() {
@@ -212,23 +231,28 @@ pub fn run(options: &Options) -> Totals {
 fn run_group(options: &Options, group: &Group, report: &Report) {
     let builder = Vm::builder(&options.workspace).keep(options.keep);
     match group {
-        Group::Cases { kernel, tests } => {
+        Group::Cases { kernel, entries } => {
             let mut lab = Lab {
                 builder: builder.kernel(*kernel),
                 vm: None,
             };
-            for (mode, entry) in tests {
-                let name = case_name(*mode, *kernel, entry);
-                report.test(&name, || lab.run(|vm| life::run(vm, *mode, entry)));
+            for entry in entries {
+                report.test(&case_name(*kernel, entry), || {
+                    lab.run(|vm| life::run(vm, entry))
+                });
             }
         }
-        Group::Batch { from, to, entries } => {
+        Group::Batch {
+            kernel,
+            fate,
+            entries,
+        } => {
             let mut lab = Lab {
-                builder: builder.kernel(*from),
+                builder: builder.kernel(*kernel),
                 vm: None,
             };
-            let name = |entry: &Entry| batch_name(*from, *to, entry);
-            if let Err(error) = lab.run(|vm| kexec::run(vm, *to, entries, report, &name)) {
+            let name = |entry: &Entry| batch_name(*kernel, *fate, entry);
+            if let Err(error) = lab.run(|vm| batch::run(vm, *fate, entries, report, &name)) {
                 let mut error = Err(error);
                 let open = entries.iter().map(|entry| name(entry));
                 for name in open.filter(|name| !report.has(name)) {
