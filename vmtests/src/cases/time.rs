@@ -212,8 +212,9 @@ fn timed(wait: impl FnOnce() -> Result<()>) -> Result<()> {
     let begun = read(ClockId::CLOCK_MONOTONIC)?;
     wait()?;
     let took = read(ClockId::CLOCK_MONOTONIC)? - begun;
-    // Millisecond timeouts may round.
-    ensure!(took >= 299_000_000, "A wait of {WAIT:?} took {took} ns");
+    // Socket timeouts count ticks, which a busy emulator delivers late and
+    // then in a burst.
+    ensure!(took >= 250_000_000, "A wait of {WAIT:?} took {took} ns");
     Ok(())
 }
 
