@@ -5,6 +5,7 @@ use anyhow::Result;
 use crate::image::Kernel;
 use crate::vm::{Vm, VmBuilder};
 
+mod faults;
 mod harness;
 mod kernel;
 mod services;
@@ -24,7 +25,12 @@ pub struct Scenario {
 
 /// Every scenario.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [harness::SCENARIOS, kernel::SCENARIOS, services::SCENARIOS]
-        .into_iter()
-        .flatten()
+    [
+        harness::SCENARIOS,
+        kernel::SCENARIOS,
+        services::SCENARIOS,
+        faults::SCENARIOS,
+    ]
+    .into_iter()
+    .flatten()
 }

@@ -33,13 +33,13 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 /// Time for anything on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub(super) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Megabytes of data in redis.
 const DATA: usize = 20;
 
 /// Both servers, with clients at work.
-fn start(vm: &Vm) -> Result<Load> {
+pub(super) fn start(vm: &Vm) -> Result<Load> {
     apps::start_redis(vm, DATA)?;
     apps::start_memcached(vm)?;
     let load = Load::start(&apps::targets(vm, 20, 10))?;
@@ -48,7 +48,7 @@ fn start(vm: &Vm) -> Result<Load> {
 }
 
 /// Clients go on, and then confirm that nothing is lost.
-fn all_well(vm: &Vm, load: Load) -> Result<()> {
+pub(super) fn all_well(vm: &Vm, load: Load) -> Result<()> {
     load.progress(20, PATIENCE).context("Afterwards")?;
     let summary = load.finish();
     ensure!(summary.clean(), "{summary:#?}");
