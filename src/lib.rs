@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod applications;
 pub mod bpf;
+pub mod capture;
 pub mod cli;
 pub mod error;
 pub mod handover;

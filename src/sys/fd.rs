@@ -96,3 +96,10 @@ pub fn lock(number: i32, lock: &FileLock) -> Result<(), Errno> {
     // SAFETY: reads one struct flock.
     Errno::result(unsafe { libc::fcntl(number, command, &raw const range) }).map(drop)
 }
+
+/// Takes ownership of a descriptor that recvmsg(2) has just delivered by `SCM_RIGHTS`.
+#[must_use]
+pub fn received(number: i32) -> OwnedFd {
+    // SAFETY: the kernel installed it for this message; the caller has it from the control data.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}

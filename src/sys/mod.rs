@@ -8,6 +8,7 @@ pub mod eventfile;
 pub mod fd;
 pub mod filesystem;
 pub mod kexec;
+pub mod inode;
 pub mod membarrier;
 pub mod process;
 pub mod ptrace;

@@ -1,0 +1,85 @@
+//! Descriptors of frozen processes, borrowed for as long as they are read.
+
+use super::CollectError;
+use crate::bpf::iter::File;
+use crate::model::ids::{Fd, Pid};
+use crate::sys::process::{pidfd_getfd, pidfd_open};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// Opens descriptors of other processes, by one pidfd a process.
+#[derive(Debug, Default)]
+pub struct Lender {
+    pidfds: BTreeMap<Pid, OwnedFd>,
+}
+
+/// A descriptor of another process, and whose it is.
+#[derive(Debug)]
+pub struct Borrowed {
+    /// Owner.
+    pub pid: Pid,
+    /// Number in the owner's table.
+    pub number: Fd,
+    /// Our duplicate.
+    pub fd: OwnedFd,
+}
+
+/// Owner and number of a descriptor record.
+pub fn place(file: &File) -> (Pid, Fd) {
+    (
+        Pid(file.rec.tgid.cast_signed()),
+        Fd(file.rec.fd.cast_signed()),
+    )
+}
+
+impl Lender {
+    /// Borrows the description behind `file`.
+    ///
+    /// # Errors
+    /// pidfd_open(2) or pidfd_getfd(2) fails.
+    pub fn borrow(&mut self, file: &File) -> Result<Borrowed, CollectError> {
+        let (pid, number) = place(file);
+        let pidfd = match self.pidfds.entry(pid) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => unknown.insert(pidfd_open(pid)?),
+        };
+        let fd = pidfd_getfd(pidfd.as_fd(), pid, number.0)?;
+        Ok(Borrowed { pid, number, fd })
+    }
+}
+
+impl Borrowed {
+    /// The descriptor.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// A path that opens another description of the same file.
+    pub fn reopen_path(&self) -> String {
+        format!("/proc/self/fd/{}", self.fd.as_raw_fd())
+    }
+
+    /// Names the descriptor in an error of `call`.
+    pub fn failed<E: Into<io::Error>>(
+        &self,
+        call: &'static str,
+    ) -> impl FnOnce(E) -> CollectError + use<E> {
+        let (pid, fd) = (self.pid, self.number);
+        move |source| CollectError::File {
+            pid,
+            fd,
+            call,
+            source: source.into(),
+        }
+    }
+
+    /// Names the descriptor in an error of a socket call.
+    pub fn socket_failed(
+        &self,
+    ) -> impl FnOnce(crate::sys::socket::SocketError) -> CollectError + use<> {
+        let (pid, fd) = (self.pid, self.number);
+        move |source| CollectError::Socket { pid, fd, source }
+    }
+}

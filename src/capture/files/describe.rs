@@ -1,0 +1,390 @@
+//! One open file description at a time: from the iterators' record to what the image carries.
+
+use super::borrow::{Lender, place};
+use super::refuse::Survey;
+use super::{CollectError, FrozenFiles, Repaired, Slots, content, pipe, regular, socket, unix};
+use crate::bpf::events::{EpollItemRec, FileKind as Kind, LockClass, LockRec, SockRec, WatchRec};
+use crate::bpf::iter::{Detail, File, Files, Iterators, Scope};
+use crate::image::Store;
+use crate::model::frozen::{
+    Blocker, Content, ContentId, ContentKind, EpollItem, FileKind, FileLock, FileOwner,
+    InotifyWatch, LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
+};
+use crate::model::ids::{Fd, InodeId, OfdId, Pid};
+use nix::libc;
+use nix::time::{ClockId, clock_gettime};
+use serde_bytes::ByteBuf;
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// Messages whose descriptors in flight are still to be identified.
+type InFlight = (OfdId, Vec<unix::Peeked>);
+
+/// Describes descriptions, each once.
+pub(super) struct Reader<'a> {
+    store: &'a dyn Store,
+    slots: &'a mut Slots,
+    survey: Survey,
+    items: HashMap<u64, Vec<&'a EpollItemRec>>,
+    watches: HashMap<u64, Vec<&'a WatchRec>>,
+    locks: HashMap<u64, Vec<&'a LockRec>>,
+    lender: Lender,
+    ofds: BTreeMap<OfdId, OpenFile>,
+    contents: BTreeMap<ContentId, Content>,
+    repaired: Repaired,
+    /// Pipes whose content some end carries already.
+    pipes: HashMap<u64, OfdId>,
+    in_flight: Vec<InFlight>,
+}
+
+fn grouped<T>(records: &[T], key: impl Fn(&T) -> u64) -> HashMap<u64, Vec<&T>> {
+    let mut groups: HashMap<u64, Vec<&T>> = HashMap::new();
+    for record in records {
+        groups.entry(key(record)).or_default().push(record);
+    }
+    groups
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(found: &'a Files, store: &'a dyn Store, slots: &'a mut Slots) -> Self {
+        Self {
+            store,
+            slots,
+            survey: Survey::of(found),
+            items: grouped(&found.epoll_items, |item| item.epoll),
+            watches: grouped(&found.watches, |watch| watch.group),
+            locks: grouped(&found.locks, |lock| lock.ino),
+            lender: Lender::default(),
+            ofds: BTreeMap::new(),
+            contents: BTreeMap::new(),
+            repaired: Repaired::default(),
+            pipes: HashMap::new(),
+            in_flight: Vec::new(),
+        }
+    }
+
+    pub(super) fn finish(self) -> FrozenFiles {
+        FrozenFiles {
+            files: BTreeMap::new(),
+            ofds: self.ofds,
+            contents: self.contents,
+            repaired: self.repaired,
+        }
+    }
+
+    /// Describes the description behind `file`, unless that is done.
+    pub(super) fn describe(&mut self, file: &File) -> Result<(), CollectError> {
+        let id = OfdId(file.rec.file);
+        if self.ofds.contains_key(&id) {
+            return Ok(());
+        }
+        if let Some(blocker) = self.survey.refusal(file) {
+            return Err(CollectError::Blocked(blocker));
+        }
+        let kind = self.kind(id, file)?;
+        let rec = &file.rec;
+        let owner = (rec.owner_pid != 0).then(|| FileOwner {
+            // enum pid_type and F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP count alike.
+            kind: rec.owner_type.cast_signed(),
+            id: rec.owner_pid.cast_signed(),
+            signal: rec.owner_sig,
+        });
+        let open = OpenFile {
+            flags: rec.flags,
+            pos: u64::try_from(rec.pos).unwrap_or(0),
+            owner,
+            locks: self.locks(file)?,
+            kind,
+        };
+        self.ofds.insert(id, open);
+        Ok(())
+    }
+
+    fn kind(&mut self, id: OfdId, file: &File) -> Result<FileKind, CollectError> {
+        let rec = &file.rec;
+        Ok(match (rec.kind, &file.detail) {
+            (Kind::REGULAR, _) if rec.nlink > 0 => FileKind::Regular(regular::identity(file)?),
+            (Kind::REGULAR | Kind::MEMFD, _) => FileKind::Content(self.content(file)?),
+            (Kind::DIRECTORY, _) => FileKind::Directory(regular::path(file)?),
+            (Kind::CHAR_DEVICE, _) => FileKind::CharDevice {
+                at: regular::path(file)?,
+                rdev: rec.rdev,
+            },
+            (Kind::PIPE, Detail::Pipe(_)) => FileKind::Pipe {
+                id: rec.ino,
+                state: self.pipe_state(id, file)?,
+            },
+            (Kind::FIFO, Detail::Pipe(_)) => FileKind::Fifo {
+                at: regular::path(file)?,
+                state: self.pipe_state(id, file)?,
+            },
+            (Kind::EVENTFD, Detail::Eventfd(eventfd)) => FileKind::Eventfd {
+                count: eventfd.count,
+                semaphore: eventfd.flags & 1 != 0,
+            },
+            (Kind::TIMERFD, Detail::Timerfd(timer)) => FileKind::Timerfd(Timerfd {
+                clock: timer.clock,
+                settime_flags: timer.settime_flags.cast_signed(),
+                remaining: remaining(timer.expires_ns, timer.base_clock, timer.interval_ns),
+                interval: timer.interval_ns,
+                ticks: timer.ticks,
+            }),
+            (Kind::SIGNALFD, Detail::Signalfd(signalfd)) => FileKind::Signalfd {
+                mask: signalfd.mask,
+            },
+            (Kind::EPOLL, _) => FileKind::Epoll {
+                items: self.epoll_items(rec.file),
+            },
+            (Kind::INOTIFY, _) => FileKind::Inotify {
+                watches: self.inotify_watches(file)?,
+            },
+            (Kind::SOCKET, Detail::Socket(sock)) => self.socket(id, file, sock)?,
+            _ => {
+                let (pid, fd) = place(file);
+                return Err(CollectError::Blocked(Blocker {
+                    pid,
+                    fd: Some(fd),
+                    object: rec.name(),
+                    reason: "its state could not be read; report this".into(),
+                }));
+            }
+        })
+    }
+
+    fn content(&mut self, file: &File) -> Result<ContentId, CollectError> {
+        let id = ContentId(file.rec.ino);
+        if self.contents.contains_key(&id) {
+            return Ok(id);
+        }
+        let at = regular::path(file)?;
+        let kind = if file.rec.kind == Kind::MEMFD {
+            let path = String::from_utf8_lossy(&at.path).into_owned();
+            let name = path.strip_prefix("/memfd:").unwrap_or(&path).to_owned();
+            ContentKind::Memfd { name, seals: 0 }
+        } else {
+            ContentKind::Deleted { at }
+        };
+        let from = self.lender.borrow(file)?;
+        let content = content::read(&from, kind, self.store, self.slots)?;
+        self.contents.insert(id, content);
+        Ok(id)
+    }
+
+    fn pipe_state(
+        &mut self,
+        id: OfdId,
+        file: &File,
+    ) -> Result<Option<crate::model::frozen::PipeState>, CollectError> {
+        let Detail::Pipe(rec) = &file.detail else {
+            return Ok(None);
+        };
+        if *self.pipes.entry(rec.pipe).or_insert(id) != id {
+            return Ok(None);
+        }
+        let end = self.lender.borrow(file)?;
+        pipe::read_state(&end, rec).map(Some)
+    }
+
+    fn epoll_items(&self, epoll: u64) -> Vec<EpollItem> {
+        let items = self.items.get(&epoll).map_or(&[][..], Vec::as_slice);
+        items
+            .iter()
+            .map(|item| EpollItem {
+                fd: Fd(item.fd.cast_signed()),
+                ofd: OfdId(item.target),
+                events: item.events,
+                data: item.data,
+            })
+            .collect()
+    }
+
+    fn inotify_watches(&mut self, file: &File) -> Result<Vec<InotifyWatch>, CollectError> {
+        let (pid, fd) = place(file);
+        let watches = self
+            .watches
+            .get(&file.rec.file)
+            .map_or(&[][..], Vec::as_slice);
+        let mut watches = watches
+            .iter()
+            .map(|watch| {
+                let inode = InodeId {
+                    dev: watch.dev,
+                    ino: watch.ino,
+                };
+                let path = crate::sys::inode::path_of(pid, fd, watch.wd).map_err(|source| {
+                    CollectError::File {
+                        pid,
+                        fd,
+                        call: "open_by_handle_at",
+                        source,
+                    }
+                })?;
+                Ok(InotifyWatch {
+                    wd: watch.wd,
+                    mask: watch.mask,
+                    at: PathRef { path, inode },
+                })
+            })
+            .collect::<Result<Vec<_>, CollectError>>()?;
+        watches.sort_unstable_by_key(|watch| watch.wd);
+        Ok(watches)
+    }
+
+    fn locks(&self, file: &File) -> Result<Vec<FileLock>, CollectError> {
+        let rec = &file.rec;
+        let (pid, fd) = place(file);
+        let mut locks = Vec::new();
+        for lock in self.locks.get(&rec.ino).map_or(&[][..], Vec::as_slice) {
+            if lock.dev != rec.dev {
+                continue;
+            }
+            const FL_OFDLCK: u32 = 1024;
+            let kind = match lock.class {
+                LockClass::FLOCK if lock.file == rec.file => LockKind::Flock,
+                LockClass::POSIX if lock.flags & FL_OFDLCK != 0 && lock.file == rec.file => {
+                    LockKind::Ofd
+                }
+                LockClass::POSIX if lock.flags & FL_OFDLCK == 0 && lock.file == rec.file => {
+                    LockKind::Posix
+                }
+                LockClass::LEASE if lock.file == rec.file => {
+                    return Err(CollectError::Blocked(Blocker {
+                        pid,
+                        fd: Some(fd),
+                        object: "file lease".into(),
+                        reason: "it is not carried yet; release it before the update".into(),
+                    }));
+                }
+                _ => continue,
+            };
+            let start = u64::try_from(lock.start).unwrap_or(0);
+            let to_the_end = lock.end == i64::MAX;
+            let end = u64::try_from(lock.end).unwrap_or(0);
+            locks.push(FileLock {
+                kind,
+                exclusive: lock.type_ == 1,
+                start,
+                len: if to_the_end { 0 } else { end + 1 - start },
+                pid: Pid(lock.pid.cast_signed()),
+            });
+        }
+        Ok(locks)
+    }
+
+    fn socket(&mut self, id: OfdId, file: &File, sock: &SockRec) -> Result<FileKind, CollectError> {
+        let from = self.lender.borrow(file)?;
+        if i32::from(sock.family) != libc::AF_UNIX {
+            let read = socket::read_tcp(from, sock)?;
+            self.repaired.0.extend(read.repaired);
+            return Ok(FileKind::Socket(Box::new(read.socket)));
+        }
+        let state = unix::state(sock, &self.survey.sockets).map_err(|reason| {
+            let (pid, fd) = place(file);
+            CollectError::Blocked(Blocker {
+                pid,
+                fd: Some(fd),
+                object: "Unix socket".into(),
+                reason,
+            })
+        })?;
+        let (unix, queue) = unix::read(&from, sock, state)?;
+        if !queue.is_empty() {
+            self.in_flight.push((id, queue));
+        }
+        Ok(FileKind::Socket(Box::new(Socket {
+            inode: sock.ino,
+            options: socket::read_unix_options(&from)?,
+            state: SocketState::Unix(unix),
+        })))
+    }
+
+    /// Descriptors in flight are in no table but, as duplicates, in ours: a pass
+    /// over this process tells what they are. They may hold sockets with
+    /// descriptors in flight themselves.
+    pub(super) fn describe_in_flight(
+        &mut self,
+        iterators: &mut Iterators,
+    ) -> Result<(), CollectError> {
+        while !self.in_flight.is_empty() {
+            let batch = std::mem::take(&mut self.in_flight);
+            let any = batch
+                .iter()
+                .flat_map(|(_, queue)| queue)
+                .any(|m| !m.fds.is_empty());
+            let own = if any {
+                self.own_files(iterators)?
+            } else {
+                HashMap::new()
+            };
+            for (id, queue) in batch {
+                let messages = queue
+                    .into_iter()
+                    .map(|message| self.message(message, &own))
+                    .collect::<Result<Vec<_>, _>>()?;
+                if let Some(FileKind::Socket(socket)) =
+                    self.ofds.get_mut(&id).map(|file| &mut file.kind)
+                    && let SocketState::Unix(unix) = &mut socket.state
+                {
+                    unix.queue = messages;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn own_files(&self, iterators: &mut Iterators) -> Result<HashMap<i32, File>, CollectError> {
+        let found = iterators
+            .descriptors(Scope::Process(std::process::id()))
+            .map_err(|e| CollectError::File {
+                pid: Pid(std::process::id().cast_signed()),
+                fd: Fd(-1),
+                call: "reading our own descriptors",
+                source: std::io::Error::other(e),
+            })?;
+        Ok(found
+            .into_iter()
+            .map(|file| (file.rec.fd.cast_signed(), file))
+            .collect())
+    }
+
+    fn message(
+        &mut self,
+        message: unix::Peeked,
+        own: &HashMap<i32, File>,
+    ) -> Result<UnixMessage, CollectError> {
+        let fds = message
+            .fds
+            .iter()
+            .map(|fd: &OwnedFd| {
+                let file = own.get(&fd.as_raw_fd()).ok_or_else(|| CollectError::File {
+                    pid: Pid(std::process::id().cast_signed()),
+                    fd: Fd(fd.as_raw_fd()),
+                    call: "identifying a descriptor in flight",
+                    source: std::io::ErrorKind::NotFound.into(),
+                })?;
+                self.describe(file)?;
+                Ok(OfdId(file.rec.file))
+            })
+            .collect::<Result<Vec<_>, CollectError>>()?;
+        Ok(UnixMessage {
+            data: ByteBuf::from(message.data),
+            fds,
+        })
+    }
+}
+
+/// Time left until `expires` on the clock; at least 1 ns while armed.
+fn remaining(expires: u64, base_clock: u32, interval: u64) -> u64 {
+    if expires == 0 {
+        return 0;
+    }
+    let now = clock_gettime(ClockId::from_raw(base_clock.cast_signed())).map_or(0, |t| {
+        u64::try_from(t.tv_sec() * 1_000_000_000 + t.tv_nsec()).unwrap_or(0)
+    });
+    match expires.checked_sub(now) {
+        Some(left) if left > 0 => left,
+        // Expired while frozen: a periodic timer goes on in step, a single one fires at once.
+        _ if interval > 0 => interval - (now - expires) % interval,
+        _ => 1,
+    }
+}

@@ -1,0 +1,142 @@
+//! Descriptors and what they refer to, read while their owners stand still.
+//!
+//! Identities and most values come from the BPF iterators' pass; a descriptor is
+//! borrowed (pidfd_getfd(2)) only for what they cannot give: contents of queues
+//! and memfds, socket options. Borrowed descriptors are dropped before the thaw.
+
+mod borrow;
+mod content;
+mod describe;
+mod error;
+mod pipe;
+mod refuse;
+mod regular;
+mod socket;
+mod tcp;
+mod unix;
+
+pub use error::CollectError;
+pub use refuse::blockers;
+
+use crate::bpf::iter::{Files, Iterators};
+use crate::image::Store;
+use crate::model::frozen::{Content, ContentId, FdEntry, FilesTable, OpenFile};
+use crate::model::ids::{Fd, FilesId, OfdId};
+use describe::Reader;
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+/// Hands out page slots of an image, each once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slots(u64);
+
+impl Slots {
+    /// Starts behind the slots already in use.
+    #[must_use]
+    pub fn from(next: u64) -> Self {
+        Self(next)
+    }
+
+    /// Takes `pages` slots in a row; gives the first.
+    pub fn take(&mut self, pages: u64) -> u64 {
+        let first = self.0;
+        self.0 += pages;
+        first
+    }
+
+    /// Slots handed out so far.
+    #[must_use]
+    pub fn used(self) -> u64 {
+        self.0
+    }
+}
+
+/// Connections in repair mode. Unless they are given up, dropping this lets
+/// every one of them talk again.
+#[derive(Debug, Default)]
+pub struct Repaired(Vec<OwnedFd>);
+
+impl Repaired {
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Leaves them in repair mode: the application is about to be killed, and a
+    /// connection that is closed in repair mode sends nothing (tcp_close()).
+    #[must_use]
+    pub fn give_up(mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.0)
+    }
+}
+
+impl Drop for Repaired {
+    fn drop(&mut self) {
+        for fd in &self.0 {
+            socket::undo(fd);
+        }
+    }
+}
+
+/// What the descriptors of an application refer to.
+#[derive(Debug, Default)]
+pub struct FrozenFiles {
+    /// Descriptor tables.
+    pub files: BTreeMap<FilesId, FilesTable>,
+    /// Open file descriptions, those in flight over Unix sockets included.
+    pub ofds: BTreeMap<OfdId, OpenFile>,
+    /// Bytes that no filesystem keeps.
+    pub contents: BTreeMap<ContentId, Content>,
+    /// TCP connections, silent until this is dropped.
+    pub repaired: Repaired,
+}
+
+/// Reads the open files of frozen processes.
+///
+/// `found` is the iterators' pass over them. On an error everything borrowed is
+/// given back and every connection left as it was.
+///
+/// # Errors
+/// Something is not carried, or a system call fails.
+pub fn collect(
+    found: &Files,
+    iterators: &mut Iterators,
+    store: &dyn Store,
+    slots: &mut Slots,
+) -> Result<FrozenFiles, CollectError> {
+    let mut reader = Reader::new(found, store, slots);
+    for file in &found.files {
+        reader.describe(file)?;
+    }
+    reader.describe_in_flight(iterators)?;
+    let mut frozen = reader.finish();
+    frozen.files = tables(found);
+    Ok(frozen)
+}
+
+fn tables(found: &Files) -> BTreeMap<FilesId, FilesTable> {
+    let mut tables: BTreeMap<FilesId, BTreeMap<Fd, FdEntry>> = BTreeMap::new();
+    for file in &found.files {
+        let entry = FdEntry {
+            fd: Fd(file.rec.fd.cast_signed()),
+            ofd: OfdId(file.rec.file),
+            cloexec: file.rec.cloexec != 0,
+        };
+        tables
+            .entry(FilesId(file.rec.files))
+            .or_default()
+            .insert(entry.fd, entry);
+    }
+    tables
+        .into_iter()
+        .map(|(id, fds)| {
+            (
+                id,
+                FilesTable {
+                    fds: fds.into_values().collect(),
+                },
+            )
+        })
+        .collect()
+}

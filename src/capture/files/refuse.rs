@@ -1,0 +1,167 @@
+//! What is not carried, named before anything is frozen.
+
+use super::borrow::place;
+use super::{socket, unix};
+use crate::bpf::events::{FileKind as Kind, SockRec};
+use crate::bpf::iter::{Detail, File, Files};
+use crate::model::frozen::Blocker;
+use crate::model::ids::OfdId;
+use std::collections::{HashMap, HashSet};
+
+/// Character devices without state of their own: (major, minor) of Linux'
+/// devices.txt: null, zero, full, random, urandom.
+const STATELESS: &[(u32, u32)] = &[(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
+
+/// `O_PATH` descriptors carry no state but their path.
+const O_PATH: u32 = 0o10_000_000;
+
+/// Every open file that keeps the application from being checkpointed.
+#[must_use]
+pub fn blockers(found: &Files) -> Vec<Blocker> {
+    let survey = Survey::of(found);
+    found
+        .files
+        .iter()
+        .filter_map(|file| survey.refusal(file))
+        .collect()
+}
+
+/// What one pass tells about relations between open files.
+pub(super) struct Survey {
+    /// Which description each `struct sock` belongs to.
+    pub sockets: HashMap<u64, OfdId>,
+    /// Readers and writers of each pipe within the application.
+    pipes: HashMap<u64, (u32, u32)>,
+    /// epoll sets that watch a file which is open nowhere in the application.
+    strays: HashMap<u64, u32>,
+}
+
+impl Survey {
+    /// Goes through a pass once.
+    pub fn of(found: &Files) -> Self {
+        let mut survey = Self {
+            sockets: HashMap::new(),
+            pipes: HashMap::new(),
+            strays: HashMap::new(),
+        };
+        let mut open = HashSet::new();
+        for file in &found.files {
+            if !open.insert(file.rec.file) {
+                continue;
+            }
+            match &file.detail {
+                Detail::Socket(sock) => {
+                    survey.sockets.insert(sock.sock, OfdId(file.rec.file));
+                }
+                Detail::Pipe(pipe) => {
+                    // A description opened O_RDWR counts as a reader and as a writer.
+                    let access = file.rec.flags & 3;
+                    let (readers, writers) = survey.pipes.entry(pipe.pipe).or_default();
+                    *readers += u32::from(access != 1);
+                    *writers += u32::from(access != 0);
+                }
+                _ => {}
+            }
+        }
+        survey.strays = found
+            .epoll_items
+            .iter()
+            .filter(|item| !open.contains(&item.target))
+            .map(|item| (item.epoll, item.fd))
+            .collect();
+        survey
+    }
+
+    /// Why one open file is not carried; `None` when it is.
+    pub fn refusal(&self, file: &File) -> Option<Blocker> {
+        let (pid, fd) = place(file);
+        let blocked = |object: String, reason: String| Blocker {
+            pid,
+            fd: Some(fd),
+            object,
+            reason,
+        };
+        let rec = &file.rec;
+        let not_yet = |object: String| {
+            Some(blocked(
+                object,
+                "it is not carried yet; close it before the update".to_owned(),
+            ))
+        };
+        match rec.kind {
+            Kind::REGULAR if rec.nlink == 0 && rec.flags & O_PATH != 0 => {
+                not_yet("O_PATH descriptor of a deleted file".into())
+            }
+            Kind::DIRECTORY if rec.nlink == 0 => not_yet("deleted directory".into()),
+            Kind::REGULAR
+            | Kind::DIRECTORY
+            | Kind::EVENTFD
+            | Kind::TIMERFD
+            | Kind::SIGNALFD
+            | Kind::MEMFD
+            | Kind::INOTIFY => None,
+            Kind::CHAR_DEVICE => {
+                let (major, minor) = (rec.rdev >> 20, rec.rdev & 0xf_ffff);
+                if STATELESS.contains(&(major, minor)) {
+                    return None;
+                }
+                not_yet(format!("character device {major}:{minor} ({})", rec.name()))
+            }
+            Kind::PIPE => self
+                .pipe_refusal(file)
+                .map(|reason| blocked("pipe".into(), reason)),
+            Kind::FIFO => self
+                .pipe_refusal(file)
+                .map(|reason| blocked(format!("FIFO {}", rec.name()), reason)),
+            Kind::EPOLL => self.strays.get(&rec.file).map(|number| {
+                blocked(
+                    "epoll".into(),
+                    format!(
+                        "it watches a file (added as descriptor {number}) that no process of \
+                         the application has open; remove it from the set"
+                    ),
+                )
+            }),
+            Kind::SOCKET => match &file.detail {
+                Detail::Socket(sock) => socket::refusal(sock)
+                    .or_else(|| self.unix_refusal(sock))
+                    .map(|reason| blocked(format!("socket {}", sock.ino), reason)),
+                _ => not_yet("socket".into()),
+            },
+            kind => not_yet(kind_name(kind, &rec.name())),
+        }
+    }
+
+    fn unix_refusal(&self, sock: &SockRec) -> Option<String> {
+        let unix = i32::from(sock.family) == nix::libc::AF_UNIX;
+        unix.then(|| unix::state(sock, &self.sockets).err())
+            .flatten()
+    }
+
+    /// Both ends must be the application's own: an end outside would lose its peer.
+    fn pipe_refusal(&self, file: &File) -> Option<String> {
+        let Detail::Pipe(pipe) = &file.detail else {
+            return None;
+        };
+        let (readers, writers) = self.pipes.get(&pipe.pipe).copied().unwrap_or_default();
+        (pipe.readers > readers || pipe.writers > writers).then(|| {
+            "another end is open outside the application; close it, or checkpoint both together"
+                .into()
+        })
+    }
+}
+
+fn kind_name(kind: u32, name: &str) -> String {
+    match kind {
+        Kind::BLOCK_DEVICE => format!("block device {name}"),
+        Kind::FANOTIFY => "fanotify".into(),
+        Kind::PIDFD => "pidfd".into(),
+        Kind::IO_URING => "io_uring".into(),
+        Kind::USERFAULTFD => "userfaultfd".into(),
+        Kind::PERF_EVENT => "perf event".into(),
+        Kind::BPF => format!("BPF object {name}"),
+        Kind::MQUEUE => format!("POSIX message queue {name}"),
+        Kind::NAMESPACE => format!("namespace {name}"),
+        _ => format!("file of unknown kind ({name})"),
+    }
+}

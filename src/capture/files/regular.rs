@@ -1,0 +1,59 @@
+//! Files that have a name.
+
+use super::CollectError;
+use super::borrow::place;
+use crate::bpf::iter::File;
+use crate::model::frozen::{FileIdentity, PathRef};
+use crate::model::ids::InodeId;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+fn link(file: &File) -> PathBuf {
+    let (pid, fd) = place(file);
+    PathBuf::from(format!("/proc/{pid}/fd/{fd}"))
+}
+
+fn failed(file: &File, call: &'static str) -> impl FnOnce(std::io::Error) -> CollectError {
+    let (pid, fd) = place(file);
+    move |source| CollectError::File {
+        pid,
+        fd,
+        call,
+        source,
+    }
+}
+
+/// The file's name as its owner sees it.
+///
+/// # Errors
+/// The link cannot be read.
+pub fn path(file: &File) -> Result<PathRef, CollectError> {
+    let target = std::fs::read_link(link(file)).map_err(failed(file, "readlink"))?;
+    let mut path = target.into_os_string().into_vec();
+    if file.rec.nlink == 0
+        && let Some(bare) = path.strip_suffix(b" (deleted)")
+    {
+        path = bare.to_vec();
+    }
+    Ok(PathRef {
+        path,
+        inode: InodeId {
+            dev: file.rec.dev,
+            ino: file.rec.ino,
+        },
+    })
+}
+
+/// The file's name, size and time of change.
+///
+/// # Errors
+/// It cannot be read.
+pub fn identity(file: &File) -> Result<FileIdentity, CollectError> {
+    let found = std::fs::metadata(link(file)).map_err(failed(file, "stat"))?;
+    Ok(FileIdentity {
+        at: path(file)?,
+        size: found.size(),
+        mtime: found.mtime() * 1_000_000_000 + found.mtime_nsec(),
+    })
+}

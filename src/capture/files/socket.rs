@@ -1,0 +1,266 @@
+//! Sockets: options and addresses through a borrowed descriptor, the rest from the iterators.
+
+use super::CollectError;
+use super::borrow::Borrowed;
+use crate::bpf::events::SockRec;
+use crate::model::frozen::{SockOption, Socket, SocketState};
+use crate::sys::socket::{int_option, option};
+use crate::sys::tcp as repair;
+use nix::libc;
+use nix::sys::socket as ns;
+use serde_bytes::ByteBuf;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// `TCP_ESTABLISHED` of include/net/tcp_states.h.
+const ESTABLISHED: u8 = 1;
+const CLOSE: u8 = 7;
+const LISTEN: u8 = 10;
+
+/// Options that are read with their size in bytes and replayed as they are.
+/// Those that hold nothing but their default on a new socket are left out.
+const OPTIONS: &[(i32, i32, usize)] = &[
+    (libc::SOL_SOCKET, libc::SO_REUSEADDR, 4),
+    (libc::SOL_SOCKET, libc::SO_REUSEPORT, 4),
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 4),
+    (libc::SOL_SOCKET, libc::SO_BROADCAST, 4),
+    (libc::SOL_SOCKET, libc::SO_OOBINLINE, 4),
+    (libc::SOL_SOCKET, libc::SO_DONTROUTE, 4),
+    (libc::SOL_SOCKET, libc::SO_TIMESTAMP, 4),
+    (libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 4),
+    (libc::SOL_SOCKET, libc::SO_PASSCRED, 4),
+    (libc::SOL_SOCKET, libc::SO_PRIORITY, 4),
+    (libc::SOL_SOCKET, libc::SO_MARK, 4),
+    (libc::SOL_SOCKET, libc::SO_RCVLOWAT, 4),
+    (libc::SOL_SOCKET, libc::SO_LINGER, 8),
+    (libc::SOL_SOCKET, libc::SO_RCVTIMEO, 16),
+    (libc::SOL_SOCKET, libc::SO_SNDTIMEO, 16),
+];
+
+const TCP_OPTIONS: &[(i32, i32, usize)] = &[
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY, 4),
+    (libc::IPPROTO_TCP, libc::TCP_CORK, 4),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 4),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 4),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 4),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 4),
+    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 4),
+    (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, 4),
+    (libc::IPPROTO_TCP, libc::TCP_CONGESTION, 16),
+];
+
+const IP_OPTIONS: &[(i32, i32, usize)] = &[
+    (libc::IPPROTO_IP, libc::IP_TOS, 4),
+    (libc::IPPROTO_IP, libc::IP_TTL, 4),
+    (libc::IPPROTO_IP, libc::IP_FREEBIND, 4),
+    (libc::IPPROTO_IP, libc::IP_TRANSPARENT, 4),
+    (libc::IPPROTO_IP, libc::IP_PKTINFO, 4),
+];
+
+const IPV6_OPTIONS: &[(i32, i32, usize)] = &[
+    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 4),
+    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS, 4),
+    (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, 4),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 4),
+];
+
+/// A socket that was borrowed and, when it is a connection, put in repair mode.
+pub struct Read {
+    /// What the image carries.
+    pub socket: Socket,
+    /// The connection, which must leave repair mode if the application goes on.
+    pub repaired: Option<OwnedFd>,
+}
+
+/// Local and remote address of an internet socket; `None` where it has none.
+pub fn addresses(rec: &SockRec) -> (Option<SocketAddr>, Option<SocketAddr>) {
+    let ip = |bytes: &[u8; 16]| -> IpAddr {
+        if i32::from(rec.family) == libc::AF_INET6 {
+            Ipv6Addr::from(*bytes).into()
+        } else {
+            Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into()
+        }
+    };
+    let address =
+        |bytes: &[u8; 16], port: u16| (port != 0).then(|| SocketAddr::new(ip(bytes), port));
+    (
+        address(&rec.local_addr, rec.local_port),
+        address(&rec.remote_addr, rec.remote_port),
+    )
+}
+
+/// Why a socket is not carried; `None` when it is.
+pub fn refusal(rec: &SockRec) -> Option<String> {
+    let (family, kind) = (i32::from(rec.family), i32::from(rec.type_));
+    let tcp = matches!(family, libc::AF_INET | libc::AF_INET6)
+        && kind == libc::SOCK_STREAM
+        && i32::from(rec.protocol) == libc::IPPROTO_TCP;
+    if tcp {
+        return match rec.state {
+            ESTABLISHED | CLOSE | LISTEN => None,
+            state => Some(format!(
+                "TCP state {state} is not carried yet; wait for the connection to close"
+            )),
+        };
+    }
+    if family == libc::AF_UNIX {
+        return None;
+    }
+    Some(format!(
+        "sockets of family {family}, type {kind} are not carried yet"
+    ))
+}
+
+/// Reads an internet socket.
+///
+/// # Errors
+/// A socket call fails, or a listener's accept queue is not empty.
+pub fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
+    let v6 = i32::from(rec.family) == libc::AF_INET6;
+    let (local, remote) = addresses(rec);
+    let failed = || from.socket_failed();
+    let info = repair::info(from.as_fd()).map_err(failed())?;
+    let mut wanted = [OPTIONS, TCP_OPTIONS, ip_options(v6)].concat();
+    // A connection has an address, after which this one cannot be set and says nothing more.
+    wanted.retain(|(_, name, _)| info.state != ESTABLISHED || !v6 || *name != libc::IPV6_V6ONLY);
+    let options = read_options(&from, &wanted)?;
+    let mut repaired = None;
+    let state = match (info.state, local, remote) {
+        (LISTEN, Some(local), _) => {
+            if info.unacked > 0 {
+                return Err(CollectError::AcceptQueue {
+                    pid: from.pid,
+                    fd: from.number,
+                    address: local.to_string(),
+                    connections: info.unacked,
+                });
+            }
+            SocketState::TcpListen {
+                local,
+                backlog: info.sacked,
+                v6,
+            }
+        }
+        (ESTABLISHED, Some(local), Some(remote)) => {
+            repair::enter_repair(from.as_fd()).map_err(failed())?;
+            let connection = super::tcp::read(from.as_fd(), local, remote, v6);
+            let connection = connection.map_err(|error| {
+                // The caller knows nothing of this socket yet.
+                let _ = repair::leave_repair(from.as_fd());
+                match error {
+                    super::tcp::TcpReadError::Call(source) => failed()(source),
+                    super::tcp::TcpReadError::Queue(_, source) => from.failed("recv")(source),
+                }
+            })?;
+            repaired = Some(from.fd);
+            SocketState::TcpConnection(Box::new(connection))
+        }
+        _ => SocketState::TcpIdle { v6, local },
+    };
+    Ok(Read {
+        socket: Socket {
+            inode: rec.ino,
+            options,
+            state,
+        },
+        repaired,
+    })
+}
+
+fn ip_options(v6: bool) -> &'static [(i32, i32, usize)] {
+    if v6 { IPV6_OPTIONS } else { IP_OPTIONS }
+}
+
+/// Options of a Unix socket.
+///
+/// # Errors
+/// A socket call fails.
+pub fn read_unix_options(from: &Borrowed) -> Result<Vec<SockOption>, CollectError> {
+    let wanted: Vec<_> = OPTIONS
+        .iter()
+        .copied()
+        .filter(|(_, name, _)| {
+            // The others mean nothing on a Unix socket.
+            [
+                libc::SO_PASSCRED,
+                libc::SO_LINGER,
+                libc::SO_RCVTIMEO,
+                libc::SO_SNDTIMEO,
+            ]
+            .contains(name)
+        })
+        .collect();
+    read_options(from, &wanted)
+}
+
+/// Reads options; those that are all zero are the default and left out.
+fn read_options(
+    from: &Borrowed,
+    wanted: &[(i32, i32, usize)],
+) -> Result<Vec<SockOption>, CollectError> {
+    let mut options = Vec::new();
+    let mut add = |level, name, value: Vec<u8>| {
+        if value.iter().any(|byte| *byte != 0) {
+            options.push(SockOption {
+                level,
+                name,
+                value: ByteBuf::from(value),
+            });
+        }
+    };
+    for &(level, name, len) in wanted {
+        let value = option(from.as_fd(), level, name, len).map_err(from.socket_failed())?;
+        add(level, name, value);
+    }
+    // A buffer size is the application's only if it has set it; else it follows autotuning.
+    let locked = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK)
+        .map_err(from.socket_failed())?;
+    for (bit, get, set) in [
+        (1, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
+        (2, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
+    ] {
+        if locked & bit != 0 {
+            let value =
+                int_option(from.as_fd(), libc::SOL_SOCKET, get).map_err(from.socket_failed())?;
+            // The kernel stores twice what it is told (socket(7)).
+            add(libc::SOL_SOCKET, set, (value / 2).to_ne_bytes().to_vec());
+        }
+    }
+    if let Some(device) = bound_device(from)? {
+        add(libc::SOL_SOCKET, libc::SO_BINDTODEVICE, device);
+    }
+    Ok(options)
+}
+
+fn bound_device(from: &Borrowed) -> Result<Option<Vec<u8>>, CollectError> {
+    let name = option(from.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, 16)
+        .map_err(from.socket_failed())?;
+    Ok((!name.is_empty()).then_some(name))
+}
+
+/// Closes a TCP socket's repair mode without a packet; errors are those of a socket that is gone.
+pub fn undo(fd: &OwnedFd) {
+    use std::os::fd::AsFd;
+    if let Err(error) = repair::leave_repair(fd.as_fd()) {
+        tracing::error!("fd {}: leaving repair mode: {error}", fd.as_raw_fd());
+    }
+}
+
+/// The name a Unix socket is bound to.
+///
+/// # Errors
+/// getsockname(2) fails.
+pub fn unix_name(
+    from: &Borrowed,
+) -> Result<Option<crate::model::frozen::UnixAddress>, CollectError> {
+    use crate::model::frozen::UnixAddress;
+    let address: ns::UnixAddr =
+        ns::getsockname(from.fd.as_raw_fd()).map_err(from.failed("getsockname"))?;
+    if let Some(name) = address.as_abstract() {
+        return Ok(Some(UnixAddress::Abstract(ByteBuf::from(name))));
+    }
+    Ok(address.path().map(|path| {
+        use std::os::unix::ffi::OsStrExt;
+        UnixAddress::Path(ByteBuf::from(path.as_os_str().as_bytes()))
+    }))
+}

@@ -1,0 +1,61 @@
+//! Reading a TCP connection through a borrowed descriptor.
+
+use crate::model::frozen::TcpConnection;
+use crate::sys::socket::{Count, SocketError, peek_exact, queued};
+use crate::sys::tcp::{self, Queue};
+use serde_bytes::ByteBuf;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+
+/// Why a connection could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum TcpReadError {
+    /// A socket call failed.
+    #[error(transparent)]
+    Call(#[from] SocketError),
+    /// A queue could not be read whole.
+    #[error("The {0} queue cannot be read: {1}")]
+    Queue(&'static str, io::Error),
+}
+
+/// Reads a connection in repair mode, which it is left in.
+///
+/// # Errors
+/// See [`TcpReadError`].
+pub fn read(
+    fd: BorrowedFd<'_>,
+    local: SocketAddr,
+    remote: SocketAddr,
+    v6: bool,
+) -> Result<TcpConnection, TcpReadError> {
+    let state = tcp::info(fd)?.state;
+    let negotiated = tcp::negotiated(fd)?;
+    let window = tcp::window(fd)?;
+
+    tcp::select_queue(fd, Queue::Receive)?;
+    let rcv_nxt = tcp::sequence(fd)?;
+    let unread = queued(fd, Count::Unread)?;
+    let recv_queue = peek_exact(fd, unread).map_err(|e| TcpReadError::Queue("receive", e))?;
+
+    tcp::select_queue(fd, Queue::Send)?;
+    let write_seq = tcp::sequence(fd)?;
+    let unacknowledged = queued(fd, Count::Unacknowledged)?;
+    let unsent = u32::try_from(queued(fd, Count::Unsent)?).unwrap_or(u32::MAX);
+    let send_queue = peek_exact(fd, unacknowledged).map_err(|e| TcpReadError::Queue("send", e))?;
+    tcp::select_queue(fd, Queue::None)?;
+
+    Ok(TcpConnection {
+        v6,
+        local,
+        remote,
+        state,
+        write_seq,
+        rcv_nxt,
+        send_queue: ByteBuf::from(send_queue),
+        unsent,
+        recv_queue: ByteBuf::from(recv_queue),
+        window,
+        negotiated,
+    })
+}

@@ -1,0 +1,2 @@
+//! Reads an application while it stands still.
+pub mod files;
