@@ -1,0 +1,167 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/* Part of kernel.h, which explains it: files and what is behind them. */
+#ifndef TRACKER_KERNEL_FILE_H
+#define TRACKER_KERNEL_FILE_H
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+struct qstr {
+	u32 len;
+	const unsigned char *name;
+};
+struct super_block {
+	u32 s_dev;
+	unsigned long s_magic;
+};
+struct file_lock_context {
+	struct list_head flc_flock;
+	struct list_head flc_posix;
+	struct list_head flc_lease;
+};
+struct inode {
+	u16 i_mode;
+	struct super_block *i_sb;
+	unsigned long i_ino;
+	unsigned int i_nlink;
+	u32 i_rdev;
+	s64 i_size;
+	struct file_lock_context *i_flctx;
+	struct pipe_inode_info *i_pipe;
+	struct fsnotify_mark_connector *i_fsnotify_marks;
+	void *i_private;
+};
+struct dentry {
+	struct qstr d_name;
+	struct inode *d_inode;
+};
+struct vfsmount {
+	struct dentry *mnt_root;
+};
+struct mount {
+	struct vfsmount mnt;
+	int mnt_id;
+};
+struct path {
+	struct vfsmount *mnt;
+	struct dentry *dentry;
+};
+struct fown_struct {
+	struct pid *pid;
+	enum pid_type pid_type;
+	kuid_t uid;
+	kuid_t euid;
+	int signum;
+};
+/* f_owner is a pointer since 6.12; f_count became f_ref in 6.13 */
+struct file {
+	struct path f_path;
+	struct inode *f_inode;
+	atomic_long_t f_count;
+	unsigned int f_flags;
+	u32 f_mode;
+	s64 f_pos;
+	struct fown_struct *f_owner;
+	void *private_data;
+};
+struct file___embedded {
+	struct fown_struct f_owner;
+};
+typedef struct {
+	atomic64_t refcnt;
+} file_ref_t;
+struct file___ref {
+	file_ref_t f_ref;
+};
+struct fdtable {
+	unsigned int max_fds;
+	struct file **fd;
+	unsigned long *close_on_exec;
+	unsigned long *open_fds;
+};
+struct files_struct {
+	struct fdtable *fdt;
+};
+struct eventfd_ctx {
+	u64 count;
+	unsigned int flags;
+};
+struct signalfd_ctx {
+	sigset_t sigmask;
+};
+struct timerfd_ctx {
+	union {
+		struct hrtimer tmr;
+		struct alarm alarm;
+	} t;
+	s64 tintv;
+	u64 ticks;
+	int clockid;
+	u16 expired;
+	u16 settime_flags;
+};
+struct pipe_buffer {
+	unsigned int len;
+};
+struct pipe_inode_info {
+	unsigned int head;
+	unsigned int tail;
+	unsigned int ring_size;
+	unsigned int readers;
+	unsigned int writers;
+	struct pipe_buffer *bufs;
+};
+struct epoll_event {
+	u32 events;
+	u64 data;
+} __attribute__((packed));
+struct epoll_filefd {
+	struct file *file;
+	int fd;
+} __attribute__((packed));
+struct epitem {
+	struct rb_node rbn;
+	struct list_head rdllink;
+	struct epoll_filefd ffd;
+	struct epoll_event event;
+};
+struct eventpoll {
+	struct rb_root_cached rbr;
+};
+struct fsnotify_group {
+	struct list_head marks_list;
+};
+struct fsnotify_mark_connector {
+	void *obj;
+};
+struct fsnotify_mark {
+	u32 mask;
+	struct list_head g_list;
+	struct fsnotify_mark_connector *connector;
+};
+struct inotify_inode_mark {
+	struct fsnotify_mark fsn_mark;
+	int wd;
+};
+/* before 6.9 the common part of a lock was not a struct of its own */
+struct file_lock {
+	struct list_head fl_list;
+	void *fl_owner;
+	unsigned int fl_flags;
+	unsigned char fl_type;
+	unsigned int fl_pid;
+	struct file *fl_file;
+	s64 fl_start;
+	s64 fl_end;
+};
+struct file_lock_core {
+	struct list_head flc_list;
+	void *flc_owner;
+	unsigned int flc_flags;
+	unsigned char flc_type;
+	s32 flc_pid;
+	struct file *flc_file;
+};
+
+#pragma clang attribute pop
+
+#endif

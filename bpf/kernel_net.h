@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/* Part of kernel.h, which explains it: sockets. */
+#ifndef TRACKER_KERNEL_NET_H
+#define TRACKER_KERNEL_NET_H
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+struct in6_addr {
+	u8 s6_addr_bytes[16];
+};
+struct proto {
+	u32 obj_size;
+};
+typedef struct {
+	struct net *net;
+} possible_net_t;
+struct sock_common {
+	u32 skc_daddr;
+	u32 skc_rcv_saddr;
+	u16 skc_dport;
+	u16 skc_num;
+	u16 skc_family;
+	volatile u8 skc_state;
+	unsigned char skc_reuse : 4;
+	unsigned char skc_reuseport : 1;
+	unsigned char skc_ipv6only : 1;
+	int skc_bound_dev_if;
+	possible_net_t skc_net;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
+	atomic64_t skc_cookie;
+};
+struct sk_buff_head {
+	u32 qlen;
+};
+struct sock_cgroup_data {
+	struct cgroup *cgroup;
+};
+struct sock {
+	struct sock_common __sk_common;
+	struct sk_buff_head sk_receive_queue;
+	struct {
+		atomic_t rmem_alloc;
+	} sk_backlog;
+	int sk_rcvbuf;
+	int sk_sndbuf;
+	void *sk_filter;
+	int sk_wmem_queued;
+	u32 sk_priority;
+	u32 sk_mark;
+	u16 sk_type;
+	u16 sk_protocol;
+	int sk_err;
+	u32 sk_ack_backlog;
+	u32 sk_max_ack_backlog;
+	u8 sk_shutdown;
+	struct socket *sk_socket;
+	struct sock_cgroup_data sk_cgrp_data;
+};
+struct socket {
+	short type;
+	struct file *file;
+	struct sock *sk;
+};
+struct scm_stat {
+	atomic_t nr_fds;
+};
+struct sockaddr_un {
+	u16 sun_family;
+	char sun_path[TRK_SUN_PATH_LEN];
+};
+struct unix_address {
+	int len;
+	struct sockaddr_un name[];
+};
+struct unix_sock {
+	struct sock sk;
+	struct unix_address *addr;
+	struct sock *peer;
+	struct scm_stat scm_stat;
+};
+
+#pragma clang attribute pop
+
+#endif

@@ -1,0 +1,340 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/* Part of kernel.h, which explains it: time, processes, memory. */
+#ifndef TRACKER_KERNEL_TASK_H
+#define TRACKER_KERNEL_TASK_H
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+struct timerqueue_node {
+	s64 expires;
+};
+struct hrtimer_clock_base {
+	s32 clockid;
+};
+struct hrtimer {
+	struct timerqueue_node node;
+	struct hrtimer_clock_base *base;
+	u8 state;
+};
+struct alarm {
+	struct timerqueue_node node;
+	int type;
+	int state;
+};
+struct cpu_timer {
+	struct timerqueue_node node;
+	void *head;
+};
+struct cpu_itimer {
+	u64 expires;
+	u64 incr;
+};
+
+enum pid_type {
+	PIDTYPE_PID,
+	PIDTYPE_TGID,
+	PIDTYPE_PGID,
+	PIDTYPE_SID,
+};
+struct upid {
+	int nr;
+};
+struct pid {
+	unsigned int level;
+	struct upid numbers[];
+};
+struct ns_common {
+	unsigned int inum;
+};
+struct user_namespace {
+	struct ns_common ns;
+};
+struct mnt_namespace {
+	struct ns_common ns;
+};
+struct uts_namespace {
+	struct ns_common ns;
+};
+struct ipc_namespace {
+	struct ns_common ns;
+};
+struct pid_namespace {
+	struct ns_common ns;
+};
+struct time_namespace {
+	struct ns_common ns;
+};
+struct cgroup_namespace {
+	struct ns_common ns;
+};
+struct net {
+	struct ns_common ns;
+};
+struct nsproxy {
+	struct uts_namespace *uts_ns;
+	struct ipc_namespace *ipc_ns;
+	struct mnt_namespace *mnt_ns;
+	struct pid_namespace *pid_ns_for_children;
+	struct net *net_ns;
+	struct time_namespace *time_ns;
+	struct cgroup_namespace *cgroup_ns;
+};
+struct group_info {
+	int ngroups;
+};
+struct cred {
+	kuid_t uid;
+	kgid_t gid;
+	kuid_t suid;
+	kgid_t sgid;
+	kuid_t euid;
+	kgid_t egid;
+	kuid_t fsuid;
+	kgid_t fsgid;
+	unsigned int securebits;
+	kernel_cap_t cap_inheritable;
+	kernel_cap_t cap_permitted;
+	kernel_cap_t cap_effective;
+	kernel_cap_t cap_bset;
+	kernel_cap_t cap_ambient;
+	struct user_namespace *user_ns;
+	struct group_info *group_info;
+};
+struct sigpending {
+	sigset_t signal;
+};
+struct sigaction {
+	void *sa_handler;
+	unsigned long sa_flags;
+	void *sa_restorer;
+	sigset_t sa_mask;
+};
+struct k_sigaction {
+	struct sigaction sa;
+};
+struct sighand_struct {
+	struct k_sigaction action[64];
+};
+struct rlimit {
+	unsigned long rlim_cur;
+	unsigned long rlim_max;
+};
+struct task_cputime_atomic {
+	atomic64_t utime;
+	atomic64_t stime;
+	atomic64_t sum_exec_runtime;
+};
+struct thread_group_cputimer {
+	struct task_cputime_atomic cputime_atomic;
+};
+struct tty_struct {
+	int index;
+};
+/* posix_timers is a list_head up to 6.10 and an hlist_head afterwards */
+struct signal_struct {
+	int nr_threads;
+	struct sigpending shared_pending;
+	int group_exit_code;
+	unsigned int flags;
+	unsigned int is_child_subreaper : 1;
+	s32 next_posix_timer_id;
+	struct list_head posix_timers;
+	struct hrtimer real_timer;
+	s64 it_real_incr;
+	struct cpu_itimer it[2];
+	struct thread_group_cputimer cputimer;
+	struct pid *pids[4];
+	int leader;
+	struct tty_struct *tty;
+	struct rlimit rlim[TRK_NR_RLIMITS];
+	short oom_score_adj;
+};
+struct signal_struct___atomic_id {
+	atomic_t next_posix_timer_id;
+};
+union sigval_k {
+	int sival_int;
+	void *sival_ptr;
+};
+union __sifields {
+	struct {
+		int _pid;
+		u32 _uid;
+		union sigval_k _sigval;
+	} _rt;
+};
+struct kernel_siginfo {
+	int si_signo;
+	union __sifields _sifields;
+};
+typedef struct kernel_siginfo kernel_siginfo_t;
+struct sigqueue {
+	kernel_siginfo_t info;
+};
+struct k_itimer {
+	struct list_head list;
+	s32 it_clock;
+	s32 it_id;
+	s64 it_overrun;
+	s64 it_overrun_last;
+	int it_sigev_notify;
+	s64 it_interval;
+	struct pid *it_pid;
+	struct sigqueue *sigq;
+	union {
+		struct {
+			struct hrtimer timer;
+		} real;
+		struct cpu_timer cpu;
+		struct {
+			struct alarm alarmtimer;
+		} alarm;
+	} it;
+};
+/* sigq is embedded since 6.13 */
+struct k_itimer___embedded {
+	struct sigqueue sigq;
+};
+struct restart_block {
+	void *fn;
+	union {
+		struct {
+			u32 *uaddr;
+			u32 val;
+			u32 flags;
+			u32 bitset;
+			u64 time;
+		} futex;
+		struct {
+			s32 clockid;
+			void *rmtp;
+			u64 expires;
+		} nanosleep;
+		struct {
+			void *ufds;
+			int nfds;
+			int has_timeout;
+			unsigned long tv_sec;
+			unsigned long tv_nsec;
+		} poll;
+	};
+};
+struct seccomp {
+	int mode;
+	atomic_t filter_count;
+};
+struct kernfs_node {
+	u64 id;
+};
+struct cgroup {
+	int level;
+	struct kernfs_node *kn;
+	struct cgroup *ancestors[];
+};
+struct css_set {
+	struct cgroup *dfl_cgrp;
+};
+struct fs_struct {
+	int umask;
+};
+struct task_struct {
+	unsigned int __state;
+	unsigned int flags;
+	unsigned int ptrace;
+	int static_prio;
+	unsigned int rt_priority;
+	unsigned int policy;
+	struct mm_struct *mm;
+	int exit_state;
+	int exit_code;
+	int exit_signal;
+	int pdeath_signal;
+	unsigned long jobctl;
+	unsigned int personality;
+	unsigned int restore_sigmask : 1;
+	unsigned int frozen : 1;
+	unsigned long atomic_flags;
+	struct restart_block restart_block;
+	int pid;
+	int tgid;
+	struct task_struct *real_parent;
+	struct task_struct *parent;
+	struct task_struct *group_leader;
+	struct pid *thread_pid;
+	int *set_child_tid;
+	int *clear_child_tid;
+	u64 start_boottime;
+	const struct cred *cred;
+	char comm[TRK_COMM_LEN];
+	struct fs_struct *fs;
+	struct files_struct *files;
+	void *io_uring;
+	struct nsproxy *nsproxy;
+	struct signal_struct *signal;
+	struct sighand_struct *sighand;
+	sigset_t blocked;
+	sigset_t saved_sigmask;
+	struct sigpending pending;
+	unsigned long sas_ss_sp;
+	unsigned long sas_ss_size;
+	unsigned int sas_ss_flags;
+	struct seccomp seccomp;
+	struct css_set *cgroups;
+	void *robust_list;
+	void *rseq;
+	u32 rseq_sig;
+	u32 rseq_len;
+	u64 timer_slack_ns;
+};
+
+typedef struct {
+	void *vdso;
+} mm_context_t;
+typedef struct {
+	unsigned long __mm_flags[1];
+} mm_flags_t;
+struct mm_struct {
+	int map_count;
+	unsigned long def_flags;
+	unsigned long start_code;
+	unsigned long end_code;
+	unsigned long start_data;
+	unsigned long end_data;
+	unsigned long start_brk;
+	unsigned long brk;
+	unsigned long start_stack;
+	unsigned long arg_start;
+	unsigned long arg_end;
+	unsigned long env_start;
+	unsigned long env_end;
+	unsigned long saved_auxv[TRK_AUXV_WORDS];
+	mm_context_t context;
+	unsigned long flags;
+	void *ioctx_table;
+	struct file *exe_file;
+};
+struct mm_struct___flags_struct {
+	mm_flags_t flags;
+};
+struct vm_special_mapping {
+	const char *name;
+};
+struct anon_vma_name {
+	char name[1];
+};
+struct vm_area_struct {
+	unsigned long vm_start;
+	unsigned long vm_end;
+	struct mm_struct *vm_mm;
+	unsigned long vm_flags;
+	void *anon_vma;
+	const void *vm_ops;
+	unsigned long vm_pgoff;
+	struct file *vm_file;
+	void *vm_private_data;
+	struct anon_vma_name *anon_name;
+};
+
+#pragma clang attribute pop
+
+#endif
