@@ -4,6 +4,7 @@ mod agent;
 mod audit;
 mod check;
 mod completions;
+mod restore;
 mod run;
 mod status;
 mod update;
@@ -42,6 +43,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Boot the next kernel under the running applications
     Update(update::UpdateArgs),
+    /// Restore an application from an image
+    Restore(restore::RestoreArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -84,6 +87,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Check(args) => Ok(check::run(&args)),
         Command::Status(args) => Ok(status::run(&args)?),
         Command::Update(args) => Ok(update::run(&args)?),
+        Command::Restore(args) => Ok(restore::run(&args)?),
         Command::Completions(args) => Ok(completions::run(&args)),
     }
 }

@@ -9,5 +9,6 @@ pub mod apply;
 pub mod check;
 pub mod diff;
 pub mod event;
+pub mod plan;
 pub mod snapshot;
 pub mod state;

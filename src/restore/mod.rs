@@ -1,2 +1,27 @@
-//! Restores an application.
+//! Restores an application: the whole tree stands again, or nothing of it is left.
+//!
+//! The caller forks a *restorer*: one thread, all signals quiet, in the application's cgroup
+//! and session. It opens every open file description, creates the processes with their PIDs
+//! (`tree`), and as their tracer has each replace its own address space by a tape of system
+//! calls (`tape`, `memory`), become many threads (`threads`, `creds`, `signals`) and go on
+//! (`resume`). Nothing here consults BPF or a running agent.
+
+mod creds;
+mod error;
 pub mod files;
+mod layout;
+mod memory;
+mod pids;
+mod restorer;
+mod resume;
+mod signals;
+mod sources;
+mod supervisor;
+mod tape;
+mod threads;
+mod time;
+mod tree;
+mod vdso;
+
+pub use error::RestoreError;
+pub use restorer::{RestoreOptions, Restored, restore};

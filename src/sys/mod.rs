@@ -4,6 +4,7 @@
 //! errors of its system call.
 
 pub mod clock;
+pub mod area;
 pub mod eventfile;
 pub mod fd;
 pub mod filesystem;

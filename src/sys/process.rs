@@ -140,6 +140,50 @@ pub fn fork_with_pid(pid: Option<Pid>, exit_signal: i32) -> Result<Fork, CallErr
     }
 }
 
+/// Gives every signal its default action and blocks all but `SIGTRAP`, as a process that is
+/// to be replaced by another program's state needs it.
+pub fn quiet_signals() {
+    // SAFETY: SIG_DFL handlers run no code; for the signals that cannot be changed the call
+    // fails and nothing happens. A zeroed action is SIG_DFL without flags, with an empty mask.
+    unsafe {
+        let default: libc::sigaction = std::mem::zeroed();
+        for signal in 1..=libc::SIGRTMAX() {
+            libc::sigaction(signal, &raw const default, std::ptr::null_mut());
+        }
+        // glibc hides its two internal signals from sigaction(3) and sigprocmask(3).
+        for signal in 32..=33_i64 {
+            let action = [0_u64; 4];
+            let null = std::ptr::null_mut::<u64>();
+            libc::syscall(libc::SYS_rt_sigaction, signal, action.as_ptr(), null, 8);
+        }
+        let all_but_trap = !(1_u64 << (libc::SIGTRAP - 1));
+        let null = std::ptr::null_mut::<u64>();
+        let (how, mask) = (libc::SIG_SETMASK, &raw const all_but_trap);
+        libc::syscall(libc::SYS_rt_sigprocmask, how, mask, null, 8);
+    }
+}
+
+/// Closes all descriptors from `first` on (close_range(2)).
+///
+/// # Errors
+/// `ENOSYS`: a kernel before 5.9.
+pub fn close_from(first: u32) -> Result<(), Errno> {
+    // SAFETY: whoever owns these descriptors in this process does not use them any more: it is
+    // called in children that are about to lose their address space.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+    Errno::result(result).map(drop)
+}
+
+/// Moves children made from now on into a new time namespace (unshare(2) `CLONE_NEWTIME`).
+///
+/// # Errors
+/// `EPERM`: needs `CAP_SYS_ADMIN`; `EINVAL`: a kernel without time namespaces.
+pub fn unshare_time() -> Result<(), CallError> {
+    // SAFETY: takes an integer; memory is not affected.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWTIME) };
+    check(result.into(), "unshare(CLONE_NEWTIME)", 0)
+}
+
 /// Queues a signal for a process with its siginfo (rt_sigqueueinfo(2)). Only the process
 /// itself may queue one that claims to come from the kernel or from kill(2).
 ///

@@ -19,7 +19,9 @@ bitflags::bitflags! {
     pub struct Options: i32 {
         /// System call stops are told apart from `SIGTRAP`.
         const SYSGOOD = 0x1;
-        /// Threads the tracee clones are seized too.
+        /// Processes the tracee forks are seized too.
+        const TRACE_FORK = 0x2;
+        /// Threads the tracee clones are seized too, and forks with another exit signal.
         const TRACE_CLONE = 0x8;
         /// The tracee dies with its tracer.
         const EXIT_KILL = 0x10_0000;

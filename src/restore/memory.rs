@@ -1,0 +1,326 @@
+//! An address space put back: the calls that unmap what the restorer left, map what the
+//! application had, fill it and protect it.
+
+use super::RestoreError;
+use super::layout::{Layout, VdsoMove};
+use super::sources::Sources;
+use super::tape::{Expect, Script, Tape};
+use super::vdso;
+use crate::model::frozen::{Backing, Mm, PAGE_SIZE, PageRun, Process, Rseq, Vma};
+use nix::libc;
+use std::ops::Range;
+
+/// The calls for one process, in three scripts, and bytes written in between from outside.
+#[derive(Debug, Default)]
+pub struct MemoryPlan {
+    /// Unmaps, maps and fills.
+    pub build: Script,
+    /// (address, bytes) to write after `build`.
+    pub pokes: Vec<(u64, Vec<u8>)>,
+    /// Protects, locks, sets the bounds.
+    pub seal: Script,
+}
+
+/// Longest read one call makes; the kernel cuts reads at 2 GiB.
+const READ_MAX: u64 = 1 << 30;
+
+/// One process's address space, about to be replaced.
+#[derive(Debug)]
+pub struct Rebuild<'a> {
+    /// Whose.
+    pub process: &'a Process,
+    /// Its address space.
+    pub mm: &'a Mm,
+    /// Addresses agreed on.
+    pub layout: &'a Layout,
+    /// Its page runs in address order.
+    pub pages: &'a [PageRun],
+    /// Its descriptors.
+    pub sources: &'a Sources,
+    /// Byte offset of page slot 0 in the page file.
+    pub slot_base: u64,
+    /// rseq registration left by the restorer's C library.
+    pub stale_rseq: Option<Rseq>,
+}
+
+impl Rebuild<'_> {
+    /// Builds the scripts; data they point to goes to `tape`.
+    ///
+    /// # Errors
+    /// The vDSOs do not match, or an object is not in the image.
+    pub fn plan(&self, tape: &mut Tape) -> Result<MemoryPlan, RestoreError> {
+        let mut plan = MemoryPlan::default();
+        self.clear(&mut plan.build, tape.addr());
+        let vdso_move = self.layout.vdso_move(self.mm);
+        self.move_vdso(&mut plan.build, vdso_move);
+        for vma in &self.mm.vmas {
+            let is_vdso = matches!(vma.backing, Backing::Vdso | Backing::Vvar);
+            if !is_vdso || vdso_move == VdsoMove::Forward {
+                self.map(&mut plan.build, vma)?;
+            }
+        }
+        if vdso_move == VdsoMove::Forward
+            && let Some(old) = &self.mm.vdso
+        {
+            let target = self.layout.vdso_code_aside();
+            let code = vdso::forward(&old.code, &self.layout.vdso_code, target);
+            let code = code.map_err(|source| RestoreError::Vdso {
+                pid: self.process.pid,
+                source,
+            })?;
+            plan.pokes.push((old.addr, code));
+        }
+        self.fill(&mut plan.build)?;
+        self.protect(&mut plan.seal, vdso_move);
+        self.bounds(&mut plan.seal, tape)?;
+        Ok(plan)
+    }
+
+    /// Nothing of the restorer may stay: its C library's per-thread registrations first, since
+    /// the kernel writes to them when the thread returns to user mode.
+    fn clear(&self, script: &mut Script, tape: u64) {
+        if let Some(rseq) = self.stale_rseq {
+            const UNREGISTER: u64 = 1;
+            let args = [rseq.addr, rseq.len.into(), UNREGISTER, rseq.sig.into()];
+            script.zero(libc::SYS_rseq, &args);
+        }
+        script.zero(libc::SYS_set_robust_list, &[0, ROBUST_LIST_HEAD_LEN]);
+        script.add(libc::SYS_set_tid_address, &[0], Expect::Ok);
+        for hole in self.layout.all_but(tape..tape + Tape::LEN as u64) {
+            script.zero(libc::SYS_munmap, &[hole.start, hole.end - hole.start]);
+        }
+    }
+
+    /// Two moves, since the kernel refuses one onto an overlapping range.
+    fn move_vdso(&self, script: &mut Script, vdso_move: VdsoMove) {
+        let base = self.layout.vdso.first().map_or(0, |r| r.start);
+        let mut remap = |range: &Range<u64>, from: u64, to: u64| {
+            let len = range.end - range.start;
+            let (old, new) = (range.start - base + from, range.start - base + to);
+            let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED).cast_unsigned();
+            let args = [old, len, len, flags.into(), new];
+            script.add(libc::SYS_mremap, &args, Expect::Is(new.cast_signed()));
+        };
+        for range in &self.layout.vdso {
+            remap(range, base, self.layout.vdso_aside);
+        }
+        if let VdsoMove::Back(to) = vdso_move {
+            for range in &self.layout.vdso {
+                remap(range, self.layout.vdso_aside, to);
+            }
+        }
+    }
+
+    fn map(&self, script: &mut Script, vma: &Vma) -> Result<(), RestoreError> {
+        let mut flags = libc::MAP_FIXED_NOREPLACE;
+        flags |= if vma.shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
+        if vma.growsdown {
+            flags |= libc::MAP_GROWSDOWN;
+        }
+        if vma.noreserve {
+            flags |= libc::MAP_NORESERVE;
+        }
+        let (fd, offset) = match vma.backing {
+            Backing::Anonymous | Backing::Vdso | Backing::Vvar => {
+                flags |= libc::MAP_ANONYMOUS;
+                (u64::MAX, 0)
+            }
+            Backing::File { offset, .. } | Backing::Content { offset, .. } => {
+                let fd = self.sources.of_vma(vma).ok_or_else(|| self.missing(vma))?;
+                (u64::from(fd.cast_unsigned()), offset)
+            }
+        };
+        let len = vma.end - vma.start;
+        let prot = self.first_prot(vma).into();
+        let flags = u64::from(flags.cast_unsigned());
+        let args = [vma.start, len, prot, flags, fd, offset];
+        let expect = Expect::Is(vma.start.cast_signed());
+        script.add(libc::SYS_mmap, &args, expect);
+        for advice in &vma.advice {
+            let advice = u64::from(advice.cast_unsigned());
+            script.zero(libc::SYS_madvise, &[vma.start, len, advice]);
+        }
+        Ok(())
+    }
+
+    fn missing(&self, vma: &Vma) -> RestoreError {
+        RestoreError::Unsupported {
+            pid: self.process.pid,
+            what: format!("mapping {:x}-{:x}", vma.start, vma.end),
+        }
+    }
+
+    /// Protection while it is filled.
+    fn first_prot(&self, vma: &Vma) -> u32 {
+        let write = libc::PROT_WRITE.cast_unsigned();
+        match vma.backing {
+            Backing::Vdso => write | libc::PROT_READ.cast_unsigned(),
+            _ if !vma.shared && has_pages(vma, self.pages) => vma.prot | write,
+            _ => vma.prot,
+        }
+    }
+
+    fn fill(&self, script: &mut Script) -> Result<(), RestoreError> {
+        let fd = self.sources.pages().ok_or(RestoreError::NoRoom)?;
+        for run in self.pages {
+            let (mut at, end) = (run.addr, run.addr + run.pages * PAGE_SIZE);
+            let mut offset = self.slot_base + run.slot * PAGE_SIZE;
+            while at < end {
+                let len = READ_MAX.min(end - at);
+                let args = [u64::from(fd.cast_unsigned()), at, len, offset];
+                let expect = Expect::Is(len.cast_signed());
+                script.add(libc::SYS_pread64, &args, expect);
+                at += len;
+                offset += len;
+            }
+        }
+        Ok(())
+    }
+
+    fn protect(&self, script: &mut Script, vdso_move: VdsoMove) {
+        for vma in &self.mm.vmas {
+            let is_vdso = matches!(vma.backing, Backing::Vdso | Backing::Vvar);
+            if is_vdso && vdso_move != VdsoMove::Forward {
+                continue;
+            }
+            let len = vma.end - vma.start;
+            if self.first_prot(vma) != vma.prot {
+                script.zero(libc::SYS_mprotect, &[vma.start, len, vma.prot.into()]);
+            }
+            if vma.locked {
+                script.zero(libc::SYS_mlock, &[vma.start, len]);
+            }
+        }
+        const VM_LOCKED: u64 = 0x2000;
+        const VM_LOCKONFAULT: u64 = 0x8_0000;
+        if self.mm.def_flags & VM_LOCKED != 0 {
+            let on_fault = self.mm.def_flags & VM_LOCKONFAULT != 0;
+            let flags = libc::MCL_FUTURE | if on_fault { libc::MCL_ONFAULT } else { 0 };
+            script.zero(libc::SYS_mlockall, &[flags.cast_unsigned().into()]);
+        }
+    }
+
+    /// prctl(2) `PR_SET_MM_MAP`; the program file can be set only now that nothing of the
+    /// restorer's is mapped. Then the descriptors are not needed any more.
+    fn bounds(&self, script: &mut Script, tape: &mut Tape) -> Result<(), RestoreError> {
+        let exe = self.sources.exe().ok_or(RestoreError::NoRoom)?;
+        let auxv = tape.data(&self.mm.auxv).ok_or(RestoreError::NoRoom)?;
+        let b = &self.mm.bounds;
+        let words = [
+            b.start_code,
+            b.end_code,
+            b.start_data,
+            b.end_data,
+            b.start_brk,
+            b.brk,
+            b.start_stack,
+            b.arg_start,
+            b.arg_end,
+            b.env_start,
+            b.env_end,
+            auxv,
+        ];
+        let mut map: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let auxv_len = u32::try_from(self.mm.auxv.len()).unwrap_or(u32::MAX);
+        map.extend(auxv_len.to_le_bytes());
+        map.extend(exe.to_le_bytes());
+        let addr = tape.data(&map).ok_or(RestoreError::NoRoom)?;
+        let option = u64::from(libc::PR_SET_MM.cast_unsigned());
+        let sub = u64::from(libc::PR_SET_MM_MAP.cast_unsigned());
+        script.zero(libc::SYS_prctl, &[option, sub, addr, map.len() as u64]);
+        let (first, last) = self.sources.range();
+        for fd in first..=last {
+            script.zero(libc::SYS_close, &[u64::from(fd.cast_unsigned())]);
+        }
+        Ok(())
+    }
+}
+
+/// `sizeof(struct robust_list_head)`, the only length set_robust_list(2) takes.
+pub const ROBUST_LIST_HEAD_LEN: u64 = 24;
+
+fn has_pages(vma: &Vma, pages: &[PageRun]) -> bool {
+    // Runs are in address order; the first that ends behind the start decides.
+    let first = pages.partition_point(|run| run.addr + run.pages * PAGE_SIZE <= vma.start);
+    pages.get(first).is_some_and(|run| run.addr < vma.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vma(start: u64, end: u64) -> Vma {
+        Vma {
+            start,
+            end,
+            prot: 1,
+            shared: false,
+            growsdown: false,
+            noreserve: false,
+            locked: false,
+            advice: vec![libc::MADV_DONTFORK],
+            backing: Backing::Anonymous,
+        }
+    }
+
+    fn run(addr: u64, pages: u64, slot: u64) -> PageRun {
+        PageRun { addr, pages, slot }
+    }
+
+    #[test]
+    fn a_mapping_knows_whether_it_has_pages() {
+        let pages = [run(0x1000, 1, 0), run(0x8000, 2, 1)];
+        assert!(has_pages(&vma(0x1000, 0x2000), &pages));
+        assert!(!has_pages(&vma(0x2000, 0x8000), &pages));
+        assert!(has_pages(&vma(0x9000, 0xa000), &pages));
+        assert!(!has_pages(&vma(0xa000, 0xb000), &pages));
+    }
+
+    #[test]
+    fn a_read_only_mapping_is_writable_while_it_is_filled() {
+        let process = Process::default();
+        let mm = Mm {
+            vmas: vec![vma(0x10000, 0x20000)],
+            pages: vec![run(0x11000, 2, 7)],
+            ..Mm::default()
+        };
+        let layout = Layout {
+            tapes: 0,
+            vdso_aside: 0,
+            vdso: Vec::new(),
+            vdso_code: Vec::new(),
+        };
+        let app = crate::model::frozen::Application::default();
+        let sources = Sources::of(&app, &process);
+        let mut tape = Tape::new(0x2400_0000_0000).unwrap();
+        let rebuild = Rebuild {
+            process: &process,
+            mm: &mm,
+            pages: &mm.pages,
+            layout: &layout,
+            sources: &sources,
+            slot_base: 4096,
+            stale_rseq: None,
+        };
+        let plan = rebuild.plan(&mut tape).unwrap();
+        let of = |script: &Script, nr| -> Vec<[u64; 6]> {
+            let calls = script.calls.iter().filter(|c| c.nr == nr);
+            calls.map(|c| c.args).collect()
+        };
+        assert_eq!(
+            of(&plan.build, libc::SYS_mmap)[0][..3],
+            [0x10000, 0x10000, 3]
+        );
+        let reads = of(&plan.build, libc::SYS_pread64);
+        assert_eq!(reads[0][1..4], [0x11000, 0x2000, 8 * 4096]);
+        assert_eq!(of(&plan.build, libc::SYS_madvise)[0][2], 10);
+        assert_eq!(
+            of(&plan.seal, libc::SYS_mprotect)[0][..3],
+            [0x10000, 0x10000, 1]
+        );
+    }
+}

@@ -1,0 +1,286 @@
+//! The restorer process and its caller's side of it.
+
+use super::RestoreError;
+use super::creds::Rights;
+use super::files;
+use super::layout::Layout;
+use super::pids;
+use super::sources::check_files;
+use super::supervisor::Supervisor;
+use super::tape::Tape;
+use super::time::RestoredClocks;
+use super::tree::Births;
+use crate::bpf::netlock::NetLock;
+use crate::error::{ExitCode, HasExitCode};
+use crate::image::Store;
+use crate::model::frozen::Application;
+use crate::model::ids::Pid;
+use crate::model::plan::{self, Step};
+use crate::sys::area::exit_now;
+use crate::sys::process::{Fork, fork_with_pid, prlimit, quiet_signals};
+use crate::sys::ptrace;
+use nix::libc;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+
+/// How to restore.
+#[derive(Clone, Debug)]
+pub struct RestoreOptions {
+    /// Where cgroup2 is mounted.
+    pub cgroup_root: PathBuf,
+    /// Where a pinned network lock may be, which keeps the application's peers waiting since
+    /// the checkpoint. Released when its sockets are live; still engaged if the restore fails.
+    pub network_lock: Option<PathBuf>,
+}
+
+/// What was restored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Processes whose parent is outside of the application; now children of the caller's
+    /// nearest subreaper.
+    pub roots: Vec<Pid>,
+}
+
+/// Restores `app`, whose pages are in `store`. To be called with a single thread.
+///
+/// # Errors
+/// The application cannot be restored; nothing of it is left running then.
+pub fn restore(
+    app: &Application,
+    store: &dyn Store,
+    options: &RestoreOptions,
+) -> Result<Restored, RestoreError> {
+    let (reader, writer) = unistd::pipe().map_err(RestoreError::system("pipe"))?;
+    match fork_with_pid(Some(pids::restorer_pid(app)?), libc::SIGCHLD)? {
+        Fork::Child => {
+            drop(reader);
+            child(app, store, options, File::from(writer))
+        }
+        Fork::Parent(pid) => {
+            drop(writer);
+            let report = read_report(File::from(reader));
+            let raw = unistd::Pid::from_raw(pid.0);
+            let status = nix::sys::wait::waitpid(raw, None)
+                .map_err(RestoreError::system(format!("waitpid {pid}")))?;
+            match report {
+                Some((0, _)) => Ok(Restored {
+                    roots: roots(app).collect(),
+                }),
+                Some((code, message)) => Err(RestoreError::Restorer { code, message }),
+                None => Err(RestoreError::Restorer {
+                    code: ExitCode::RestoreFailed as u8,
+                    message: format!("The restorer, PID {pid}, ended with {status:?}"),
+                }),
+            }
+        }
+    }
+}
+
+fn roots(app: &Application) -> impl Iterator<Item = Pid> {
+    let outside = |p: &&crate::model::frozen::Process| p.parent.is_none() && p.zombie.is_none();
+    app.processes.iter().filter(outside).map(|p| p.pid)
+}
+
+/// The first byte is the exit code, the rest the message.
+fn read_report(mut pipe: File) -> Option<(u8, String)> {
+    let mut bytes = Vec::new();
+    pipe.read_to_end(&mut bytes).ok()?;
+    let (code, message) = bytes.split_first()?;
+    Some((*code, String::from_utf8_lossy(message).into_owned()))
+}
+
+fn child(app: &Application, store: &dyn Store, options: &RestoreOptions, mut report: File) -> ! {
+    let mut born = BTreeSet::new();
+    let result = catch_unwind(AssertUnwindSafe(|| run(app, store, options, &mut born)));
+    let (code, message) = match result {
+        Ok(Ok(())) => (0, String::new()),
+        Ok(Err(error)) => (error.exit_code() as u8, error.to_string()),
+        Err(_) => {
+            let message = "The restorer panicked; this is a defect of tracker";
+            (ExitCode::RestoreFailed as u8, message.to_owned())
+        }
+    };
+    if code != 0 {
+        destroy(&born);
+    }
+    let _ = report.write_all(&[&[code], message.as_bytes()].concat());
+    exit_now(i32::from(code != 0))
+}
+
+/// Kills what was created. Sockets in repair mode go silently with it.
+fn destroy(born: &BTreeSet<Pid>) {
+    for pid in born {
+        let _ = kill(unistd::Pid::from_raw(pid.0), Signal::SIGKILL);
+    }
+    // Each traced thread must be reaped, or its leader never reports (ptrace(2)).
+    while ptrace::wait_any().is_ok() {}
+}
+
+fn run(
+    app: &Application,
+    store: &dyn Store,
+    options: &RestoreOptions,
+    born: &mut BTreeSet<Pid>,
+) -> Result<(), RestoreError> {
+    check_supported(app)?;
+    let steps = plan::processes(&app.processes)?;
+    pids::check_free(app)?;
+    check_files(app)?;
+    become_supervisor(app)?;
+    join_cgroup(app, options)?;
+    let mut lock = open_lock(options)?;
+    let (page_file, slot_base) = store.page_file();
+    let opened = files::open_all(app, store)?;
+    let clocks = RestoredClocks::start(&app.header.clocks)?;
+
+    let children = steps.iter().filter_map(|step| match step {
+        Step::Fork { child, .. } => Some(*child),
+        _ => None,
+    });
+    let children: Vec<_> = children.collect();
+    let layout = Layout::find(app, children.len())?;
+    let mut tapes = BTreeMap::new();
+    for (index, pid) in (0_u64..).zip(&children) {
+        let addr = layout.tapes + index * Tape::LEN as u64;
+        let tape = Tape::new(addr).map_err(RestoreError::system("mmap of the tape"))?;
+        tapes.insert(*pid, tape);
+    }
+    let restorer = Pid(unistd::getpid().as_raw());
+    let mut used = pids::numbers(app);
+    used.insert(restorer.0);
+    let mut go_betweens = BTreeMap::new();
+    for step in &steps {
+        if let Step::Fork {
+            child,
+            orphan: true,
+            ..
+        } = step
+        {
+            let number = pids::unneeded(&used)?;
+            used.insert(number.0);
+            go_betweens.insert(*child, number);
+        }
+    }
+    Births {
+        app,
+        steps: &steps,
+        tapes: &tapes,
+        files: &opened,
+        restorer,
+        pages: page_file.as_raw_fd(),
+        go_betweens,
+    }
+    .create(born)?;
+
+    let mut supervisor = Supervisor {
+        app,
+        layout: &layout,
+        tapes,
+        slot_base,
+        rights: Rights::own()?,
+        clocks,
+    };
+    supervisor.regroup_and_bury(&steps)?;
+    supervisor.rebuild_all()?;
+    supervisor.make_ready()?;
+    files::go_live(app, &opened)?;
+    if let Some(lock) = &mut lock {
+        lock.release()
+            .map_err(|e| RestoreError::Lock(e.to_string()))?;
+    }
+    supervisor.release()
+}
+
+/// Opened before anything is created: a lock that cannot be released is found out in time.
+fn open_lock(options: &RestoreOptions) -> Result<Option<NetLock>, RestoreError> {
+    match &options.network_lock {
+        Some(dir) if dir.exists() => NetLock::open_pinned(dir)
+            .map(Some)
+            .map_err(|e| RestoreError::Lock(e.to_string())),
+        _ => Ok(None),
+    }
+}
+
+/// Refuses what would come out different.
+fn check_supported(app: &Application) -> Result<(), RestoreError> {
+    let mut mms = BTreeSet::new();
+    let mut tables = BTreeSet::new();
+    for process in app.processes.iter().filter(|p| p.zombie.is_none()) {
+        let unsupported = |what: &str| RestoreError::Unsupported {
+            pid: process.pid,
+            what: what.to_owned(),
+        };
+        if !mms.insert(process.mm) {
+            return Err(unsupported("an address space shared with another process"));
+        }
+        if !tables.insert(process.files) {
+            return Err(unsupported(
+                "a descriptor table shared with another process",
+            ));
+        }
+        if !app.mms.contains_key(&process.mm) || !app.files.contains_key(&process.files) {
+            return Err(unsupported("a process without memory or descriptors"));
+        }
+        if process.threads.first().map(|t| t.tid) != Some(process.pid.leader()) {
+            return Err(unsupported("a process whose first thread has exited"));
+        }
+    }
+    Ok(())
+}
+
+/// Leaves nothing in the restorer that its children must not inherit.
+fn become_supervisor(app: &Application) -> Result<(), RestoreError> {
+    quiet_signals();
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
+        .map_err(RestoreError::system("prctl(PR_SET_PDEATHSIG)"))?;
+    nix::sys::prctl::set_child_subreaper(true)
+        .map_err(RestoreError::system("prctl(PR_SET_CHILD_SUBREAPER)"))?;
+    if !pids::in_session(pids::foreign_session(app)) {
+        unistd::setsid().map_err(RestoreError::system("setsid"))?;
+    }
+    // Memory is put back before its owner's limits are.
+    for resource in [
+        libc::RLIMIT_AS,
+        libc::RLIMIT_DATA,
+        libc::RLIMIT_STACK,
+        libc::RLIMIT_MEMLOCK,
+        libc::RLIMIT_FSIZE,
+        libc::RLIMIT_CPU,
+    ] {
+        raise_limit(resource, u64::MAX)?;
+    }
+    let path = "/proc/sys/fs/nr_open";
+    let most = std::fs::read_to_string(path).map_err(RestoreError::io(format!("read {path}")))?;
+    raise_limit(
+        libc::RLIMIT_NOFILE,
+        most.trim_end().parse().unwrap_or(1 << 20),
+    )
+}
+
+/// As far as the hard limit, where `CAP_SYS_RESOURCE` is missing.
+fn raise_limit(resource: u32, most: u64) -> Result<(), RestoreError> {
+    if prlimit(Pid(0), resource, Some((most, most))).is_err() {
+        let (_, hard) = prlimit(Pid(0), resource, None)?;
+        prlimit(Pid(0), resource, Some((hard, hard)))?;
+    }
+    Ok(())
+}
+
+/// Enters the application's cgroup, which is made if it is not there and thawed if a
+/// checkpoint left it frozen. Children are born there.
+fn join_cgroup(app: &Application, options: &RestoreOptions) -> Result<(), RestoreError> {
+    if app.header.cgroup.is_empty() {
+        return Ok(());
+    }
+    let path = options.cgroup_root.join(&app.header.cgroup);
+    let told = |what: &str| RestoreError::io(format!("{what} {}", path.display()));
+    std::fs::create_dir_all(&path).map_err(told("mkdir"))?;
+    std::fs::write(path.join("cgroup.freeze"), "0").map_err(told("thaw"))?;
+    std::fs::write(path.join("cgroup.procs"), "0").map_err(told("join cgroup"))
+}

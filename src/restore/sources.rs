@@ -1,0 +1,322 @@
+//! What a process maps: opened by itself, before its address space is replaced, at descriptor
+//! numbers that its supervisor can compute.
+
+use super::RestoreError;
+use crate::model::frozen::{Application, Backing, ContentId, FileIdentity, PathRef, Process, Vma};
+use crate::model::ids::Pid;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::libc;
+use nix::sys::stat::{FileStat, Mode, stat};
+use std::ffi::OsStr;
+use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+/// Something a descriptor is needed for while memory is put back.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Source {
+    /// The image's page slots.
+    Pages,
+    /// Bytes held in memory.
+    Content(ContentId),
+    /// The program file.
+    Exe,
+    /// A mapped file, for reading or for writing too.
+    File(Vec<u8>, bool),
+}
+
+/// The sources of one process and the numbers they get.
+#[derive(Debug)]
+pub struct Sources {
+    base: i32,
+    list: Vec<Source>,
+}
+
+impl Sources {
+    /// Reads off the image what `process` needs.
+    #[must_use]
+    pub fn of(app: &Application, process: &Process) -> Self {
+        let table = app.files.get(&process.files);
+        let highest = table.and_then(|t| t.fds.iter().map(|e| e.fd.0).max());
+        let mut list = vec![Source::Pages, Source::Exe];
+        let vmas = app.mms.get(&process.mm).map_or(&[][..], |mm| &mm.vmas);
+        list.extend(vmas.iter().filter_map(source));
+        list.sort_unstable();
+        list.dedup();
+        Self {
+            base: highest.map_or(0, |fd| fd + 1),
+            list,
+        }
+    }
+
+    fn number(&self, source: &Source) -> Option<i32> {
+        let index = self.list.binary_search(source).ok()?;
+        Some(self.base + i32::try_from(index).ok()?)
+    }
+
+    /// Descriptor of the page slots.
+    #[must_use]
+    pub fn pages(&self) -> Option<i32> {
+        self.number(&Source::Pages)
+    }
+
+    /// Descriptor of the program file.
+    #[must_use]
+    pub fn exe(&self) -> Option<i32> {
+        self.number(&Source::Exe)
+    }
+
+    /// Descriptor to map `vma` from; `None` for anonymous memory.
+    #[must_use]
+    pub fn of_vma(&self, vma: &Vma) -> Option<i32> {
+        self.number(&source(vma)?)
+    }
+
+    /// First and last number in use.
+    #[must_use]
+    pub fn range(&self) -> (i32, i32) {
+        let len = i32::try_from(self.list.len()).unwrap_or(i32::MAX);
+        (self.base, self.base.saturating_add(len - 1))
+    }
+
+    /// Opens what is reached through the restorer's own descriptors: page slots and contents.
+    /// To be called by the process itself, with the machine's root directory.
+    ///
+    /// # Errors
+    /// One cannot be opened, or its number is taken.
+    pub fn open_shared(
+        &self,
+        restorer: Pid,
+        pages: i32,
+        content: impl Fn(ContentId) -> Option<i32>,
+    ) -> Result<(), String> {
+        for source in &self.list {
+            let (fd, flags) = match source {
+                Source::Pages => (Some(pages), OFlag::O_RDONLY),
+                Source::Content(id) => (content(*id), OFlag::O_RDWR),
+                _ => continue,
+            };
+            let fd = fd.ok_or_else(|| format!("{source:?} is not in the image"))?;
+            self.place(source, &format!("/proc/{restorer}/fd/{fd}"), flags)?;
+        }
+        Ok(())
+    }
+
+    /// Opens what has a name. To be called by the process itself, with its own root directory.
+    ///
+    /// # Errors
+    /// One cannot be opened, or its number is taken.
+    pub fn open_named(&self, exe: &PathRef) -> Result<(), String> {
+        for source in &self.list {
+            match source {
+                Source::Exe => self.place(source, os_path(&exe.path), OFlag::O_RDONLY)?,
+                Source::File(path, true) => self.place(source, os_path(path), OFlag::O_RDWR)?,
+                Source::File(path, false) => self.place(source, os_path(path), OFlag::O_RDONLY)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn place(&self, source: &Source, path: impl AsRef<Path>, flags: OFlag) -> Result<(), String> {
+        let path = path.as_ref();
+        let wanted = self.number(source).unwrap_or(-1);
+        let told = |call: &str, errno: Errno| format!("{call} {}: {errno}", path.display());
+        let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_LARGEFILE;
+        let fd = open(path, flags, Mode::empty()).map_err(|e| told("open", e))?;
+        if fd.as_raw_fd() == wanted {
+            let _ = fd.into_raw_fd();
+            return Ok(());
+        }
+        match fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(wanted)) {
+            Ok(got) if got == wanted => Ok(()),
+            Ok(got) => Err(format!("descriptor {wanted} is taken, {got} is the next")),
+            Err(errno) => Err(told("fcntl(F_DUPFD)", errno)),
+        }
+    }
+}
+
+fn source(vma: &Vma) -> Option<Source> {
+    match &vma.backing {
+        Backing::File { file, writable, .. } => {
+            Some(Source::File(file.at.path.clone(), *writable && vma.shared))
+        }
+        Backing::Content { id, .. } => Some(Source::Content(*id)),
+        Backing::Anonymous | Backing::Vdso | Backing::Vvar => None,
+    }
+}
+
+/// A path of the image.
+#[must_use]
+pub fn os_path(bytes: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(bytes))
+}
+
+/// Checks that the files and directories every process lives in are there and unchanged.
+///
+/// # Errors
+/// The first that is gone or differs.
+pub fn check_files(app: &Application) -> Result<(), RestoreError> {
+    for process in app.processes.iter().filter(|p| p.zombie.is_none()) {
+        let check = Check {
+            pid: process.pid,
+            root: &process.root.path,
+        };
+        check.inode(&process.exe)?;
+        check.inode(&process.cwd)?;
+        let Some(mm) = app.mms.get(&process.mm) else {
+            continue;
+        };
+        for vma in &mm.vmas {
+            if let Backing::File { file, .. } = &vma.backing {
+                check.unchanged(file, vma.shared)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Check<'a> {
+    pid: Pid,
+    root: &'a [u8],
+}
+
+impl Check<'_> {
+    fn path(&self, path: &[u8]) -> PathBuf {
+        let inside = path.strip_prefix(b"/").unwrap_or(path);
+        os_path(self.root).join(os_path(inside))
+    }
+
+    fn inode(&self, file: &PathRef) -> Result<FileStat, RestoreError> {
+        let path = self.path(&file.path);
+        let pid = self.pid;
+        match stat(&path) {
+            Err(errno) => Err(RestoreError::FileGone { pid, path, errno }),
+            // The device number is the next kernel's choice, the inode number is on the disk.
+            Ok(found) if found.st_ino != file.inode.ino && file.inode.ino != 0 => {
+                Err(RestoreError::FileChanged {
+                    pid,
+                    path,
+                    what: "inode",
+                })
+            }
+            Ok(found) => Ok(found),
+        }
+    }
+
+    fn unchanged(&self, file: &FileIdentity, shared: bool) -> Result<(), RestoreError> {
+        let found = self.inode(&file.at)?;
+        // Character devices have no content; a shared mapping shows what the file has now.
+        if shared || found.st_mode & libc::S_IFMT != libc::S_IFREG {
+            return Ok(());
+        }
+        let mtime = found.st_mtime * 1_000_000_000 + found.st_mtime_nsec;
+        let what = if u64::try_from(found.st_size) != Ok(file.size) {
+            "size"
+        } else if mtime != file.mtime {
+            "modification time"
+        } else {
+            return Ok(());
+        };
+        Err(RestoreError::FileChanged {
+            pid: self.pid,
+            path: self.path(&file.at.path),
+            what,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ids::{FilesId, InodeId, MmId};
+
+    fn file_vma(path: &Path, size: u64, mtime: i64, ino: u64) -> Vma {
+        Vma {
+            start: 0x1000,
+            end: 0x2000,
+            prot: 1,
+            shared: false,
+            growsdown: false,
+            noreserve: false,
+            locked: false,
+            advice: Vec::new(),
+            backing: Backing::File {
+                file: FileIdentity {
+                    at: PathRef {
+                        path: path.as_os_str().as_bytes().to_vec(),
+                        inode: InodeId { dev: 0, ino },
+                    },
+                    size,
+                    mtime,
+                },
+                offset: 0,
+                writable: false,
+            },
+        }
+    }
+
+    fn app(vma: Vma) -> Application {
+        let mut app = Application::default();
+        let root = PathRef {
+            path: b"/".to_vec(),
+            ..PathRef::default()
+        };
+        let mm = crate::model::frozen::Mm {
+            vmas: vec![vma],
+            ..Default::default()
+        };
+        app.mms.insert(MmId(1), mm);
+        app.processes.push(Process {
+            pid: Pid(9),
+            mm: MmId(1),
+            files: FilesId(1),
+            exe: root.clone(),
+            cwd: root.clone(),
+            root,
+            ..Process::default()
+        });
+        app
+    }
+
+    #[test]
+    fn a_changed_file_is_told_apart_from_a_missing_one() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lib.so");
+        std::fs::write(&path, b"code").unwrap();
+        let meta = std::fs::metadata(&path).unwrap();
+        let mtime = meta.mtime() * 1_000_000_000 + meta.mtime_nsec();
+        let run =
+            |path: &Path, size, mtime, ino| check_files(&app(file_vma(path, size, mtime, ino)));
+        run(&path, 4, mtime, meta.ino()).unwrap();
+        let what = |result| match result {
+            Err(RestoreError::FileChanged { what, .. }) => what,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(what(run(&path, 5, mtime, meta.ino())), "size");
+        assert_eq!(
+            what(run(&path, 4, mtime + 1, meta.ino())),
+            "modification time"
+        );
+        assert_eq!(what(run(&path, 4, mtime, meta.ino() + 1)), "inode");
+        let gone = run(&dir.path().join("other"), 4, mtime, meta.ino());
+        assert!(matches!(gone, Err(RestoreError::FileGone { .. })));
+    }
+
+    #[test]
+    fn one_file_gets_one_number() {
+        let mut app = app(file_vma(Path::new("/lib/a"), 1, 1, 1));
+        let vmas = &mut app.mms.get_mut(&MmId(1)).unwrap().vmas;
+        vmas.push(vmas[0].clone());
+        let sources = Sources::of(&app, &app.processes[0]);
+        assert_eq!(sources.range(), (0, 2));
+        let vma = &app.mms[&MmId(1)].vmas[1];
+        assert!(
+            sources
+                .of_vma(vma)
+                .is_some_and(|fd| Some(fd) != sources.exe())
+        );
+    }
+}
