@@ -183,8 +183,19 @@ fn tracker(vm: &Vm) -> Result<f64> {
     let output = vm.exec(Exec::new(command).timeout(PATIENCE))?.check()?;
     let json: serde_json::Value =
         serde_json::from_slice(&output.stdout).with_context(|| output.text())?;
-    let frozen = json["frozen_us"].as_f64();
+    let frozen = find(&json, "frozen_us").and_then(serde_json::Value::as_f64);
     Ok(frozen.with_context(|| format!("No frozen_us in {}", output.text()))? / 1000.0)
+}
+
+/// The first value of that name, however deep.
+fn find<'a>(json: &'a serde_json::Value, name: &str) -> Option<&'a serde_json::Value> {
+    match json {
+        serde_json::Value::Object(members) => members
+            .get(name)
+            .or_else(|| members.values().find_map(|value| find(value, name))),
+        serde_json::Value::Array(values) => values.iter().find_map(|value| find(value, name)),
+        _ => None,
+    }
 }
 
 /// CRIU, as its documentation has it: two pre-dumps, then the dump.

@@ -301,3 +301,109 @@ fn value(name: &str, slot: u64, turn: u64) -> Vec<u8> {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// What is wrong with the server.
+    #[derive(Clone, Copy)]
+    enum Flaw {
+        None,
+        /// Says nothing for a while.
+        Late,
+        /// Forgets everything.
+        Forgetful,
+        /// Acknowledges what it does not store.
+        Liar,
+        /// Closes connections.
+        Closes,
+    }
+
+    /// Serves memcached's protocol; shows the flaw from the 20th request on.
+    fn serve(stream: TcpStream, flaw: Flaw) -> Option<()> {
+        let mut values = HashMap::new();
+        let mut out = stream.try_clone().ok()?;
+        let mut lines = BufReader::new(stream);
+        for request in 0.. {
+            let mut line = String::new();
+            lines.read_line(&mut line).ok()?;
+            let words: Vec<&str> = line.trim().split(' ').collect();
+            let flawed = request >= 20;
+            match flaw {
+                Flaw::Late if request == 20 => std::thread::sleep(Duration::from_millis(700)),
+                Flaw::Forgetful if request == 20 => values.clear(),
+                Flaw::Closes if flawed => return None,
+                _ => {}
+            }
+            let answer = match words[..] {
+                ["version"] => b"VERSION 1\r\n".to_vec(),
+                ["set", key, _, _, length] => {
+                    let mut value = vec![0; length.parse::<usize>().ok()? + 2];
+                    lines.read_exact(&mut value).ok()?;
+                    if !(flawed && matches!(flaw, Flaw::Liar)) {
+                        values.insert(key.to_owned(), value);
+                    }
+                    b"STORED\r\n".to_vec()
+                }
+                ["get", key] => match values.get(key) {
+                    Some(value) => {
+                        let head = format!("VALUE {key} 0 {}\r\n", value.len() - 2);
+                        [head.as_bytes(), value, b"END\r\n"].concat()
+                    }
+                    None => b"END\r\n".to_vec(),
+                },
+                _ => return None,
+            };
+            out.write_all(&answer).ok()?;
+        }
+        None
+    }
+
+    fn load(flaw: Flaw) -> Summary {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = Target {
+            protocol: Protocol::Memcached,
+            port: listener.local_addr().unwrap().port(),
+            clients: 2,
+        };
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                std::thread::spawn(move || serve(stream, flaw));
+            }
+        });
+        let load = Load::start(&[target]).unwrap();
+        load.progress(60, Duration::from_secs(60)).unwrap();
+        load.finish()
+    }
+
+    #[test]
+    fn an_honest_server_passes() {
+        let summary = load(Flaw::None);
+        assert!(summary.clean(), "{summary:?}");
+        assert!(summary.acknowledged >= 60);
+    }
+
+    #[test]
+    fn a_late_answer_is_a_gap_and_no_loss() {
+        let summary = load(Flaw::Late);
+        assert!(summary.clean(), "{summary:?}");
+        assert!(summary.longest_gap >= Duration::from_millis(700));
+    }
+
+    #[test]
+    fn lost_writes_are_found() {
+        assert!(!load(Flaw::Forgetful).clean());
+        assert!(!load(Flaw::Liar).missing.is_empty());
+    }
+
+    #[test]
+    fn lost_connections_are_counted() {
+        let summary = load(Flaw::Closes);
+        assert_eq!(summary.lost.len(), 2, "{summary:?}");
+    }
+}
