@@ -154,6 +154,29 @@ const OPT_TIMESTAMPS: u8 = 1;
 const OPT_SACK: u8 = 2;
 const OPT_WSCALE: u8 = 4;
 
+/// Since Linux 6.7 bit 0 of `TCP_TIMESTAMP` says that the clock counts microseconds
+/// (net/ipv4/tcp.c, `tcp_usec_ts`); before, it is just a bit of a clock in milliseconds.
+fn timestamps_tell_unit() -> bool {
+    let release = nix::sys::utsname::uname().map(|name| name.release().to_owned());
+    let release = release.unwrap_or_default();
+    let release = release.to_string_lossy();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version >= (6, 7)
+}
+
+/// A timestamp that a newer kernel does not take for microseconds. Rounded up: a
+/// connection's clock never goes back.
+fn portable_timestamp(now: u32, tells_unit: bool) -> u32 {
+    if tells_unit {
+        now
+    } else {
+        now.wrapping_add(now & 1)
+    }
+}
+
 /// What was agreed in the handshake, of a connection in repair mode.
 ///
 /// # Errors
@@ -165,7 +188,8 @@ pub fn negotiated(fd: BorrowedFd<'_>) -> Result<TcpOptions, SocketError> {
     let timestamp = if info.options & OPT_TIMESTAMPS == 0 {
         None
     } else {
-        Some(int_option(fd, IPPROTO_TCP, TCP_TIMESTAMP)?.cast_unsigned())
+        let now = int_option(fd, IPPROTO_TCP, TCP_TIMESTAMP)?.cast_unsigned();
+        Some(portable_timestamp(now, timestamps_tell_unit()))
     };
     Ok(TcpOptions {
         mss_clamp,
@@ -205,4 +229,21 @@ pub fn set_negotiated(fd: BorrowedFd<'_>, options: &TcpOptions) -> Result<(), So
         set_int_option(fd, IPPROTO_TCP, TCP_TIMESTAMP, value.cast_signed())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::portable_timestamp;
+
+    #[test]
+    fn old_timestamps_become_even() {
+        assert_eq!(portable_timestamp(7, false), 8);
+        assert_eq!(portable_timestamp(8, false), 8);
+        assert_eq!(portable_timestamp(u32::MAX, false), 0);
+    }
+
+    #[test]
+    fn new_timestamps_keep_their_unit() {
+        assert_eq!(portable_timestamp(7, true), 7);
+    }
 }

@@ -209,9 +209,12 @@ pub fn finish(app: &Application, pid: Pid, opened: &OpenedFiles) -> Result<(), F
 /// # Errors
 /// The kernel refuses a step.
 pub fn go_live(app: &Application, opened: &OpenedFiles) -> Result<(), FilesError> {
-    for (id, file) in &app.ofds {
-        if let (FileKind::Socket(socket), Some(fd)) = (&file.kind, opened.ofds.get(id)) {
-            tcp::go_live(fd.as_fd(), socket)?;
+    // Two rounds: both ends of a connection may be here.
+    for step in [tcp::go_live, tcp::settle] {
+        for (id, file) in &app.ofds {
+            if let (FileKind::Socket(socket), Some(fd)) = (&file.kind, opened.ofds.get(id)) {
+                step(fd.as_fd(), socket)?;
+            }
         }
     }
     Ok(())

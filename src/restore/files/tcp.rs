@@ -5,6 +5,7 @@ use super::error::{FilesError, call, socket};
 use crate::model::frozen::{SockOption, Socket, SocketState, TcpConnection};
 use crate::sys::socket::{set_int_option, set_option};
 use crate::sys::tcp::{self, Queue};
+use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
 use std::net::SocketAddr;
@@ -28,8 +29,27 @@ fn bind(object: &str, fd: BorrowedFd<'_>, address: SocketAddr) -> Result<(), Fil
     ns::bind(fd.as_raw_fd(), &ns::SockaddrStorage::from(address)).map_err(call(object, "bind"))
 }
 
-fn replay(object: &str, fd: BorrowedFd<'_>, options: &[SockOption]) -> Result<(), FilesError> {
-    for option in options {
+/// Whether an option acts at bind(2) or connect(2) and can or should not be set after it:
+/// `IPV6_V6ONLY` of a bound socket is `EINVAL`.
+fn acts_at_bind(option: &SockOption) -> bool {
+    [
+        (libc::SOL_SOCKET, libc::SO_BINDTODEVICE),
+        (libc::SOL_SOCKET, libc::SO_MARK),
+        (libc::IPPROTO_IP, libc::IP_FREEBIND),
+        (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
+        (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
+    ]
+    .contains(&(option.level, option.name))
+}
+
+/// Sets those of the options again that `which` chooses, in their order.
+pub(super) fn replay(
+    object: &str,
+    fd: BorrowedFd<'_>,
+    options: &[SockOption],
+    which: impl Fn(&SockOption) -> bool,
+) -> Result<(), FilesError> {
+    for option in options.iter().filter(|option| which(option)) {
         set_option(fd, option.level, option.name, &option.value).map_err(socket(object))?;
     }
     Ok(())
@@ -44,7 +64,7 @@ pub fn open(described: &Socket) -> Result<OwnedFd, FilesError> {
         SocketState::TcpIdle { v6, local } => {
             let object = "TCP socket".to_owned();
             let fd = new_socket(&object, *v6)?;
-            replay(&object, fd.as_fd(), &described.options)?;
+            replay(&object, fd.as_fd(), &described.options, |_| true)?;
             if let Some(local) = local {
                 bind(&format!("TCP socket bound to {local}"), fd.as_fd(), *local)?;
             }
@@ -53,21 +73,27 @@ pub fn open(described: &Socket) -> Result<OwnedFd, FilesError> {
         SocketState::TcpListen { local, backlog, v6 } => {
             let object = format!("TCP listener {local}");
             let fd = new_socket(&object, *v6)?;
-            replay(&object, fd.as_fd(), &described.options)?;
+            replay(&object, fd.as_fd(), &described.options, |_| true)?;
             // The interface may get its address later than this.
             set_int_option(fd.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, 1)
                 .map_err(socket(&object))?;
             bind(&object, fd.as_fd(), *local)?;
-            set_int_option(fd.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, 0)
-                .map_err(socket(&object))?;
+            if !described.options.iter().any(is_freebind) {
+                set_int_option(fd.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, 0)
+                    .map_err(socket(&object))?;
+            }
             let backlog = i32::try_from(*backlog).unwrap_or(i32::MAX);
             let backlog = ns::Backlog::new(backlog).map_err(call(&object, "listen"))?;
             ns::listen(&fd, backlog).map_err(call(&object, "listen"))?;
             Ok(fd)
         }
-        SocketState::TcpConnection(connection) => connect(connection),
+        SocketState::TcpConnection(connection) => connect(connection, &described.options),
         _ => Err(FilesError::Missing("A TCP socket".into())),
     }
+}
+
+fn is_freebind(option: &SockOption) -> bool {
+    option.level == libc::IPPROTO_IP && option.name == libc::IP_FREEBIND
 }
 
 fn name(connection: &TcpConnection) -> String {
@@ -77,23 +103,58 @@ fn name(connection: &TcpConnection) -> String {
     )
 }
 
-fn connect(connection: &TcpConnection) -> Result<OwnedFd, FilesError> {
+/// Which directions are closed, by kernel state (include/net/tcp_states.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Closed {
+    /// We have sent a FIN, or have one queued.
+    ours: bool,
+    /// Their FIN has been received.
+    theirs: bool,
+}
+
+/// `None` for a state that is no connection.
+fn closed(state: u8) -> Option<Closed> {
+    let (ours, theirs) = match state {
+        // ESTABLISHED
+        1 => (false, false),
+        // FIN_WAIT1, FIN_WAIT2
+        4 | 5 => (true, false),
+        // CLOSE_WAIT
+        8 => (false, true),
+        // LAST_ACK, CLOSING
+        9 | 11 => (true, true),
+        _ => return None,
+    };
+    Some(Closed { ours, theirs })
+}
+
+/// Makes a connection in repair mode.
+///
+/// Repair mode knows established connections only, so closed directions are made
+/// by what the application did: our FIN, which has a sequence number of its own, is
+/// sent when the connection goes live, as a retransmission if the peer has it.
+/// Their FIN was acknowledged and never comes again; that reading ends is a
+/// shutdown(2) of our receiving side. The receive queue then counts one too
+/// high, which nobody sees, so that `rcv_nxt` is behind their FIN.
+fn connect(connection: &TcpConnection, options: &[SockOption]) -> Result<OwnedFd, FilesError> {
     let object = name(connection);
-    if connection.state != 1 {
+    let Some(closed) = closed(connection.state) else {
         return Err(FilesError::Unsupported(format!(
             "{object} in state {}",
             connection.state
         )));
-    }
+    };
     let owned = new_socket(&object, connection.v6)?;
     let fd = owned.as_fd();
     let failed = || socket(&object);
+    replay(&object, fd, options, acts_at_bind)?;
     tcp::enter_repair(fd).map_err(failed())?;
     let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     tcp::select_queue(fd, Queue::Send).map_err(failed())?;
     let first = connection
         .write_seq
-        .wrapping_sub(len(&connection.send_queue));
+        .wrapping_sub(len(&connection.send_queue))
+        .wrapping_sub(u32::from(closed.ours));
     tcp::set_sequence(fd, first).map_err(failed())?;
     tcp::select_queue(fd, Queue::Receive).map_err(failed())?;
     let first = connection.rcv_nxt.wrapping_sub(len(&connection.recv_queue));
@@ -106,6 +167,8 @@ fn connect(connection: &TcpConnection) -> Result<OwnedFd, FilesError> {
     .map_err(call(&object, "connect"))?;
     tcp::set_negotiated(fd, &connection.negotiated).map_err(failed())?;
 
+    make_room(&object, fd, connection)?;
+    tcp::select_queue(fd, Queue::Receive).map_err(failed())?;
     fill(&object, fd, &connection.recv_queue)?;
     tcp::select_queue(fd, Queue::Send).map_err(failed())?;
     let (sent, _) = split(connection);
@@ -113,6 +176,27 @@ fn connect(connection: &TcpConnection) -> Result<OwnedFd, FilesError> {
     tcp::select_queue(fd, Queue::None).map_err(failed())?;
     tcp::set_window(fd, &connection.window).map_err(failed())?;
     Ok(owned)
+}
+
+/// Buffers large enough for what was queued: autotuning had let them grow, and a
+/// new socket's are small. [`settle`] gives them back to autotuning.
+fn make_room(
+    object: &str,
+    fd: BorrowedFd<'_>,
+    connection: &TcpConnection,
+) -> Result<(), FilesError> {
+    // Bookkeeping of small buffers counts too (socket(7): the kernel doubles what it is told).
+    const LEAST: usize = 256 << 10;
+    for (queue, option) in [
+        (&connection.send_queue, libc::SO_SNDBUFFORCE),
+        (&connection.recv_queue, libc::SO_RCVBUFFORCE),
+    ] {
+        if !queue.is_empty() {
+            let size = i32::try_from(LEAST + 2 * queue.len()).unwrap_or(i32::MAX / 2);
+            set_int_option(fd, libc::SOL_SOCKET, option, size).map_err(socket(object))?;
+        }
+    }
+    Ok(())
 }
 
 /// The send queue in two: what the peer may have, and what was never sent.
@@ -123,33 +207,57 @@ fn split(connection: &TcpConnection) -> (&[u8], &[u8]) {
 }
 
 fn fill(object: &str, fd: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), FilesError> {
+    let flags = ns::MsgFlags::MSG_DONTWAIT | ns::MsgFlags::MSG_NOSIGNAL;
     while !bytes.is_empty() {
         let chunk = &bytes[..bytes.len().min(CHUNK)];
-        let sent = ns::send(fd.as_raw_fd(), chunk, ns::MsgFlags::MSG_DONTWAIT)
-            .map_err(call(object, "send"))?;
+        let sent = ns::send(fd.as_raw_fd(), chunk, flags).map_err(call(object, "send"))?;
         bytes = &bytes[sent..];
     }
     Ok(())
 }
 
-/// Lets a connection talk again: repair mode ends, and what was never sent is sent.
+/// Lets a connection talk again: repair mode ends. [`settle`] follows once all have.
 ///
 /// # Errors
-/// The kernel refuses a step.
+/// The kernel refuses.
 pub fn go_live(fd: BorrowedFd<'_>, described: &Socket) -> Result<(), FilesError> {
     let SocketState::TcpConnection(connection) = &described.state else {
         return Ok(());
     };
+    tcp::leave_repair(fd).map_err(socket(name(connection)))
+}
+
+/// Sends what was never sent, closes the directions that were closed, sets the options.
+///
+/// # Errors
+/// The kernel refuses a step.
+pub fn settle(fd: BorrowedFd<'_>, described: &Socket) -> Result<(), FilesError> {
+    let SocketState::TcpConnection(connection) = &described.state else {
+        return Ok(());
+    };
     let object = name(connection);
-    tcp::leave_repair(fd).map_err(socket(&object))?;
     let (_, unsent) = split(connection);
-    if !unsent.is_empty() {
-        // A queue of this length fitted before; autotuning has forgotten how long it let it grow.
-        let wanted = i32::try_from(unsent.len() * 2).unwrap_or(i32::MAX);
-        set_int_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, wanted)
-            .map_err(socket(&object))?;
-        fill(&object, fd, unsent)?;
-    }
+    fill(&object, fd, unsent)?;
+    // The sizes stay; whether they are fixed is up to the options that follow.
+    set_int_option(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0).map_err(socket(&object))?;
     // Leaving repair mode resets SO_REUSEADDR, so options come last.
-    replay(&object, fd, &described.options)
+    replay(&object, fd, &described.options, |option| {
+        !acts_at_bind(option)
+    })?;
+    let closed = closed(connection.state);
+    if closed.is_some_and(|closed| closed.ours) {
+        shut(&object, fd, ns::Shutdown::Write)?;
+    }
+    if closed.is_some_and(|closed| closed.theirs) {
+        shut(&object, fd, ns::Shutdown::Read)?;
+    }
+    Ok(())
+}
+
+fn shut(object: &str, fd: BorrowedFd<'_>, how: ns::Shutdown) -> Result<(), FilesError> {
+    match ns::shutdown(fd.as_raw_fd(), how) {
+        // The peer has closed or reset it meanwhile: that is the application's to see.
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+        Err(errno) => Err(call(object, "shutdown")(errno)),
+    }
 }
