@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use nix::libc;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// A system call that failed on a socket.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -144,4 +144,19 @@ pub fn peek_exact(fd: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
         )),
         Err(_) => Err(io::Error::last_os_error()),
     }
+}
+
+/// A new netlink socket of any protocol (netlink(7)).
+///
+/// # Errors
+/// As socket(2).
+pub fn netlink(protocol: i32) -> Result<OwnedFd, SocketError> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: takes three integers.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, protocol) };
+    if fd < 0 {
+        return Err(failed(format!("socket(AF_NETLINK, {protocol})")));
+    }
+    // SAFETY: the kernel has just handed out this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -274,7 +274,7 @@ impl<'a> Reader<'a> {
     fn socket(&mut self, id: OfdId, file: &File, sock: &SockRec) -> Result<FileKind, CollectError> {
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
-            let read = socket::read_tcp(from, sock)?;
+            let read = socket::read(from, sock)?;
             self.repaired.0.extend(read.repaired);
             return Ok(FileKind::Socket(Box::new(read.socket)));
         }

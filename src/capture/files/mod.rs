@@ -54,7 +54,7 @@ impl Slots {
 /// Connections in repair mode. Unless they are given up, dropping this lets
 /// every one of them talk again.
 #[derive(Debug, Default)]
-pub struct Repaired(Vec<OwnedFd>);
+pub struct Repaired(Vec<socket::Connection>);
 
 impl Repaired {
     /// How many there are.
@@ -68,13 +68,16 @@ impl Repaired {
     #[must_use]
     pub fn give_up(mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.0)
+            .into_iter()
+            .map(|connection| connection.fd)
+            .collect()
     }
 }
 
 impl Drop for Repaired {
     fn drop(&mut self) {
-        for fd in &self.0 {
-            socket::undo(fd);
+        for connection in &self.0 {
+            socket::undo(connection);
         }
     }
 }

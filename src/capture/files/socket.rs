@@ -4,18 +4,22 @@ use super::CollectError;
 use super::borrow::Borrowed;
 use crate::bpf::events::SockRec;
 use crate::model::frozen::{SockOption, Socket, SocketState};
-use crate::sys::socket::{int_option, option};
+use crate::sys::socket::{int_option, option, set_int_option};
 use crate::sys::tcp as repair;
 use nix::libc;
 use nix::sys::socket as ns;
 use serde_bytes::ByteBuf;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// `TCP_ESTABLISHED` of include/net/tcp_states.h.
 const ESTABLISHED: u8 = 1;
 const CLOSE: u8 = 7;
 const LISTEN: u8 = 10;
+
+/// Connections: established, or with one or both directions closed: `FIN_WAIT1`,
+/// `FIN_WAIT2`, `CLOSE_WAIT`, `LAST_ACK`, `CLOSING`.
+const CONNECTED: &[u8] = &[ESTABLISHED, 4, 5, 8, 9, 11];
 
 /// Options that are read with their size in bytes and replayed as they are.
 /// Those that hold nothing but their default on a new socket are left out.
@@ -64,12 +68,31 @@ const IPV6_OPTIONS: &[(i32, i32, usize)] = &[
     (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 4),
 ];
 
+/// `NETLINK_PKTINFO`, `NETLINK_NO_ENOBUFS`, `NETLINK_CAP_ACK`, `NETLINK_EXT_ACK`,
+/// `NETLINK_GET_STRICT_CHK`.
+const NETLINK_OPTIONS: &[(i32, i32, usize)] = &[
+    (libc::SOL_NETLINK, 3, 4),
+    (libc::SOL_NETLINK, 5, 4),
+    (libc::SOL_NETLINK, 10, 4),
+    (libc::SOL_NETLINK, 11, 4),
+    (libc::SOL_NETLINK, 12, 4),
+];
+
 /// A socket that was borrowed and, when it is a connection, put in repair mode.
 pub struct Read {
     /// What the image carries.
     pub socket: Socket,
     /// The connection, which must leave repair mode if the application goes on.
-    pub repaired: Option<OwnedFd>,
+    pub repaired: Option<Connection>,
+}
+
+/// A connection in repair mode.
+#[derive(Debug)]
+pub struct Connection {
+    /// Our duplicate of its descriptor.
+    pub fd: OwnedFd,
+    /// `SO_REUSEADDR`, which leaving repair mode resets (tcp_repair_set()).
+    reuse: bool,
 }
 
 /// Local and remote address of an internet socket; `None` where it has none.
@@ -97,7 +120,8 @@ pub fn refusal(rec: &SockRec) -> Option<String> {
         && i32::from(rec.protocol) == libc::IPPROTO_TCP;
     if tcp {
         return match rec.state {
-            ESTABLISHED | CLOSE | LISTEN => None,
+            CLOSE | LISTEN => None,
+            state if CONNECTED.contains(&state) => None,
             state => Some(format!(
                 "TCP state {state} is not carried yet; wait for the connection to close"
             )),
@@ -106,23 +130,86 @@ pub fn refusal(rec: &SockRec) -> Option<String> {
     if family == libc::AF_UNIX {
         return None;
     }
+    let udp = matches!(family, libc::AF_INET | libc::AF_INET6)
+        && kind == libc::SOCK_DGRAM
+        && i32::from(rec.protocol) == libc::IPPROTO_UDP;
+    let netlink = family == libc::AF_NETLINK && NETLINK_PROTOCOLS.contains(&rec.protocol);
+    if udp || netlink {
+        return (rec.rcv_qlen > 0).then(|| {
+            format!(
+                "{} messages that it has not read yet are not carried; try again",
+                rec.rcv_qlen
+            )
+        });
+    }
     Some(format!(
         "sockets of family {family}, type {kind} are not carried yet"
     ))
 }
 
-/// Reads an internet socket.
+/// Netlink families without state beyond port and groups: route, uevent, generic.
+const NETLINK_PROTOCOLS: &[u16] = &[0, 15, 16];
+
+/// Reads a socket of any family but Unix.
 ///
 /// # Errors
 /// A socket call fails, or a listener's accept queue is not empty.
-pub fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
+pub fn read(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
+    if i32::from(rec.family) == libc::AF_NETLINK {
+        return read_netlink(&from, rec);
+    }
+    if i32::from(rec.type_) == libc::SOCK_STREAM {
+        return read_tcp(from, rec);
+    }
+    let v6 = i32::from(rec.family) == libc::AF_INET6;
+    let (local, remote) = addresses(rec);
+    let state = SocketState::Udp {
+        v6,
+        local,
+        remote,
+        queue: Vec::new(),
+    };
+    Ok(Read {
+        socket: Socket {
+            inode: rec.ino,
+            options: read_options(&from, &[OPTIONS, ip_options(v6)].concat())?,
+            state,
+        },
+        repaired: None,
+    })
+}
+
+fn read_netlink(from: &Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
+    let address: ns::NetlinkAddr =
+        ns::getsockname(from.fd.as_raw_fd()).map_err(from.failed("getsockname"))?;
+    let state = SocketState::Netlink {
+        protocol: i32::from(rec.protocol),
+        port: address.pid(),
+        groups: address.groups(),
+    };
+    Ok(Read {
+        socket: Socket {
+            inode: rec.ino,
+            options: read_options(from, &[OPTIONS, NETLINK_OPTIONS].concat())?,
+            state,
+        },
+        repaired: None,
+    })
+}
+
+/// Reads a TCP socket.
+///
+/// # Errors
+/// A socket call fails, or a listener's accept queue is not empty.
+fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
     let v6 = i32::from(rec.family) == libc::AF_INET6;
     let (local, remote) = addresses(rec);
     let failed = || from.socket_failed();
     let info = repair::info(from.as_fd()).map_err(failed())?;
     let mut wanted = [OPTIONS, TCP_OPTIONS, ip_options(v6)].concat();
     // A connection has an address, after which this one cannot be set and says nothing more.
-    wanted.retain(|(_, name, _)| info.state != ESTABLISHED || !v6 || *name != libc::IPV6_V6ONLY);
+    let connected = CONNECTED.contains(&info.state);
+    wanted.retain(|(_, name, _)| !connected || !v6 || *name != libc::IPV6_V6ONLY);
     let options = read_options(&from, &wanted)?;
     let mut repaired = None;
     let state = match (info.state, local, remote) {
@@ -141,7 +228,10 @@ pub fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
                 v6,
             }
         }
-        (ESTABLISHED, Some(local), Some(remote)) => {
+        (_, Some(local), Some(remote)) if connected => {
+            let reuse = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR)
+                .map_err(failed())?
+                != 0;
             repair::enter_repair(from.as_fd()).map_err(failed())?;
             let connection = super::tcp::read(from.as_fd(), local, remote, v6);
             let connection = connection.map_err(|error| {
@@ -152,7 +242,7 @@ pub fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
                     super::tcp::TcpReadError::Queue(_, source) => from.failed("recv")(source),
                 }
             })?;
-            repaired = Some(from.fd);
+            repaired = Some(Connection { fd: from.fd, reuse });
             SocketState::TcpConnection(Box::new(connection))
         }
         _ => SocketState::TcpIdle { v6, local },
@@ -238,10 +328,13 @@ fn bound_device(from: &Borrowed) -> Result<Option<Vec<u8>>, CollectError> {
     Ok((!name.is_empty()).then_some(name))
 }
 
-/// Closes a TCP socket's repair mode without a packet; errors are those of a socket that is gone.
-pub fn undo(fd: &OwnedFd) {
-    use std::os::fd::AsFd;
-    if let Err(error) = repair::leave_repair(fd.as_fd()) {
+/// Ends a connection's repair mode without a packet; errors are those of a socket that is gone.
+pub fn undo(connection: &Connection) {
+    let fd = connection.fd.as_fd();
+    let reuse = i32::from(connection.reuse);
+    let result = repair::leave_repair(fd)
+        .and_then(|()| set_int_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse));
+    if let Err(error) = result {
         tracing::error!("fd {}: leaving repair mode: {error}", fd.as_raw_fd());
     }
 }

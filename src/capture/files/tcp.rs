@@ -19,6 +19,9 @@ pub enum TcpReadError {
     Queue(&'static str, io::Error),
 }
 
+/// States in which a FIN of ours is in the send queue: `FIN_WAIT1`, `LAST_ACK`, `CLOSING`.
+const FIN_QUEUED: &[u8] = &[4, 9, 11];
+
 /// Reads a connection in repair mode, which it is left in.
 ///
 /// # Errors
@@ -40,8 +43,11 @@ pub fn read(
 
     tcp::select_queue(fd, Queue::Send)?;
     let write_seq = tcp::sequence(fd)?;
-    let unacknowledged = queued(fd, Count::Unacknowledged)?;
-    let unsent = u32::try_from(queued(fd, Count::Unsent)?).unwrap_or(u32::MAX);
+    // A FIN of ours that is not acknowledged counts as a byte, and is none.
+    let fin = usize::from(FIN_QUEUED.contains(&state));
+    let unacknowledged = queued(fd, Count::Unacknowledged)?.saturating_sub(fin);
+    let unsent = queued(fd, Count::Unsent)?.saturating_sub(fin);
+    let unsent = u32::try_from(unsent).unwrap_or(u32::MAX);
     let send_queue = peek_exact(fd, unacknowledged).map_err(|e| TcpReadError::Queue("send", e))?;
     tcp::select_queue(fd, Queue::None)?;
 

@@ -7,6 +7,7 @@
 
 mod anonymous;
 mod content;
+mod datagram;
 mod epoll;
 mod error;
 mod lock;
@@ -121,8 +122,8 @@ fn open_socket(socket: &Socket) -> Result<Option<OwnedFd>, FilesError> {
         | SocketState::TcpListen { .. }
         | SocketState::TcpConnection(_) => tcp::open(socket).map(Some),
         SocketState::Unix(_) => Ok(None),
-        SocketState::Udp { .. } => Err(FilesError::Unsupported("A UDP socket".into())),
-        SocketState::Netlink { .. } => Err(FilesError::Unsupported("A netlink socket".into())),
+        SocketState::Udp { .. } => datagram::udp(socket).map(Some),
+        SocketState::Netlink { .. } => datagram::netlink(socket).map(Some),
     }
 }
 

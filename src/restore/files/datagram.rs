@@ -1,0 +1,94 @@
+//! UDP and netlink sockets, whose queues were empty.
+
+use super::error::{FilesError, call, socket};
+use super::tcp::replay;
+use crate::model::frozen::{Socket, SocketState};
+use crate::sys::socket::set_int_option;
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket as ns;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// Makes a UDP socket.
+///
+/// # Errors
+/// The address is in use, or the kernel refuses a step.
+pub fn udp(described: &Socket) -> Result<OwnedFd, FilesError> {
+    let SocketState::Udp {
+        v6,
+        local,
+        remote,
+        queue,
+    } = &described.state
+    else {
+        return Err(FilesError::Missing("A UDP socket".into()));
+    };
+    let object = match local {
+        Some(local) => format!("UDP socket {local}"),
+        None => "UDP socket".to_owned(),
+    };
+    if !queue.is_empty() {
+        return Err(FilesError::Unsupported(format!(
+            "{object} with {} datagrams queued",
+            queue.len()
+        )));
+    }
+    let family = if *v6 {
+        ns::AddressFamily::Inet6
+    } else {
+        ns::AddressFamily::Inet
+    };
+    let flags = ns::SockFlag::SOCK_CLOEXEC;
+    let owned =
+        ns::socket(family, ns::SockType::Datagram, flags, None).map_err(call(&object, "socket"))?;
+    let fd = owned.as_fd();
+    replay(&object, fd, &described.options, |_| true)?;
+    if let Some(local) = local {
+        bind(&object, fd, *local)?;
+    }
+    if let Some(remote) = remote {
+        ns::connect(fd.as_raw_fd(), &ns::SockaddrStorage::from(*remote))
+            .map_err(call(&object, "connect"))?;
+    }
+    Ok(owned)
+}
+
+/// Binds, if need be to an address that no interface has yet.
+fn bind(object: &str, fd: BorrowedFd<'_>, local: SocketAddr) -> Result<(), FilesError> {
+    let address = ns::SockaddrStorage::from(local);
+    let freebind =
+        |on| set_int_option(fd, libc::IPPROTO_IP, libc::IP_FREEBIND, on).map_err(socket(object));
+    match ns::bind(fd.as_raw_fd(), &address) {
+        Err(Errno::EADDRNOTAVAIL) => {
+            freebind(1)?;
+            ns::bind(fd.as_raw_fd(), &address).map_err(call(object, "bind"))?;
+            freebind(0)
+        }
+        result => result.map_err(call(object, "bind")),
+    }
+}
+
+/// Makes a netlink socket.
+///
+/// # Errors
+/// The port is in use, or the kernel refuses a step.
+pub fn netlink(described: &Socket) -> Result<OwnedFd, FilesError> {
+    let SocketState::Netlink {
+        protocol,
+        port,
+        groups,
+    } = &described.state
+    else {
+        return Err(FilesError::Missing("A netlink socket".into()));
+    };
+    let object = format!("netlink socket of protocol {protocol}");
+    let owned = crate::sys::socket::netlink(*protocol).map_err(socket(&object))?;
+    let fd = owned.as_fd();
+    replay(&object, fd, &described.options, |_| true)?;
+    if *port != 0 {
+        let address = ns::NetlinkAddr::new(*port, *groups);
+        ns::bind(fd.as_raw_fd(), &address).map_err(call(&object, "bind"))?;
+    }
+    Ok(owned)
+}
