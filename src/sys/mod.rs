@@ -3,8 +3,8 @@
 //! One file per kernel noun; every function here is a safe wrapper with the
 //! errors of its system call.
 
-pub mod clock;
 pub mod area;
+pub mod clock;
 pub mod eventfile;
 pub mod fd;
 pub mod filesystem;

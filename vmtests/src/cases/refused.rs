@@ -17,8 +17,12 @@ use crate::guest::case::{Case, Entry};
 pub const CASES: &[Entry] = &[
     Entry::refused("refused_io_uring", "io_uring", io_uring),
     Entry::refused("refused_userfaultfd", "userfaultfd", userfaultfd),
-    Entry::refused("refused_pty", "/dev/pt", pty),
-    Entry::refused("refused_unix_outside", "nix", unix_outside),
+    Entry::refused("refused_pty", "character device", pty),
+    Entry::refused(
+        "refused_unix_outside",
+        "outside the application",
+        unix_outside,
+    ),
 ];
 
 /// A descriptor from a system call.

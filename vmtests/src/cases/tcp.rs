@@ -25,7 +25,6 @@ pub const CASES: &[Entry] = &[
     Entry::carried("tcp_options", options),
     Entry::carried("tcp_blocked", blocked),
     Entry::carried("tcp_many", many),
-    Entry::refused("refused_accept_queue", "accept queue", accept_queue),
 ];
 
 /// Nothing here may hang for ever.
@@ -166,26 +165,6 @@ fn listener(case: &Case) -> Result<()> {
         "The port is free for others"
     );
     Ok(())
-}
-
-/// A connection that nobody has accepted yet, with data already in it.
-fn accept_queue(case: &Case) -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let mut client = TcpStream::connect(listener.local_addr()?)?;
-    patient(&client)?;
-    client.write_all(b"early bird")?;
-    case.ready()?;
-    let (mut server, peer) = listener.accept().context("Accept the waiting connection")?;
-    patient(&server)?;
-    ensure!(
-        peer == client.local_addr()?,
-        "Accepted {peer}, not {}",
-        client.local_addr()?
-    );
-    let mut text = [0; 10];
-    server.read_exact(&mut text)?;
-    ensure!(&text == b"early bird", "Received {text:?}");
-    exchange(&mut server, &mut client, 1, 10_000)
 }
 
 /// Connections of which one direction is closed, either way round.
