@@ -10,7 +10,7 @@ use super::tape::{Call, Expect, Script, Tape};
 use super::time::RestoredClocks;
 use super::tree::lost;
 use super::{RestoreError, threads};
-use crate::model::frozen::{Application, Process, Registers, Thread};
+use crate::model::frozen::{Application, LockKind, Process, Registers, Thread};
 use crate::model::ids::{Pid, Tid};
 use crate::model::plan::Step;
 use crate::sys::process::{prlimit, write_memory};
@@ -140,6 +140,7 @@ impl Supervisor<'_> {
     }
 
     fn rebuild_process(&mut self, process: &Process) -> Result<()> {
+        let app = self.app;
         let pid = process.pid;
         let tape = self.tape(pid)?;
         tape.clear_data();
@@ -156,6 +157,7 @@ impl Supervisor<'_> {
         };
         flag(libc::PR_SET_CHILD_SUBREAPER, process.child_subreaper);
         flag(libc::PR_SET_THP_DISABLE, process.thp_disable);
+        posix_locks(&mut script, tape, app, process)?;
         self.run(pid, pid.leader(), &script)?;
         let path = format!("/proc/{pid}/oom_score_adj");
         std::fs::write(&path, process.oom_score_adj.to_string())
@@ -407,6 +409,36 @@ impl Supervisor<'_> {
         }
         Ok(())
     }
+}
+
+/// Adds the calls that take the process's POSIX locks, now that no descriptor is closed any
+/// more: closing any descriptor of a file gives up all locks on it (fcntl_locking(2)).
+fn posix_locks(
+    script: &mut Script,
+    tape: &mut Tape,
+    app: &Application,
+    process: &Process,
+) -> Result<()> {
+    let table = app.files.get(&process.files).map_or(&[][..], |t| &t.fds);
+    for entry in table {
+        let locks = app.ofds.get(&entry.ofd).map_or(&[][..], |o| &o.locks);
+        for lock in locks {
+            if lock.kind != LockKind::Posix || lock.pid != process.pid {
+                continue;
+            }
+            let kind = if lock.exclusive {
+                libc::F_WRLCK
+            } else {
+                libc::F_RDLCK
+            };
+            // struct flock: type and whence (0 = SEEK_SET), start, length, PID.
+            let words = [number(kind), lock.start, lock.len, 0];
+            let addr = signals::words_to(tape, &words)?;
+            let args = [number(entry.fd.0), number(libc::F_SETLK), addr];
+            script.zero(libc::SYS_fcntl, &args);
+        }
+    }
+    Ok(())
 }
 
 fn await_trap(pid: Pid, tid: Tid) -> Result<()> {

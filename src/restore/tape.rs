@@ -270,6 +270,7 @@ fn name(nr: i64) -> String {
         libc::SYS_mlockall => "mlockall",
         libc::SYS_pread64 => "pread64",
         libc::SYS_close => "close",
+        libc::SYS_fcntl => "fcntl",
         libc::SYS_prctl => "prctl",
         libc::SYS_arch_prctl => "arch_prctl",
         libc::SYS_rseq => "rseq",
