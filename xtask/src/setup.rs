@@ -81,7 +81,9 @@ fn installed(package: &str) -> bool {
 }
 
 fn rust_components() -> Result<()> {
-    if find_program("cargo-clippy").is_some() && find_program("rustfmt").is_some() {
+    // Rustup has a stub for each, whether the component is there or not.
+    let works = |tool: &str| shell::output(Command::new("cargo").args([tool, "--version"])).is_ok();
+    if works("clippy") && works("fmt") {
         return Ok(());
     }
     shell::run(Command::new("rustup").args(["component", "add", "clippy", "rustfmt"]))
