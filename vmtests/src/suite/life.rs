@@ -115,8 +115,14 @@ impl Life {
     /// The program runs under its old PID.
     fn is_back(&self, vm: &Vm) -> Result<()> {
         let pid = &self.pid;
-        let comm = vm.read_file(&format!("/proc/{pid}/comm"));
-        ensure!(comm.is_ok(), "PID {pid} is not there after the restore");
+        // Another process may have got the PID.
+        let command = vm
+            .read_file(&format!("/proc/{pid}/cmdline"))
+            .unwrap_or_default();
+        ensure!(
+            String::from_utf8_lossy(&command).contains(&self.dir),
+            "PID {pid} is not there after the restore"
+        );
         Ok(())
     }
 
