@@ -217,7 +217,7 @@ mod tests {
             [range(960 << 20, 2 << 30), range(1 << 20, 0x1_8000_0000)]
         );
         assert_eq!(
-            reservations("memmap=exactmap memmap=!1G memmap=9999999999G!1"),
+            reservations("memmap=exactmap memmap=!1G memmap=99999999999G!1"),
             []
         );
     }
