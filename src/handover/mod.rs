@@ -6,6 +6,7 @@
 pub mod arena;
 pub mod cmdline;
 pub mod early;
+pub mod eligible;
 pub mod filesystems;
 pub mod kexec;
 pub mod modules;

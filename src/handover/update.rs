@@ -6,6 +6,7 @@
 
 use super::arena::{Arena, ArenaError};
 use super::cmdline::{self, EARLY, TooLong};
+use super::eligible;
 use super::filesystems::{FilesystemError, Filesystems};
 use super::kexec::{self, KexecError};
 use super::network::{self, NetworkError};
@@ -47,6 +48,20 @@ pub enum UpdateError {
     /// No reserved memory.
     #[error(transparent)]
     Arena(#[from] ArenaError),
+    /// The applications' memory does not fit.
+    #[error(
+        "The applications may need {} MiB and the arena has {}; reserve a larger one with memmap=",
+        .needed >> 20, .size >> 20
+    )]
+    TooSmall {
+        /// Bytes at most.
+        needed: u64,
+        /// Bytes there.
+        size: u64,
+    },
+    /// Objects that are not carried.
+    #[error("{} objects cannot be carried; nothing was touched\n{}", .0.len(), .0.join("\n"))]
+    Blocked(Vec<String>),
     /// The applications cannot be listed.
     #[error(transparent)]
     Applications(#[from] ApplicationError),
@@ -85,6 +100,8 @@ impl HasExitCode for UpdateError {
             Self::NoStage(_)
             | Self::Arena(_)
             | Self::TooLong(_)
+            | Self::TooSmall { .. }
+            | Self::Blocked(_)
             | Self::Kexec(KexecError::Open { .. } | KexecError::Nul) => ExitCode::NotEligible,
             Self::Kexec(KexecError::Load { .. }) | Self::Cmdline(_) | Self::Memory(_) => {
                 ExitCode::Unsupported
@@ -147,6 +164,7 @@ impl Update {
         let running = std::fs::read_to_string("/proc/cmdline").map_err(UpdateError::Cmdline)?;
         let command_line = cmdline::next(&running, arena.range, &request.append)?;
         let applications = running_applications()?;
+        check_eligible(&applications, &arena)?;
         let filesystems = Filesystems::find()?;
         let next = kexec::load(&request.kernel, request.initrd.as_deref(), &command_line)?;
         let mut update = Self {
@@ -245,6 +263,28 @@ fn running_applications() -> Result<Vec<NamedApplication>, ApplicationError> {
         }
     }
     Ok(running)
+}
+
+fn check_eligible(applications: &[NamedApplication], arena: &Arena) -> Result<(), UpdateError> {
+    let needed = eligible::needed(applications);
+    let size = arena.range.size;
+    if needed > size {
+        return Err(UpdateError::TooSmall { needed, size });
+    }
+    let mut blocked = Vec::new();
+    for application in applications {
+        let found = eligible::blockers(&application.pids()?);
+        blocked.extend(
+            found
+                .iter()
+                .map(|b| format!("  {}: {b}", application.name())),
+        );
+    }
+    if blocked.is_empty() {
+        Ok(())
+    } else {
+        Err(UpdateError::Blocked(blocked))
+    }
 }
 
 fn kernel_release() -> String {

@@ -6,6 +6,7 @@ use crate::image::Kernel;
 use crate::vm::{Vm, VmBuilder};
 
 mod faults;
+mod handover;
 mod harness;
 mod kernel;
 mod services;
@@ -26,6 +27,7 @@ pub struct Scenario {
 /// Every scenario.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
     [
+        handover::SCENARIOS,
         harness::SCENARIOS,
         kernel::SCENARIOS,
         services::SCENARIOS,

@@ -1,0 +1,102 @@
+//! `tracker update` itself: the machine's own state, refusals, a broken image.
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Scenario;
+use crate::image::Kernel;
+use crate::protocol::Status;
+use crate::vm::{Exec, Outcome, Vm};
+
+/// The scenarios of this file.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "handover_machine",
+        kernels: &[Kernel::V6_1],
+        configure: |vm| vm,
+        run: machine,
+    },
+    Scenario {
+        name: "handover_no_arena",
+        kernels: &[Kernel::V6_12],
+        configure: |vm| vm.reserved(None),
+        run: no_arena,
+    },
+];
+
+const UPDATED: Kernel = Kernel::V6_12;
+
+fn update<'a>(kernel: &'a str, initrd: &'a str) -> [&'a str; 6] {
+    ["tracker", "update", "--kernel", kernel, "--initrd", initrd]
+}
+
+/// Refusals change nothing; an update without applications keeps the machine's state.
+fn machine(vm: &Vm) -> Result<()> {
+    let (kernel, initrd) = (UPDATED.guest_vmlinuz()?, UPDATED.guest_initrd()?);
+    let refused = |kernel: &str, code: i32| -> Result<()> {
+        let output = vm.exec(Exec::new(update(kernel, &initrd)))?;
+        let wanted = Status::Exited(code);
+        ensure!(
+            output.status == wanted,
+            "Updating to {kernel}: {} {}, not {wanted}",
+            output.status,
+            output.error_text()
+        );
+        Ok(())
+    };
+    refused("/boot/missing", 3)?;
+    refused("/bin/ls", 4)?;
+    let dry = [&update(&kernel, &initrd)[..], &["--dry-run", "--json"]].concat();
+    let plan = vm.exec(Exec::new(dry))?.check()?;
+    let plan: serde_json::Value = serde_json::from_str(&plan.text())?;
+    ensure!(plan["arena"]["address"] == 0x8000_0000_u64, "{plan}");
+    let loaded = "[ $(cat /sys/kernel/kexec_loaded) = 0 ]";
+    vm.sh(loaded)?
+        .check()
+        .context("A kernel is still loaded after refusals and a dry run")?;
+
+    let before = "hostname moved && ip addr add 10.9.8.7/29 dev eth0 && \
+         ip route add 10.7.0.0/16 via 10.9.8.1 metric 5 && \
+         sysctl -qw net.ipv4.ip_local_port_range='20000 30001' && echo kept > /root/kept";
+    vm.sh(before)?.check()?;
+    match vm.exec_or_reboot(Exec::new(update(&kernel, &initrd)))? {
+        Outcome::Rebooted(hello) => ensure!(
+            hello.release == UPDATED.release()?,
+            "Now runs {}",
+            hello.release
+        ),
+        Outcome::Exited(output) => bail!("{}: {}", output.status, output.error_text()),
+    }
+    let report: serde_json::Value =
+        serde_json::from_slice(&vm.read_file("/run/tracker/update.json")?)?;
+    ensure!(report["status"] == "done", "{report}");
+    ensure!(
+        report["kernel_before"] == Kernel::V6_1.release()?,
+        "{report}"
+    );
+    ensure!(report["warnings"] == serde_json::json!([]), "{report}");
+    for after in [
+        "ip -4 addr show dev eth0 | grep -q 10.9.8.7/29",
+        "ip -4 addr show dev eth0 | grep -q 10.0.2.15/24",
+        "ip route | grep -q '10.7.0.0/16 via 10.9.8.1 dev eth0.*metric 5'",
+        "ip route | grep -q 'default via 10.0.2.2'",
+        "grep -q '20000.30001' /proc/sys/net/ipv4/ip_local_port_range",
+        "grep -q kept /root/kept",
+        "! dmesg | grep -q 'recovery'",
+    ] {
+        vm.sh(after)?.check().with_context(|| after.to_owned())?;
+    }
+    Ok(())
+}
+
+/// Without reserved memory, it says so.
+fn no_arena(vm: &Vm) -> Result<()> {
+    let (kernel, initrd) = (UPDATED.guest_vmlinuz()?, UPDATED.guest_initrd()?);
+    let output = vm.exec(Exec::new(update(&kernel, &initrd)))?;
+    ensure!(output.status == Status::Exited(3), "{}", output.status);
+    ensure!(
+        output.error_text().contains("memmap="),
+        "{}",
+        output.error_text()
+    );
+    Ok(())
+}
