@@ -10,10 +10,12 @@ use super::early::say;
 use super::report::{ApplicationReport, ApplicationStatus, Status, UpdateReport, continued, step};
 use super::{mounts, network, sysctl};
 use crate::applications::{NamedApplication, RunRecord};
+use crate::bpf::features::cgroup2_mount;
 use crate::bpf::netlock::{LockError, NetLock};
 use crate::image::{Image, ImageError, RangeStore, Store, StoreError, decode};
 use crate::model::frozen::{Application, FileKind, Milestone, Origin, SocketState, System};
 use crate::model::ids::Pid;
+use crate::restore::{self, RestoreOptions};
 use crate::sys::clock;
 use crate::sys::process::pidfd_open;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -329,6 +331,13 @@ fn restore_one(index: usize) -> Result<(), String> {
     let (store, image) = open_image().map_err(|e| e.to_string())?;
     let app = image.applications.get(index);
     let app = app.ok_or_else(|| format!("The image has no application {index}"))?;
-    let _ = (&store as &dyn Store, app);
-    Err("not linked yet".into())
+    let cgroup_root = cgroup2_mount().map_err(|e| e.to_string())?;
+    let options = RestoreOptions {
+        cgroup_root,
+        // The stage holds the lock itself, over all applications.
+        network_lock: None,
+    };
+    let restored = restore::restore(app, &store, &options).map_err(|e| e.to_string())?;
+    tracing::debug!("{} stands, {:?}", app.header.name, restored.roots);
+    Ok(())
 }
