@@ -146,6 +146,21 @@ pub fn peek_exact(fd: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
     }
 }
 
+/// accept4(2) with `FD_CLOEXEC`.
+///
+/// # Errors
+/// As the system call.
+pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, SocketError> {
+    let (address, length) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: null pointers ask for no address.
+    let fd = unsafe { libc::accept4(listener.as_raw_fd(), address, length, libc::SOCK_CLOEXEC) };
+    if fd < 0 {
+        return Err(failed("accept4".to_owned()));
+    }
+    // SAFETY: the kernel has just handed out this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A new netlink socket of any protocol (netlink(7)).
 ///
 /// # Errors

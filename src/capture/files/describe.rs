@@ -125,7 +125,12 @@ impl<'a> Reader<'a> {
             (Kind::TIMERFD, Detail::Timerfd(timer)) => FileKind::Timerfd(Timerfd {
                 clock: timer.clock,
                 settime_flags: timer.settime_flags.cast_signed(),
-                remaining: remaining(timer.expires_ns, timer.base_clock, timer.interval_ns),
+                remaining: match remaining(timer.expires_ns, timer.base_clock, timer.interval_ns) {
+                    // A periodic timer that has expired rests until it is read
+                    // (timerfd_tmrproc()); it is not disarmed.
+                    0 if timer.ticks > 0 => timer.interval_ns,
+                    left => left,
+                },
                 interval: timer.interval_ns,
                 ticks: timer.ticks,
             }),

@@ -55,7 +55,8 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
         opened.contents.insert(id, content::make(content, store)?);
     }
     opened.ofds = pipe::open_all(app)?;
-    opened.ofds.append(&mut unix::open_all(app)?);
+    let mut unix = unix::open_all(app)?;
+    opened.ofds.append(&mut unix.opened);
     // Listeners first: a connection on a listener's port is bound by force only after it.
     for connections in [false, true] {
         for (&id, file) in &app.ofds {
@@ -74,7 +75,7 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
         set_status(fd, file)?;
         lock::take_shared(fd, file)?;
     }
-    unix::fill_all(app, &opened.ofds)?;
+    unix::fill_all(app, &opened.ofds, unix.departed)?;
     move_up(app, &mut opened)?;
     Ok(opened)
 }
