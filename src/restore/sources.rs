@@ -98,7 +98,7 @@ impl Sources {
                 _ => continue,
             };
             let fd = fd.ok_or_else(|| format!("{source:?} is not in the image"))?;
-            self.place(source, &format!("/proc/{restorer}/fd/{fd}"), flags)?;
+            self.place(source, format!("/proc/{restorer}/fd/{fd}"), flags)?;
         }
         Ok(())
     }

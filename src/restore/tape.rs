@@ -338,7 +338,7 @@ mod tests {
     fn the_loop_jumps_to_its_start() {
         let jump = CODE.len() - 3;
         assert_eq!(CODE[jump], 0x75);
-        let target = jump as i64 + 2 + i64::from(CODE[jump + 1].cast_signed());
+        let target = jump.wrapping_add_signed(2 + isize::from(CODE[jump + 1].cast_signed()));
         assert_eq!(target, 0);
     }
 
