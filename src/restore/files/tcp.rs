@@ -261,3 +261,38 @@ fn shut(object: &str, fd: BorrowedFd<'_>, how: ns::Shutdown) -> Result<(), Files
         Err(errno) => Err(call(object, "shutdown")(errno)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{acts_at_bind, closed};
+    use crate::model::frozen::SockOption;
+    use nix::libc;
+
+    #[test]
+    fn every_connected_state_is_known_by_its_closed_directions() {
+        let directions = |state| closed(state).map(|closed| (closed.ours, closed.theirs));
+        assert_eq!(directions(1), Some((false, false)));
+        for fin_wait in [4, 5] {
+            assert_eq!(directions(fin_wait), Some((true, false)));
+        }
+        assert_eq!(directions(8), Some((false, true)));
+        for both in [9, 11] {
+            assert_eq!(directions(both), Some((true, true)));
+        }
+        // SYN_SENT, SYN_RECV, TIME_WAIT, CLOSE, LISTEN, NEW_SYN_RECV
+        for other in [0, 2, 3, 6, 7, 10, 12] {
+            assert_eq!(directions(other), None);
+        }
+    }
+
+    #[test]
+    fn reuse_is_not_set_before_repair_mode_overwrites_it() {
+        let option = |level, name| SockOption {
+            level,
+            name,
+            value: vec![1, 0, 0, 0].into(),
+        };
+        assert!(!acts_at_bind(&option(libc::SOL_SOCKET, libc::SO_REUSEADDR)));
+        assert!(acts_at_bind(&option(libc::IPPROTO_IPV6, libc::IPV6_V6ONLY)));
+    }
+}
