@@ -4,6 +4,7 @@
 //! errors of its system call.
 
 pub mod area;
+pub mod cgroup;
 pub mod clock;
 pub mod eventfile;
 pub mod fd;
@@ -11,8 +12,10 @@ pub mod filesystem;
 pub mod inode;
 pub mod kexec;
 pub mod membarrier;
+pub mod memory;
 pub mod process;
 pub mod ptrace;
 pub mod signal;
 pub mod socket;
+pub mod task;
 pub mod tcp;
