@@ -3,7 +3,9 @@
 mod agent;
 mod audit;
 mod check;
+mod checkpoint;
 mod completions;
+mod inspect;
 mod restore;
 mod run;
 mod status;
@@ -41,10 +43,14 @@ enum Command {
     Check(check::CheckArgs),
     /// Show what the agent tracks
     Status(status::StatusArgs),
+    /// Freeze an application into an image
+    Checkpoint(checkpoint::CheckpointArgs),
     /// Boot the next kernel under the running applications
     Update(update::UpdateArgs),
     /// Restore an application from an image
     Restore(restore::RestoreArgs),
+    /// Print what an image holds
+    Inspect(inspect::InspectArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -88,6 +94,8 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Status(args) => Ok(status::run(&args)?),
         Command::Update(args) => Ok(update::run(&args)?),
         Command::Restore(args) => Ok(restore::run(&args)?),
+        Command::Checkpoint(args) => Ok(checkpoint::run(&args)?),
+        Command::Inspect(args) => Ok(inspect::run(&args)?),
         Command::Completions(args) => Ok(completions::run(&args)),
     }
 }

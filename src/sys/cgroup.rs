@@ -128,7 +128,7 @@ impl Cgroup {
     /// # Errors
     /// `ESRCH`: it is gone or a zombie; `EBUSY`: this cgroup has controllers for children.
     pub fn add(&self, pid: Pid) -> Result<(), CgroupError> {
-        self.write("cgroup.procs", &pid.to_string())
+        move_to(&self.path, pid)
     }
 
     /// Whether an event's condition holds now.
@@ -217,6 +217,15 @@ pub fn of_process(pid: Pid) -> Result<String, CgroupError> {
         .find_map(|line| line.strip_prefix("0::"))
         .map(str::to_owned)
         .ok_or_else(|| failed("find cgroup2 in", &path)(io::ErrorKind::NotFound.into()))
+}
+
+/// Moves a whole process to the cgroup of this directory, which may be the root.
+///
+/// # Errors
+/// As [`Cgroup::add`].
+pub fn move_to(dir: &Path, pid: Pid) -> Result<(), CgroupError> {
+    let path = dir.join("cgroup.procs");
+    fs::write(&path, pid.to_string()).map_err(failed("write", &path))
 }
 
 /// Makes a cgroup, with its parents.

@@ -23,7 +23,10 @@ pub fn affinity(tid: Tid) -> Result<Vec<u8>, CallError> {
     let Ok(len) = usize::try_from(len) else {
         return Err(CallError::last("sched_getaffinity", tid.0));
     };
-    let used = mask[..len].iter().rposition(|b| *b != 0).map_or(0, |at| at + 1);
+    let used = mask[..len]
+        .iter()
+        .rposition(|b| *b != 0)
+        .map_or(0, |at| at + 1);
     Ok(mask[..used].to_vec())
 }
 

@@ -1,0 +1,260 @@
+//! What keeps an application from being checkpointed, found before anything is touched.
+
+use super::mm;
+use crate::bpf::events::{RestartKind, ThreadRec, VmaRec};
+use crate::bpf::iter::Tasks;
+use crate::model::frozen::Blocker;
+use crate::model::ids::Pid;
+use std::collections::{BTreeMap, HashMap};
+
+/// Inode numbers of the namespaces tracker itself is in: those an application must share,
+/// the time namespace excepted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    user: u32,
+    mnt: u32,
+    uts: u32,
+    ipc: u32,
+    net: u32,
+    pid: u32,
+    cgroup: u32,
+}
+
+impl Namespaces {
+    /// Those of this process.
+    #[must_use]
+    pub fn ours() -> Self {
+        let inode = |name: &str| {
+            let link = std::fs::read_link(format!("/proc/self/ns/{name}")).unwrap_or_default();
+            let text = link.to_string_lossy();
+            let number = text.split_once('[').map_or("", |(_, rest)| rest);
+            number.trim_end_matches(']').parse().unwrap_or(0)
+        };
+        Self {
+            user: inode("user"),
+            mnt: inode("mnt"),
+            uts: inode("uts"),
+            ipc: inode("ipc"),
+            net: inode("net"),
+            pid: inode("pid"),
+            cgroup: inode("cgroup"),
+        }
+    }
+
+    fn others(&self, rec: &ThreadRec) -> Vec<&'static str> {
+        let pairs = [
+            ("user", self.user, rec.user_ns),
+            ("mount", self.mnt, rec.mnt_ns),
+            ("UTS", self.uts, rec.uts_ns),
+            ("IPC", self.ipc, rec.ipc_ns),
+            ("network", self.net, rec.net_ns),
+            ("PID", self.pid, rec.pid_ns),
+            ("cgroup", self.cgroup, rec.cgroup_ns),
+        ];
+        let differ = pairs.iter().filter(|(_, ours, theirs)| ours != theirs);
+        differ.map(|(name, ..)| *name).collect()
+    }
+}
+
+/// Everything about tasks and mappings that is not carried. Descriptors are looked at
+/// elsewhere.
+#[must_use]
+pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocker> {
+    let mut found = Vec::new();
+    let mut leaders: HashMap<u32, &ThreadRec> = HashMap::new();
+    for rec in &tasks.threads {
+        if rec.tid == rec.tgid {
+            leaders.insert(rec.tgid, rec);
+        }
+    }
+    for rec in &tasks.threads {
+        thread(rec, leaders.get(&rec.tgid).copied(), ours, &mut found);
+    }
+    shared_memory(&leaders, &mut found);
+    for process in &tasks.processes {
+        const SIGNAL_STOP_STOPPED: u64 = 1;
+        if process.signal_flags & SIGNAL_STOP_STOPPED != 0 {
+            found.push(blocker(
+                process.pid,
+                "stopped process",
+                "it was stopped by a signal: send SIGCONT first",
+            ));
+        }
+    }
+    for timer in &tasks.timers {
+        // CPUCLOCK_PERTHREAD_MASK of include/linux/posix-timers.h.
+        let per_thread = timer.clock == 3 || timer.clock < 0 && timer.clock & 4 != 0;
+        if per_thread && timer.expires_ns != 0 {
+            found.push(blocker(
+                timer.pid,
+                &format!("timer {} on the CPU clock of a thread", timer.id),
+                "such timers are not carried yet",
+            ));
+        }
+    }
+    for mm in tasks.mms.iter().filter(|mm| mm.aio != 0) {
+        found.push(blocker(
+            mm.tgid,
+            "AIO context",
+            "AIO contexts are not carried yet",
+        ));
+    }
+    found.extend(vmas.iter().filter_map(mm::refusal));
+    found.dedup();
+    found
+}
+
+fn blocker(pid: u32, object: &str, reason: &str) -> Blocker {
+    Blocker {
+        pid: Pid(pid.cast_signed()),
+        fd: None,
+        object: object.to_owned(),
+        reason: reason.to_owned(),
+    }
+}
+
+fn thread(
+    rec: &ThreadRec,
+    leader: Option<&ThreadRec>,
+    ours: &Namespaces,
+    found: &mut Vec<Blocker>,
+) {
+    const SCHED_DEADLINE: u32 = 6;
+    if rec.is_zombie() {
+        return;
+    }
+    let mut add = |object: &str, reason: &str| found.push(blocker(rec.tgid, object, reason));
+    if rec.tracer != 0 {
+        let by = format!("thread {} traced by PID {}", rec.tid, rec.tracer);
+        add(&by, "detach the debugger");
+    }
+    if rec.seccomp_mode != 0 {
+        add("seccomp filter", "filters are not carried yet");
+    }
+    if rec.policy == SCHED_DEADLINE {
+        add("SCHED_DEADLINE", "its reservation is not carried yet");
+    }
+    if rec.restart_kind == RestartKind::UNKNOWN && rec.restart_fn != 0 {
+        tracing::debug!(
+            "thread {} has restart function {:x}",
+            rec.tid,
+            rec.restart_fn
+        );
+    }
+    let Some(leader) = leader else { return };
+    if rec.tid == leader.tid {
+        for name in ours.others(rec) {
+            add(
+                &format!("{name} namespace"),
+                "only the namespaces of the host are carried yet",
+            );
+        }
+        return;
+    }
+    if leader.is_zombie() {
+        add(
+            "exited main thread",
+            "a process whose main thread is gone is not carried yet",
+        );
+    } else if rec.files != leader.files || rec.fs != leader.fs {
+        add(
+            &format!(
+                "thread {} with descriptors or directories of its own",
+                rec.tid
+            ),
+            "threads that called unshare(2) are not carried yet",
+        );
+    } else if rec.nsproxy != leader.nsproxy {
+        add(
+            &format!("thread {} in namespaces of its own", rec.tid),
+            "it is not carried yet",
+        );
+    }
+}
+
+/// Processes that share an address space or directories (clone(2) without CLONE_THREAD).
+fn shared_memory(leaders: &HashMap<u32, &ThreadRec>, found: &mut Vec<Blocker>) {
+    let mut users: BTreeMap<(u8, u64), Vec<u32>> = BTreeMap::new();
+    for rec in leaders.values().filter(|rec| !rec.is_zombie()) {
+        users.entry((0, rec.mm)).or_default().push(rec.tgid);
+        users.entry((1, rec.fs)).or_default().push(rec.tgid);
+    }
+    for ((kind, _), pids) in users.iter_mut().filter(|(_, pids)| pids.len() > 1) {
+        pids.sort_unstable();
+        let (object, reason) = match kind {
+            0 => (
+                "address space shared with another process",
+                "vfork(2) or CLONE_VM: try again when the child has called exec",
+            ),
+            _ => (
+                "working directory shared with another process",
+                "CLONE_FS is not carried yet",
+            ),
+        };
+        found.push(blocker(pids[1], object, reason));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leader(pid: u32, mm: u64) -> ThreadRec {
+        ThreadRec {
+            tid: pid,
+            tgid: pid,
+            mm,
+            fs: mm,
+            ..ThreadRec::default()
+        }
+    }
+
+    fn check(threads: Vec<ThreadRec>, expected: &[&str]) {
+        let tasks = Tasks {
+            threads,
+            ..Tasks::default()
+        };
+        let found = blockers(&tasks, &[], &Namespaces::default());
+        let objects: Vec<&str> = found.iter().map(|b| b.object.as_str()).collect();
+        assert_eq!(objects, expected);
+    }
+
+    #[test]
+    fn an_ordinary_tree_is_eligible() {
+        check(vec![leader(5, 1), leader(6, 2)], &[]);
+    }
+
+    #[test]
+    fn what_is_not_carried_is_named() {
+        let mut traced = leader(5, 1);
+        traced.tracer = 77;
+        check(vec![traced], &["thread 5 traced by PID 77"]);
+        let mut filtered = leader(5, 1);
+        filtered.seccomp_mode = 2;
+        check(vec![filtered], &["seccomp filter"]);
+        let mut foreign = leader(5, 1);
+        foreign.net_ns = 9;
+        check(vec![foreign], &["network namespace"]);
+    }
+
+    #[test]
+    fn threads_must_share_what_threads_share() {
+        let mut other = leader(5, 1);
+        other.tid = 6;
+        other.files = 42;
+        check(
+            vec![leader(5, 1), other],
+            &["thread 6 with descriptors or directories of its own"],
+        );
+    }
+
+    #[test]
+    fn a_shared_address_space_is_refused() {
+        let mut child = leader(6, 1);
+        child.fs = 2;
+        check(
+            vec![leader(5, 1), child],
+            &["address space shared with another process"],
+        );
+    }
+}

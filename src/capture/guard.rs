@@ -1,0 +1,185 @@
+//! A process that outlives tracker's own death: should tracker be killed in the middle of a
+//! checkpoint, the guard thaws what is left frozen.
+
+use super::error::CheckpointError;
+use super::restart::Now;
+use super::threads::Tracees;
+use super::wakeups::Wakeups;
+use crate::bpf::events::ThreadRec;
+use crate::model::ids::{Pid, Tid};
+use crate::sys::cgroup::Cgroup;
+use crate::sys::process::{Fork, fork_with_pid, pidfd_getfd, pidfd_open};
+use crate::sys::task::exit_now;
+use crate::sys::tcp;
+use nix::unistd::{pipe2, read, setsid, write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// What the guard undoes.
+#[derive(Clone, Debug)]
+pub struct Watch {
+    /// The frozen cgroup.
+    pub cgroup: PathBuf,
+    /// Where tracker may have pinned the network lock.
+    pub pins: PathBuf,
+    /// Cgroup the processes came from, when they were moved for the checkpoint.
+    pub back_to: Option<PathBuf>,
+}
+
+/// The live guard. Dropping it without [`Guard::done`] has the guard clean up.
+#[derive(Debug)]
+pub struct Guard {
+    pid: Pid,
+    pipe: Option<OwnedFd>,
+}
+
+const DONE: u8 = b'd';
+
+impl Guard {
+    /// Forks the guard. Call it before anything is loaded or locked that must end with
+    /// tracker: the guard holds copies of tracker's descriptors. Single-threaded only.
+    ///
+    /// # Errors
+    /// fork fails.
+    pub fn start(watch: &Watch) -> Result<Self, CheckpointError> {
+        let failed = |errno: nix::errno::Errno| {
+            CheckpointError::io("pipe2", "the guard process")(errno.into())
+        };
+        let (reader, writer) = pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
+        match fork_with_pid(None, nix::libc::SIGCHLD)? {
+            Fork::Parent(pid) => Ok(Self {
+                pid,
+                pipe: Some(writer),
+            }),
+            Fork::Child => {
+                drop(writer);
+                let _ = setsid();
+                // The write end is held by tracker alone: end of file is its end.
+                let mut byte = [0];
+                let said = loop {
+                    match read(&reader, &mut byte) {
+                        Err(nix::errno::Errno::EINTR) => {}
+                        said => break said,
+                    }
+                };
+                if said != Ok(1) {
+                    clean_up(watch);
+                }
+                exit_now(0)
+            }
+        }
+    }
+
+    /// Everything is in order without the guard.
+    pub fn done(mut self) {
+        if let Some(pipe) = self.pipe.take() {
+            let _ = write(&pipe, &[DONE]);
+        }
+        self.reap();
+    }
+
+    fn reap(&self) {
+        use nix::sys::wait::{WaitPidFlag, waitpid};
+        let pid = nix::unistd::Pid::from_raw(self.pid.0);
+        while waitpid(pid, Some(WaitPidFlag::__WALL)) == Err(nix::errno::Errno::EINTR) {}
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if self.pipe.take().is_some() {
+            self.reap();
+        }
+    }
+}
+
+fn clean_up(watch: &Watch) {
+    // A new capability-free attempt at each step: one that fails must not keep the
+    // application frozen.
+    let Ok(cgroup) = Cgroup::open(&watch.cgroup) else {
+        return;
+    };
+    if cgroup
+        .holds(crate::sys::cgroup::Event::Frozen)
+        .unwrap_or(false)
+    {
+        leave_repair(&cgroup);
+        continue_calls(&cgroup);
+    }
+    remove_pins(&watch.pins);
+    let _ = cgroup.set_frozen(false);
+    if let Some(back) = &watch.back_to {
+        super::target::move_all(&cgroup, back);
+        let _ = crate::sys::cgroup::remove(&watch.cgroup);
+    }
+}
+
+/// A socket in repair mode is dead to its application.
+fn leave_repair(cgroup: &Cgroup) {
+    for pid in cgroup.processes().unwrap_or_default() {
+        let Ok(pidfd) = pidfd_open(pid) else { continue };
+        let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            let is_socket = std::fs::read_link(entry.path())
+                .is_ok_and(|to| to.to_string_lossy().starts_with("socket:"));
+            let number = entry.file_name().to_str().and_then(|n| n.parse().ok());
+            let (true, Some(number)) = (is_socket, number) else {
+                continue;
+            };
+            if let Ok(fd) = pidfd_getfd(pidfd.as_fd(), pid, number) {
+                // EINVAL or EPERM on sockets that are not TCP or not in repair mode.
+                let _ = tcp::leave_repair(fd.as_fd());
+            }
+        }
+    }
+}
+
+fn continue_calls(cgroup: &Cgroup) {
+    let Ok(wakeups) = Wakeups::new() else { return };
+    let mut recs = Vec::new();
+    for pid in cgroup.processes().unwrap_or_default() {
+        let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+            continue;
+        };
+        let tids = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str().and_then(|n| n.parse().ok()));
+        recs.extend(tids.map(|tid: u32| ThreadRec {
+            tid,
+            tgid: pid.0.cast_unsigned(),
+            pending: pending_mask(Tid(tid.cast_signed())),
+            ..ThreadRec::default()
+        }));
+    }
+    let now = Now {
+        monotonic: 0,
+        boottime: 0,
+        realtime: 0,
+        offset: 0,
+    };
+    // Dropping them is what sets the calls to go on.
+    let _ = Tracees::stop(&recs, &wakeups, Duration::from_secs(1), &now, |_| 0);
+}
+
+/// Signals that wait for a thread and are not blocked, from /proc/TID/status.
+fn pending_mask(tid: Tid) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let mask = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name))
+            .and_then(|value| u64::from_str_radix(value.trim(), 16).ok())
+            .unwrap_or(0)
+    };
+    (mask("SigPnd:") | mask("ShdPnd:")) & !mask("SigBlk:")
+}
+
+/// Unpinning the links of the network lock releases it: nobody else holds them any more.
+pub fn remove_pins(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let _ = std::fs::remove_file(entry.path());
+    }
+    let _ = std::fs::remove_dir(dir);
+}

@@ -1,0 +1,193 @@
+//! The address spaces of an application: copied once while it runs, then what changed.
+
+use super::MemoryStats;
+use super::contents::Contents;
+use super::error::CheckpointError;
+use super::fault::Fault;
+use super::files::Slots;
+use super::mm::{self, Mapper};
+use super::pages::{Copier, Tracked, plan, select};
+use super::wakeups::Wakeups;
+use crate::bpf::events::{MmRec, VmaRec};
+use crate::bpf::iter::{Iterators, Scope, Tasks};
+use crate::image::Store;
+use crate::model::frozen::{Backing, Content, ContentId, Mm, PageRun, Vdso, Vma};
+use crate::model::ids::{MmId, Pid};
+use crate::sys::memory::{Pagemap, clear_soft_dirty, soft_dirty_works, zero_frame};
+use crate::sys::process::read_memory_exact;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// An address space at a moment: the kernel may give its address to another one later.
+type Key = (u64, u32, u64);
+
+#[derive(Debug)]
+struct Precopied {
+    tracked: Tracked,
+    have: Vec<PageRun>,
+}
+
+/// What is known about the memory of an application across the rounds.
+#[derive(Debug)]
+pub struct Memory {
+    precopied: HashMap<Key, Precopied>,
+    zero_frame: Option<u64>,
+    stats: MemoryStats,
+}
+
+impl Memory {
+    /// Tests what the kernel can do.
+    pub fn new() -> Self {
+        Self {
+            precopied: HashMap::new(),
+            zero_frame: zero_frame(),
+            stats: MemoryStats {
+                dirty_tracking: soft_dirty_works(),
+                ..MemoryStats::default()
+            },
+        }
+    }
+
+    pub fn stats(&self) -> MemoryStats {
+        self.stats
+    }
+
+    /// Copies all private pages of the running application. One round only: the kernel cannot
+    /// read and clear the soft-dirty bits in one step, so a page written between the two
+    /// would be lost by a second round. What changes after the bits are cleared here is
+    /// copied again in the frozen window.
+    pub fn precopy(
+        &mut self,
+        iterators: &mut Iterators,
+        scope: Scope,
+        store: &dyn Store,
+        slots: &mut Slots,
+        wakeups: &Wakeups,
+    ) -> Result<(), CheckpointError> {
+        if !self.stats.dirty_tracking {
+            return Ok(());
+        }
+        let tasks = iterators.threads(scope)?;
+        let mms = address_spaces(&tasks);
+        let mut tracked = Vec::new();
+        for rec in mms {
+            // A process that ends meanwhile is not in the frozen tree either.
+            if clear_soft_dirty(pid(rec)).is_ok() {
+                tracked.push(rec);
+            }
+        }
+        let vmas = iterators.vmas(scope)?;
+        let by_mm = grouped(&vmas);
+        let mut copier = Copier::new(store);
+        for rec in tracked {
+            wakeups.check()?;
+            let vmas = by_mm.get(&rec.mm).map_or(&[][..], Vec::as_slice);
+            let Ok(mut pagemap) = Pagemap::open(pid(rec)) else {
+                continue;
+            };
+            let needs = match select(&mut pagemap, vmas, None, self.zero_frame) {
+                Err(CheckpointError::Call(_)) => continue,
+                needs => needs?,
+            };
+            let pieces = plan(&needs, &[], |pages| slots.take(pages));
+            let copied = match copier.copy(pid(rec), &pieces, true) {
+                Err(CheckpointError::Call(_)) => continue,
+                copied => copied?,
+            };
+            self.stats.precopied += copied.pages;
+            let entry = Precopied {
+                tracked: Tracked::new(vmas),
+                have: copied.runs,
+            };
+            self.precopied.insert(key(rec, &tasks), entry);
+        }
+        Ok(())
+    }
+
+    /// Reads all address spaces of the frozen application.
+    pub fn collect(
+        &mut self,
+        tasks: &Tasks,
+        vmas: &[VmaRec],
+        store: &dyn Store,
+        slots: &mut Slots,
+        contents: &mut BTreeMap<ContentId, Content>,
+        wakeups: &Wakeups,
+    ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
+        let by_mm = grouped(vmas);
+        let mut copier = Copier::new(store);
+        let mut mapper = Mapper::default();
+        let mut shown = Contents::default();
+        let mut found = BTreeMap::new();
+        for rec in address_spaces(tasks) {
+            wakeups.check()?;
+            let vmas = by_mm.get(&rec.mm).map_or(&[][..], Vec::as_slice);
+            let before = self.precopied.remove(&key(rec, tasks));
+            let have = before.as_ref().map_or(&[][..], |b| &b.have);
+            let tracked = before.as_ref().map(|b| &b.tracked);
+            let mut pagemap = Pagemap::open(pid(rec))?;
+            let needs = select(&mut pagemap, vmas, tracked, self.zero_frame)?;
+            let pieces = plan(&needs, have, |pages| slots.take(pages));
+            Fault::Memory.point()?;
+            let copied = copier.copy(pid(rec), &pieces, false)?;
+            self.stats.copied_frozen += copied.pages;
+            self.stats.pages += copied.runs.iter().map(|run| run.pages).sum::<u64>();
+            let vmas = vmas
+                .iter()
+                .map(|vma| mapper.convert(vma, &mut shown))
+                .collect::<Result<Vec<_>, _>>()?;
+            let mm = Mm {
+                bounds: mm::bounds(rec),
+                auxv: mm::auxv(rec),
+                vdso: vdso_of(pid(rec), &vmas)?,
+                vmas,
+                pages: copied.runs,
+                def_flags: rec.def_flags,
+            };
+            found.insert(MmId(rec.mm), mm);
+        }
+        shown.copy(store, slots, contents)?;
+        Ok(found)
+    }
+}
+
+fn pid(rec: &MmRec) -> Pid {
+    Pid(rec.tgid.cast_signed())
+}
+
+fn key(rec: &MmRec, tasks: &Tasks) -> Key {
+    let leader = tasks.threads.iter().find(|thread| thread.tid == rec.tgid);
+    let born = leader.map_or(0, |leader| leader.start_boottime_ns);
+    (rec.mm, rec.tgid, born)
+}
+
+/// Every address space once.
+fn address_spaces(tasks: &Tasks) -> Vec<&MmRec> {
+    let mut seen = HashSet::new();
+    let first = |rec: &&MmRec| seen.insert(rec.mm);
+    tasks.mms.iter().filter(first).collect()
+}
+
+fn grouped(vmas: &[VmaRec]) -> HashMap<u64, Vec<VmaRec>> {
+    let mut by_mm: HashMap<u64, Vec<VmaRec>> = HashMap::new();
+    for vma in vmas {
+        by_mm.entry(vma.mm).or_default().push(*vma);
+    }
+    for vmas in by_mm.values_mut() {
+        vmas.sort_unstable_by_key(|vma| vma.start);
+        vmas.dedup_by_key(|vma| vma.start);
+    }
+    by_mm
+}
+
+/// The vDSO's code as the process has it.
+fn vdso_of(pid: Pid, vmas: &[Vma]) -> Result<Option<Vdso>, CheckpointError> {
+    let Some(vma) = vmas.iter().find(|vma| vma.backing == Backing::Vdso) else {
+        return Ok(None);
+    };
+    let mut code = vec![0; usize::try_from(vma.end - vma.start).unwrap_or(0)];
+    read_memory_exact(pid, vma.start, &mut code)?;
+    Ok(Some(Vdso {
+        addr: vma.start,
+        code,
+    }))
+}

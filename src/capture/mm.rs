@@ -1,0 +1,352 @@
+//! Mappings as images carry them.
+
+use super::contents::Contents;
+use super::error::CheckpointError;
+use crate::bpf::events::{MmRec, VmaKind, VmaRec};
+use crate::bpf::iter::user_dev;
+use crate::model::frozen::{Backing, Blocker, ContentId, FileIdentity, MmBounds, PathRef, Vma};
+use crate::model::ids::{InodeId, Pid};
+use nix::libc;
+use std::collections::HashMap;
+use std::fs::{self, Metadata};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// `VM_*` of include/linux/mm.h, the same on all kernels supported (x86-64).
+pub mod vm {
+    #![allow(missing_docs)]
+    pub const READ: u64 = 0x1;
+    pub const WRITE: u64 = 0x2;
+    pub const EXEC: u64 = 0x4;
+    pub const MAYWRITE: u64 = 0x20;
+    pub const MAYSHARE: u64 = 0x80;
+    pub const GROWSDOWN: u64 = 0x100;
+    pub const UFFD_MISSING: u64 = 0x200;
+    pub const PFNMAP: u64 = 0x400;
+    pub const UFFD_WP: u64 = 0x1000;
+    pub const LOCKED: u64 = 0x2000;
+    pub const IO: u64 = 0x4000;
+    pub const SEQ_READ: u64 = 0x8000;
+    pub const RAND_READ: u64 = 0x1_0000;
+    pub const DONTCOPY: u64 = 0x2_0000;
+    pub const NORESERVE: u64 = 0x20_0000;
+    pub const HUGETLB: u64 = 0x40_0000;
+    pub const WIPEONFORK: u64 = 0x200_0000;
+    pub const DONTDUMP: u64 = 0x400_0000;
+    pub const SOFTDIRTY: u64 = 0x800_0000;
+    pub const MIXEDMAP: u64 = 0x1000_0000;
+    pub const HUGEPAGE: u64 = 0x2000_0000;
+    pub const NOHUGEPAGE: u64 = 0x4000_0000;
+    pub const MERGEABLE: u64 = 0x8000_0000;
+}
+
+/// `VM_*` and the `MADV_*` that sets it.
+const ADVICE: [(u64, i32); 8] = [
+    (vm::SEQ_READ, libc::MADV_SEQUENTIAL),
+    (vm::RAND_READ, libc::MADV_RANDOM),
+    (vm::DONTCOPY, libc::MADV_DONTFORK),
+    (vm::WIPEONFORK, libc::MADV_WIPEONFORK),
+    (vm::DONTDUMP, libc::MADV_DONTDUMP),
+    (vm::HUGEPAGE, libc::MADV_HUGEPAGE),
+    (vm::NOHUGEPAGE, libc::MADV_NOHUGEPAGE),
+    (vm::MERGEABLE, libc::MADV_MERGEABLE),
+];
+
+/// The bounds of an address space.
+#[must_use]
+pub fn bounds(rec: &MmRec) -> MmBounds {
+    MmBounds {
+        start_code: rec.start_code,
+        end_code: rec.end_code,
+        start_data: rec.start_data,
+        end_data: rec.end_data,
+        start_brk: rec.start_brk,
+        brk: rec.brk,
+        start_stack: rec.start_stack,
+        arg_start: rec.arg_start,
+        arg_end: rec.arg_end,
+        env_start: rec.env_start,
+        env_end: rec.env_end,
+    }
+}
+
+/// The auxiliary vector up to and with its terminator.
+#[must_use]
+pub fn auxv(rec: &MmRec) -> Vec<u8> {
+    let words = &rec.auxv[..(rec.auxv_words as usize).min(rec.auxv.len())];
+    let pairs = words.chunks_exact(2);
+    let end = pairs.clone().position(|pair| pair[0] == 0);
+    let used = end.map_or(words.len(), |at| 2 * (at + 1));
+    words[..used].iter().flat_map(|w| w.to_le_bytes()).collect()
+}
+
+/// Why a mapping cannot be carried, from its record alone.
+#[must_use]
+pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
+    let name = rec.name();
+    let (what, reason) = if rec.flags & vm::HUGETLB != 0 || rec.kind == VmaKind::HUGETLB {
+        ("hugetlb", "huge page mappings are not carried yet")
+    } else if rec.flags & (vm::UFFD_MISSING | vm::UFFD_WP) != 0 {
+        (
+            "userfaultfd",
+            "a fault handler cannot be asked for pages while frozen",
+        )
+    } else if rec.kind == VmaKind::SPECIAL {
+        let known = [
+            "[vdso]",
+            "[vvar]",
+            "[vvar_vclock]",
+            "[vsyscall]",
+            "[uprobes]",
+        ];
+        if known[..4].contains(&name.as_str()) {
+            return None;
+        }
+        ("special", "remove the probe or debugger that made it")
+    } else if rec.flags & (vm::PFNMAP | vm::IO | vm::MIXEDMAP) != 0 && rec.file != 0 {
+        ("device", "device memory stays with its kernel")
+    } else if name == "[aio]" {
+        ("AIO ring", "AIO contexts are not carried yet")
+    } else if name.starts_with("[io_uring]") {
+        ("io_uring", "io_uring is not carried yet")
+    } else if rec.kind == VmaKind::SHMEM && name.starts_with("SYSV") {
+        ("System V shared memory", "it is not carried yet")
+    } else {
+        return None;
+    };
+    Some(Blocker {
+        pid: Pid(rec.tgid.cast_signed()),
+        fd: None,
+        object: format!("{what} mapping {:x}-{:x} {name}", rec.start, rec.end),
+        reason: reason.to_owned(),
+    })
+}
+
+/// Turns mapping records into mappings; remembers files it has looked at.
+#[derive(Debug, Default)]
+pub struct Mapper {
+    files: HashMap<u64, Known>,
+}
+
+#[derive(Clone, Debug)]
+enum Known {
+    Anonymous,
+    File(FileIdentity),
+    Content(ContentId),
+}
+
+impl Mapper {
+    /// One mapping. Content it shows is added to `contents` to be copied.
+    ///
+    /// # Errors
+    /// It maps something that is not carried, or its file cannot be looked at.
+    pub fn convert(
+        &mut self,
+        rec: &VmaRec,
+        contents: &mut Contents,
+    ) -> Result<Vma, CheckpointError> {
+        if let Some(blocker) = refusal(rec) {
+            return Err(CheckpointError::Blocked(vec![blocker]));
+        }
+        let backing = self.backing(rec, contents)?;
+        let f = rec.flags;
+        let prot = [
+            (vm::READ, libc::PROT_READ),
+            (vm::WRITE, libc::PROT_WRITE),
+            (vm::EXEC, libc::PROT_EXEC),
+        ];
+        let prot = prot
+            .iter()
+            .filter(|(bit, _)| f & bit != 0)
+            .fold(0, |all, (_, prot)| all | prot.cast_unsigned());
+        let is_special = matches!(backing, Backing::Vdso | Backing::Vvar);
+        let advice = ADVICE.iter().filter(|(bit, _)| f & bit != 0 && !is_special);
+        Ok(Vma {
+            start: rec.start,
+            end: rec.end,
+            prot,
+            shared: f & vm::MAYSHARE != 0,
+            growsdown: f & vm::GROWSDOWN != 0,
+            noreserve: f & vm::NORESERVE != 0,
+            locked: f & vm::LOCKED != 0,
+            advice: advice.map(|(_, advice)| *advice).collect(),
+            backing,
+        })
+    }
+
+    fn backing(
+        &mut self,
+        rec: &VmaRec,
+        contents: &mut Contents,
+    ) -> Result<Backing, CheckpointError> {
+        if rec.kind == VmaKind::SPECIAL {
+            return Ok(if rec.name() == "[vdso]" {
+                Backing::Vdso
+            } else {
+                Backing::Vvar
+            });
+        }
+        if rec.file == 0 {
+            return Ok(Backing::Anonymous);
+        }
+        let known = match self.files.get(&rec.file) {
+            Some(known) => known.clone(),
+            None => {
+                let known = look_at(rec, contents)?;
+                self.files.insert(rec.file, known.clone());
+                known
+            }
+        };
+        let offset = rec.pgoff * crate::model::frozen::PAGE_SIZE;
+        let shared = rec.flags & vm::MAYSHARE != 0;
+        Ok(match known {
+            Known::Anonymous if !shared => Backing::Anonymous,
+            Known::Anonymous => {
+                return Err(CheckpointError::Blocked(vec![Blocker {
+                    pid: Pid(rec.tgid.cast_signed()),
+                    fd: None,
+                    object: format!("shared device mapping {:x}-{:x}", rec.start, rec.end),
+                    reason: "device memory stays with its kernel".to_owned(),
+                }]));
+            }
+            Known::File(file) => Backing::File {
+                file,
+                offset,
+                writable: shared && rec.flags & vm::MAYWRITE != 0,
+            },
+            Known::Content(id) => Backing::Content { id, offset },
+        })
+    }
+}
+
+fn look_at(rec: &VmaRec, contents: &mut Contents) -> Result<Known, CheckpointError> {
+    let link = PathBuf::from(format!(
+        "/proc/{}/map_files/{:x}-{:x}",
+        rec.tgid, rec.start, rec.end
+    ));
+    let path = fs::read_link(&link).map_err(CheckpointError::io("readlink", &link))?;
+    let mapped = fs::metadata(&link).map_err(CheckpointError::io("stat", &link))?;
+    if mapped.file_type().is_char_device() && path == Path::new("/dev/zero") {
+        return Ok(Known::Anonymous);
+    }
+    if !mapped.is_file() {
+        return Err(CheckpointError::Blocked(vec![Blocker {
+            pid: Pid(rec.tgid.cast_signed()),
+            fd: None,
+            object: format!(
+                "mapping {:x}-{:x} of {}",
+                rec.start,
+                rec.end,
+                path.display()
+            ),
+            reason: "it is no regular file".to_owned(),
+        }]));
+    }
+    if let Some(file) = named(rec, &path, &mapped)? {
+        return Ok(Known::File(file));
+    }
+    contents.add(rec.ino, &link, &path).map(Known::Content)
+}
+
+/// The file's identity if its path still leads to it.
+fn named(
+    rec: &VmaRec,
+    path: &Path,
+    mapped: &Metadata,
+) -> Result<Option<FileIdentity>, CheckpointError> {
+    if rec.nlink == 0 || !path.is_absolute() {
+        return Ok(None);
+    }
+    // In the process' own root.
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    let full = Path::new("/proc")
+        .join(rec.tgid.to_string())
+        .join("root")
+        .join(relative);
+    let Ok(found) = fs::metadata(&full) else {
+        return Ok(None);
+    };
+    let same = found.dev() == user_dev(rec.dev) && found.ino() == rec.ino;
+    // An overlay filesystem maps the file below it, which has other numbers.
+    let alike = found.size() == mapped.size()
+        && (found.mtime(), found.mtime_nsec()) == (mapped.mtime(), mapped.mtime_nsec());
+    if !same && !alike {
+        return Ok(None);
+    }
+    Ok(Some(identity(path, &found)))
+}
+
+/// A file's name and what tells whether it has changed.
+#[must_use]
+pub fn identity(path: &Path, stat: &Metadata) -> FileIdentity {
+    FileIdentity {
+        at: path_ref(path, stat),
+        size: stat.size(),
+        mtime: stat.mtime() * 1_000_000_000 + stat.mtime_nsec(),
+    }
+}
+
+/// A file's name and inode.
+#[must_use]
+pub fn path_ref(path: &Path, stat: &Metadata) -> PathRef {
+    PathRef {
+        path: path.as_os_str().as_bytes().to_vec(),
+        inode: InodeId {
+            dev: kernel_dev(stat.dev()),
+            ino: stat.ino(),
+        },
+    }
+}
+
+/// Turns a device number of stat(2) into the kernel's own (`MKDEV`).
+#[must_use]
+pub fn kernel_dev(dev: u64) -> u32 {
+    let part = |value: u64| u32::try_from(value).unwrap_or(0);
+    part(nix::sys::stat::major(dev)) << 20 | part(nix::sys::stat::minor(dev)) & 0xf_ffff
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_auxiliary_vector_ends_with_its_terminator() {
+        let mut rec = MmRec::default();
+        rec.auxv_words = 8;
+        rec.auxv[..6].copy_from_slice(&[6, 4096, 0, 0, 9, 9]);
+        assert_eq!(auxv(&rec).len(), 4 * 8);
+    }
+
+    #[test]
+    fn device_numbers_go_both_ways() {
+        let dev = 259 << 20 | 77;
+        assert_eq!(kernel_dev(user_dev(dev)), dev);
+    }
+
+    #[test]
+    fn anonymous_memory_keeps_its_advice() {
+        let rec = VmaRec {
+            start: 0x1000,
+            end: 0x3000,
+            flags: vm::READ | vm::WRITE | vm::DONTCOPY | vm::NOHUGEPAGE,
+            ..VmaRec::default()
+        };
+        let mut contents = Contents::default();
+        let vma = Mapper::default().convert(&rec, &mut contents).unwrap();
+        assert_eq!(vma.prot, 3);
+        assert_eq!(vma.advice, [libc::MADV_DONTFORK, libc::MADV_NOHUGEPAGE]);
+        assert_eq!(vma.backing, Backing::Anonymous);
+        assert!(!vma.shared);
+    }
+
+    #[test]
+    fn what_cannot_be_carried_is_named() {
+        let huge = VmaRec {
+            flags: vm::HUGETLB,
+            ..VmaRec::default()
+        };
+        assert!(refusal(&huge).unwrap().object.starts_with("hugetlb"));
+        assert_eq!(refusal(&VmaRec::default()), None);
+    }
+}

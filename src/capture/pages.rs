@@ -1,0 +1,451 @@
+//! Private memory: which pages an image needs, and copying them.
+
+use super::error::CheckpointError;
+use super::fault::Fault;
+use super::mm::vm;
+use crate::bpf::events::{VmaKind, VmaRec};
+use crate::image::Store;
+use crate::model::frozen::{PAGE_SIZE, PageRun};
+use crate::model::ids::Pid;
+use crate::sys::memory::{MAX_RANGES, Pagemap, read_ranges};
+use crate::sys::process::ProcMem;
+use std::collections::HashMap;
+
+/// Adjacent pages an image needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// First address.
+    pub addr: u64,
+    /// How many.
+    pub pages: u64,
+    /// Whether a copy made before may be out of date.
+    pub dirty: bool,
+    /// Whether process_vm_readv(2) can read it.
+    pub readable: bool,
+}
+
+/// Adjacent pages and the slots they have or get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Where they are and go.
+    pub run: PageRun,
+    /// Whether they must be copied.
+    pub copy: bool,
+    /// As in [`Need`].
+    pub readable: bool,
+}
+
+/// Decides, for pages in address order, which keep the copy they have (`have`, in address
+/// order) and which are copied; pages never copied before get new slots.
+pub fn plan(needs: &[Need], have: &[PageRun], mut take: impl FnMut(u64) -> u64) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let mut next = 0;
+    for need in needs {
+        let end = need.addr + need.pages * PAGE_SIZE;
+        let mut at = need.addr;
+        while at < end {
+            while have.get(next).is_some_and(|run| run_end(run) <= at) {
+                next += 1;
+            }
+            let (until, slot) = match have.get(next) {
+                Some(run) if run.addr <= at => (
+                    run_end(run).min(end),
+                    Some(run.slot + (at - run.addr) / PAGE_SIZE),
+                ),
+                Some(run) => (run.addr.min(end), None),
+                None => (end, None),
+            };
+            let pages = (until - at) / PAGE_SIZE;
+            pieces.push(Piece {
+                copy: need.dirty || slot.is_none(),
+                run: PageRun {
+                    addr: at,
+                    pages,
+                    slot: slot.unwrap_or_else(|| take(pages)),
+                },
+                readable: need.readable,
+            });
+            at = until;
+        }
+    }
+    pieces
+}
+
+fn run_end(run: &PageRun) -> u64 {
+    run.addr + run.pages * PAGE_SIZE
+}
+
+/// Runs that are adjacent both in memory and in the image made one.
+#[must_use]
+pub fn joined(runs: impl IntoIterator<Item = PageRun>) -> Vec<PageRun> {
+    let mut out: Vec<PageRun> = Vec::new();
+    for run in runs {
+        match out.last_mut() {
+            Some(last) if run_end(last) == run.addr && last.slot + last.pages == run.slot => {
+                last.pages += run.pages;
+            }
+            _ => out.push(run),
+        }
+    }
+    out
+}
+
+/// What makes a mapping the same one as at an earlier moment. Anonymous memory that is moved
+/// keeps the page offset of where it was first touched, so two anonymous mappings that were
+/// exchanged differ; of files this cannot be told, so their private pages are copied anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    end: u64,
+    pgoff: u64,
+    flags: u64,
+}
+
+/// The mappings at the moment dirty tracking began, by first address.
+#[derive(Clone, Debug, Default)]
+pub struct Tracked(HashMap<u64, Identity>);
+
+fn is_plain(vma: &VmaRec) -> bool {
+    vma.file == 0 && vma.kind == VmaKind::ANON
+}
+
+fn identity_of(vma: &VmaRec) -> Identity {
+    Identity {
+        end: vma.end,
+        pgoff: vma.pgoff,
+        flags: vma.flags & !vm::SOFTDIRTY,
+    }
+}
+
+impl Tracked {
+    /// Notes the mappings of one address space.
+    #[must_use]
+    pub fn new(vmas: &[VmaRec]) -> Self {
+        let plain = vmas.iter().filter(|vma| is_plain(vma));
+        Self(plain.map(|vma| (vma.start, identity_of(vma))).collect())
+    }
+
+    fn holds(&self, vma: &VmaRec) -> bool {
+        is_plain(vma) && self.0.get(&vma.start) == Some(&identity_of(vma))
+    }
+}
+
+/// Finds the private pages of one address space. With `tracked`, pages of unchanged
+/// anonymous mappings that were not written since count as clean.
+///
+/// # Errors
+/// The pagemap cannot be read.
+pub fn select(
+    pagemap: &mut Pagemap,
+    vmas: &[VmaRec],
+    tracked: Option<&Tracked>,
+    zero_frame: Option<u64>,
+) -> Result<Vec<Need>, CheckpointError> {
+    let mut needs: Vec<Need> = Vec::new();
+    for vma in vmas {
+        // Without an anon_vma the mapping has never had a page of its own.
+        if vma.flags & vm::MAYSHARE != 0 || vma.kind == VmaKind::SPECIAL || vma.has_anon == 0 {
+            continue;
+        }
+        let trusted = tracked.is_some_and(|tracked| tracked.holds(vma));
+        let readable = vma.flags & vm::READ != 0;
+        pagemap.walk(vma.start, vma.end, |addr, entry| {
+            let is_zero = zero_frame.is_some_and(|zero| entry.frame() == zero);
+            if !entry.is_private() || is_zero && is_plain(vma) {
+                return;
+            }
+            let dirty = !trusted || entry.is_soft_dirty();
+            match needs.last_mut() {
+                Some(last)
+                    if last.addr + last.pages * PAGE_SIZE == addr
+                        && last.dirty == dirty
+                        && last.readable == readable =>
+                {
+                    last.pages += 1;
+                }
+                _ => needs.push(Need {
+                    addr,
+                    pages: 1,
+                    dirty,
+                    readable,
+                }),
+            }
+        })?;
+    }
+    Ok(needs)
+}
+
+/// What became of a copy.
+#[derive(Debug, Default)]
+pub struct Copied {
+    /// Pages read and written.
+    pub pages: u64,
+    /// Pieces that are whole in the image now.
+    pub runs: Vec<PageRun>,
+}
+
+/// Copies pages of one process into an image, with one reused buffer.
+pub struct Copier<'a> {
+    /// The image.
+    pub store: &'a dyn Store,
+    buffer: Vec<u8>,
+}
+
+impl std::fmt::Debug for Copier<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Copier").finish_non_exhaustive()
+    }
+}
+
+impl<'a> Copier<'a> {
+    /// Bytes read at once.
+    const BATCH: usize = 4 << 20;
+
+    /// A copier for this image.
+    #[must_use]
+    pub fn new(store: &'a dyn Store) -> Self {
+        Self {
+            store,
+            buffer: vec![0; Self::BATCH],
+        }
+    }
+
+    /// Copies what `pieces` ask for. While the process runs (`moving`), pages may vanish:
+    /// they are left out of the result. In a frozen one that is an error.
+    ///
+    /// # Errors
+    /// A page cannot be read, or the carrier is full.
+    pub fn copy(
+        &mut self,
+        pid: Pid,
+        pieces: &[Piece],
+        moving: bool,
+    ) -> Result<Copied, CheckpointError> {
+        let mut copied = Copied::default();
+        let mut batch: Vec<PageRun> = Vec::new();
+        let mut bytes = 0;
+        for piece in pieces {
+            if !piece.copy {
+                copied.runs.push(piece.run);
+                continue;
+            }
+            if !piece.readable {
+                self.flush(pid, &mut batch, moving, &mut copied)?;
+                bytes = 0;
+                self.by_mem(pid, piece.run, moving, &mut copied)?;
+                continue;
+            }
+            let mut rest = piece.run;
+            while rest.pages > 0 {
+                let room = (Self::BATCH - bytes) as u64 / PAGE_SIZE;
+                if room == 0 || batch.len() == MAX_RANGES {
+                    self.flush(pid, &mut batch, moving, &mut copied)?;
+                    bytes = 0;
+                    continue;
+                }
+                let pages = rest.pages.min(room);
+                batch.push(PageRun { pages, ..rest });
+                bytes += usize::try_from(pages * PAGE_SIZE).unwrap_or(0);
+                rest.addr += pages * PAGE_SIZE;
+                rest.slot += pages;
+                rest.pages -= pages;
+            }
+        }
+        self.flush(pid, &mut batch, moving, &mut copied)?;
+        copied.runs.sort_unstable_by_key(|run| run.addr);
+        copied.runs = joined(std::mem::take(&mut copied.runs));
+        Ok(copied)
+    }
+
+    fn flush(
+        &mut self,
+        pid: Pid,
+        batch: &mut Vec<PageRun>,
+        moving: bool,
+        copied: &mut Copied,
+    ) -> Result<(), CheckpointError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        Fault::PageWrite.point()?;
+        let ranges: Vec<(u64, usize)> = batch.iter().map(|run| (run.addr, len_of(run))).collect();
+        let total: usize = ranges.iter().map(|(_, len)| len).sum();
+        let got = read_ranges(pid, &ranges, &mut self.buffer[..total]).unwrap_or(0);
+        // Whole runs that arrived; slots of neighbours are written together.
+        let mut at = 0;
+        let mut whole = 0;
+        for run in batch.iter() {
+            if at + len_of(run) > got {
+                break;
+            }
+            at += len_of(run);
+            whole += 1;
+        }
+        let mut start = 0;
+        let mut first = 0;
+        while first < whole {
+            let mut last = first;
+            let mut end = start + len_of(&batch[first]);
+            while last + 1 < whole && batch[last].slot + batch[last].pages == batch[last + 1].slot {
+                last += 1;
+                end += len_of(&batch[last]);
+            }
+            self.store
+                .write_pages(batch[first].slot, &self.buffer[start..end])?;
+            start = end;
+            first = last + 1;
+        }
+        for run in &batch[..whole] {
+            copied.pages += run.pages;
+            copied.runs.push(*run);
+        }
+        for run in batch.drain(..).skip(whole) {
+            self.by_mem(pid, run, moving, copied)?;
+        }
+        Ok(())
+    }
+
+    /// Through `/proc/PID/mem`, which reads regardless of protection.
+    fn by_mem(
+        &mut self,
+        pid: Pid,
+        run: PageRun,
+        moving: bool,
+        copied: &mut Copied,
+    ) -> Result<(), CheckpointError> {
+        let mem = ProcMem::open(pid)?;
+        for page in 0..run.pages {
+            let addr = run.addr + page * PAGE_SIZE;
+            let mut bytes = [0_u8; 4096];
+            match mem.read(addr, &mut bytes) {
+                Err(_) if moving => continue,
+                result => result?,
+            }
+            self.store.write_pages(run.slot + page, &bytes)?;
+            copied.pages += 1;
+            copied.runs.push(PageRun {
+                addr,
+                pages: 1,
+                slot: run.slot + page,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn len_of(run: &PageRun) -> usize {
+    usize::try_from(run.pages * PAGE_SIZE).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const P: u64 = PAGE_SIZE;
+
+    fn need(page: u64, pages: u64, dirty: bool) -> Need {
+        Need {
+            addr: page * P,
+            pages,
+            dirty,
+            readable: true,
+        }
+    }
+
+    fn run(page: u64, pages: u64, slot: u64) -> PageRun {
+        PageRun {
+            addr: page * P,
+            pages,
+            slot,
+        }
+    }
+
+    fn planned(needs: &[Need], have: &[PageRun]) -> Vec<(PageRun, bool)> {
+        let mut slots = super::super::files::Slots::from(100);
+        plan(needs, have, |pages| slots.take(pages))
+            .iter()
+            .map(|piece| (piece.run, piece.copy))
+            .collect()
+    }
+
+    #[test]
+    fn clean_pages_keep_their_copy_and_dirty_ones_their_slot() {
+        let have = [run(10, 4, 0)];
+        let needs = [need(10, 2, false), need(12, 2, true)];
+        let expected = [(run(10, 2, 0), false), (run(12, 2, 2), true)];
+        assert_eq!(planned(&needs, &have), expected);
+    }
+
+    #[test]
+    fn pages_without_a_copy_are_copied_even_if_clean() {
+        let have = [run(12, 1, 5)];
+        let expected = [
+            (run(10, 2, 100), true),
+            (run(12, 1, 5), false),
+            (run(13, 1, 102), true),
+        ];
+        assert_eq!(planned(&[need(10, 4, false)], &have), expected);
+    }
+
+    #[test]
+    fn pages_that_are_gone_leave_the_index() {
+        let have = [run(1, 9, 0), run(20, 2, 9)];
+        assert_eq!(
+            planned(&[need(21, 1, false)], &have),
+            [(run(21, 1, 10), false)]
+        );
+    }
+
+    fn page_set() -> impl Strategy<Value = Vec<(u64, bool)>> {
+        proptest::collection::btree_map(0_u64..40, any::<bool>(), 0..30)
+            .prop_map(|map| map.into_iter().collect())
+    }
+
+    proptest! {
+        #[test]
+        fn every_needed_page_has_one_slot_and_no_stale_copy(
+            needed in page_set(),
+            copied in page_set(),
+        ) {
+            let needs: Vec<Need> = needed.iter().map(|&(p, dirty)| need(p, 1, dirty)).collect();
+            let have = joined(copied.iter().enumerate().map(|(s, &(p, _))| run(p, 1, s as u64)));
+            let pieces = planned(&needs, &have);
+            let mut slots = std::collections::HashSet::new();
+            let mut pages = Vec::new();
+            for (run, copy) in pieces {
+                for page in 0..run.pages {
+                    let number = run.addr / P + page;
+                    prop_assert!(slots.insert(run.slot + page));
+                    let dirty = needed.iter().any(|&(p, dirty)| p == number && dirty);
+                    let had = copied.iter().position(|&(p, _)| p == number);
+                    prop_assert_eq!(copy, dirty || had.is_none());
+                    if let Some(slot) = had {
+                        prop_assert_eq!(run.slot + page, slot as u64);
+                    }
+                    pages.push(number);
+                }
+            }
+            let expected: Vec<u64> = needed.iter().map(|&(p, _)| p).collect();
+            prop_assert_eq!(pages, expected);
+        }
+    }
+
+    #[test]
+    fn an_exchanged_mapping_is_not_trusted() {
+        let vma = |start: u64, pgoff: u64| VmaRec {
+            start,
+            end: start + P,
+            pgoff,
+            ..VmaRec::default()
+        };
+        let tracked = Tracked::new(&[vma(P, 1), vma(4 * P, 4)]);
+        assert!(tracked.holds(&vma(P, 1)));
+        assert!(!tracked.holds(&vma(P, 4)));
+        assert!(!tracked.holds(&vma(2 * P, 2)));
+        let file = VmaRec {
+            file: 1,
+            ..vma(P, 1)
+        };
+        assert!(!Tracked::new(&[file]).holds(&file));
+    }
+}

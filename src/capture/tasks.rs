@@ -1,0 +1,406 @@
+//! Processes and threads, put together from the iterators, ptrace and what only /proc has.
+
+use super::error::CheckpointError;
+use super::mm::path_ref;
+use super::restart::Now;
+use super::threads::{self, Tracees};
+use crate::bpf::events::{ProcessFlag, ProcessRec, SigactionsRec, ThreadFlag, ThreadRec, TimerRec};
+use crate::bpf::iter::Tasks;
+use crate::model::frozen::{
+    AltStack, Credentials, IntervalTimer, PathRef, PosixTimer, Process, Scheduling, SigAction,
+    Thread,
+};
+use crate::model::ids::{FilesId, MmId, Pid, Tid};
+use crate::sys::task::affinity;
+use nix::libc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// `MMF_DISABLE_THP` (include/linux/sched/coredump.h, since 6.18 mm_types.h).
+const MMF_DISABLE_THP: u64 = 1 << 24;
+
+/// Puts the processes of an application together, parents before children.
+///
+/// # Errors
+/// A thread or a file of /proc cannot be read.
+pub fn processes(
+    tasks: &Tasks,
+    tracees: &Tracees,
+    now: &Now,
+) -> Result<Vec<Process>, CheckpointError> {
+    let mut threads: BTreeMap<u32, Vec<&ThreadRec>> = BTreeMap::new();
+    for rec in &tasks.threads {
+        threads.entry(rec.tgid).or_default().push(rec);
+    }
+    let inside: BTreeSet<u32> = tasks.processes.iter().map(|p| p.pid).collect();
+    let mut found = Vec::new();
+    for rec in &tasks.processes {
+        let mut own = threads.remove(&rec.pid).unwrap_or_default();
+        own.sort_by_key(|thread| (thread.tid != rec.pid, thread.tid));
+        let parent = inside.contains(&rec.ppid).then(|| pid(rec.ppid));
+        let one = Assembly {
+            rec,
+            threads: own,
+            parent,
+            tasks,
+            tracees,
+            now,
+        };
+        found.push(one.process()?);
+    }
+    Ok(parents_first(found))
+}
+
+fn pid(number: u32) -> Pid {
+    Pid(number.cast_signed())
+}
+
+fn parents_first(mut processes: Vec<Process>) -> Vec<Process> {
+    let mut done: BTreeSet<Pid> = BTreeSet::new();
+    let mut out: Vec<Process> = Vec::new();
+    while !processes.is_empty() {
+        let ready = |p: &Process| p.parent.is_none_or(|parent| done.contains(&parent));
+        let (mut now, later): (Vec<_>, Vec<_>) = processes.into_iter().partition(ready);
+        if now.is_empty() {
+            // A parent that is its own descendant does not exist.
+            out.extend(later);
+            return out;
+        }
+        now.sort_by_key(|p| p.pid);
+        done.extend(now.iter().map(|p| p.pid));
+        out.append(&mut now);
+        processes = later;
+    }
+    out
+}
+
+struct Assembly<'a> {
+    rec: &'a ProcessRec,
+    threads: Vec<&'a ThreadRec>,
+    parent: Option<Pid>,
+    tasks: &'a Tasks,
+    tracees: &'a Tracees,
+    now: &'a Now,
+}
+
+impl Assembly<'_> {
+    fn process(&self) -> Result<Process, CheckpointError> {
+        let rec = self.rec;
+        let Some(leader) = self.threads.first() else {
+            return Err(CheckpointError::Unstable(format!(
+                "PID {} has no threads",
+                rec.pid
+            )));
+        };
+        let base = Process {
+            pid: pid(rec.pid),
+            parent: self.parent,
+            pgid: pid(rec.pgid),
+            sid: pid(rec.sid),
+            exit_signal: leader.exit_signal,
+            ..Process::default()
+        };
+        if leader.is_zombie() {
+            return Ok(Process {
+                zombie: Some(leader.exit_code),
+                threads: vec![Thread {
+                    tid: Tid(leader.tid.cast_signed()),
+                    comm: leader.comm().into_bytes(),
+                    ..Thread::default()
+                }],
+                ..base
+            });
+        }
+        let mm = self.tasks.mms.iter().find(|mm| mm.mm == leader.mm);
+        let flags = mm.map_or(0, |mm| mm.flags);
+        let proc = ProcDir::new(rec.pid);
+        let status = Status::read(&proc)?;
+        let shared = if rec.shared_pending == 0 {
+            Vec::new()
+        } else {
+            threads::pending(Tid(leader.tid.cast_signed()), true)?
+        };
+        let actions = self.tasks.sigactions.iter().find(|a| a.pid == rec.pid);
+        Ok(Process {
+            mm: MmId(leader.mm),
+            files: FilesId(leader.files),
+            exe: proc.link("exe")?,
+            cwd: proc.link("cwd")?,
+            root: proc.link("root")?,
+            umask: status.umask,
+            personality: leader.personality,
+            dumpable: u8::try_from(flags & 3).unwrap_or(0),
+            child_subreaper: rec.flags & ProcessFlag::CHILD_SUBREAPER != 0,
+            thp_disable: flags & MMF_DISABLE_THP != 0,
+            oom_score_adj: i16::try_from(rec.oom_score_adj).unwrap_or(0),
+            rlimits: rec.rlimits.iter().map(|l| (l.cur, l.max)).collect(),
+            sigactions: actions.map(sigactions).unwrap_or_default(),
+            itimers: itimers(rec, self.now),
+            posix_timers: self.posix_timers(),
+            pending: shared,
+            threads: self
+                .threads
+                .iter()
+                .filter(|thread| !thread.is_zombie())
+                .map(|thread| self.thread(thread, &status))
+                .collect::<Result<_, _>>()?,
+            ..base
+        })
+    }
+
+    fn thread(&self, rec: &ThreadRec, status: &Status) -> Result<Thread, CheckpointError> {
+        let tid = Tid(rec.tid.cast_signed());
+        let stopped = self
+            .tracees
+            .of(tid)
+            .ok_or_else(|| CheckpointError::Unstable(format!("Thread {tid} was not stopped")))?;
+        let groups = if rec.tid == rec.tgid {
+            status.groups.clone()
+        } else {
+            Status::read(&ProcDir::thread(rec.tgid, rec.tid))?.groups
+        };
+        let pending = if rec.pending == 0 {
+            Vec::new()
+        } else {
+            threads::pending(tid, false)?
+        };
+        let temporary = rec.flags & ThreadFlag::RESTORE_SIGMASK != 0;
+        Ok(Thread {
+            tid,
+            comm: comm(rec),
+            regs: stopped.regs,
+            xstate: crate::sys::ptrace::xstate(tid)?,
+            syscall: stopped.syscall,
+            sigmask: if temporary {
+                rec.saved_sigmask
+            } else {
+                rec.blocked
+            },
+            pending,
+            altstack: AltStack {
+                sp: rec.sas_ss_sp,
+                flags: rec.sas_ss_flags,
+                size: rec.sas_ss_size,
+            },
+            robust_list: (rec.robust_list, robust_len(rec.robust_list)),
+            clear_child_tid: rec.clear_child_tid,
+            rseq: threads::rseq(stopped)?,
+            creds: credentials(rec, groups),
+            sched: Scheduling {
+                policy: rec.policy,
+                // MAX_RT_PRIO + NICE_WIDTH / 2
+                nice: rec.static_prio - 120,
+                priority: rec.rt_priority,
+                affinity: affinity(tid)?,
+            },
+            pdeathsig: rec.pdeath_signal,
+            timer_slack: rec.timer_slack_ns,
+        })
+    }
+
+    fn posix_timers(&self) -> Vec<PosixTimer> {
+        let mine = self.tasks.timers.iter().filter(|t| t.pid == self.rec.pid);
+        let mut timers: Vec<_> = mine
+            .map(|timer| posix_timer(timer, self.rec, self.now))
+            .collect();
+        timers.sort_by_key(|timer| timer.id);
+        timers
+    }
+}
+
+fn robust_len(head: u64) -> u64 {
+    // sizeof(struct robust_list_head), the only length the kernel takes.
+    if head == 0 { 0 } else { 24 }
+}
+
+/// The bytes of a name, which need not be UTF-8.
+fn comm(rec: &ThreadRec) -> Vec<u8> {
+    rec.comm
+        .iter()
+        .map(|c| c.to_ne_bytes()[0])
+        .take_while(|byte| *byte != 0)
+        .collect()
+}
+
+fn sigactions(rec: &SigactionsRec) -> Vec<SigAction> {
+    let action = |a: &crate::bpf::events::SigactionRec| SigAction {
+        handler: a.handler,
+        flags: a.flags,
+        restorer: a.restorer,
+        mask: a.mask,
+    };
+    rec.actions.iter().map(action).collect()
+}
+
+fn credentials(rec: &ThreadRec, groups: Vec<u32>) -> Credentials {
+    Credentials {
+        uids: [rec.uid, rec.euid, rec.suid, rec.fsuid],
+        gids: [rec.gid, rec.egid, rec.sgid, rec.fsgid],
+        groups,
+        caps: [
+            rec.cap_inheritable,
+            rec.cap_permitted,
+            rec.cap_effective,
+            rec.cap_bset,
+            rec.cap_ambient,
+        ],
+        securebits: rec.securebits,
+        no_new_privs: rec.flags & ThreadFlag::NO_NEW_PRIVS != 0,
+    }
+}
+
+/// Time left until `expires`; an armed timer has at least a nanosecond.
+fn left(expires: u64, now: u64) -> u64 {
+    if expires == 0 {
+        return 0;
+    }
+    expires.saturating_sub(now).max(1)
+}
+
+fn itimers(rec: &ProcessRec, now: &Now) -> [IntervalTimer; 3] {
+    let armed = rec.flags & ProcessFlag::REAL_TIMER_ARMED != 0;
+    let mut real = IntervalTimer {
+        remaining: if armed {
+            left(rec.itimer_real_expires_ns, now.monotonic)
+        } else {
+            0
+        },
+        interval: rec.itimer_real_interval_ns,
+    };
+    let alarm = 1 << (libc::SIGALRM - 1);
+    // The kernel arms a periodic timer again when its signal is taken; the restored one is
+    // armed now, since that signal is queued by us.
+    if !armed && real.interval > 0 && rec.shared_pending & alarm != 0 {
+        real.remaining = real.interval;
+    }
+    let user = rec.cpu_utime_ns;
+    let both = rec.cpu_utime_ns + rec.cpu_stime_ns;
+    [
+        real,
+        IntervalTimer {
+            remaining: left(rec.itimer_virt_expires_ns, user),
+            interval: rec.itimer_virt_interval_ns,
+        },
+        IntervalTimer {
+            remaining: left(rec.itimer_prof_expires_ns, both),
+            interval: rec.itimer_prof_interval_ns,
+        },
+    ]
+}
+
+fn posix_timer(rec: &TimerRec, process: &ProcessRec, now: &Now) -> PosixTimer {
+    let base = rec.base_clock.cast_signed();
+    let used = match base {
+        // CPU clocks of a whole process; those of single threads are refused.
+        clock if clock < 0 => match clock & 3 {
+            0 => process.cpu_utime_ns + process.cpu_stime_ns,
+            1 => process.cpu_utime_ns,
+            _ => process.cpu_runtime_ns,
+        },
+        libc::CLOCK_PROCESS_CPUTIME_ID => process.cpu_runtime_ns,
+        clock => now.clock(clock),
+    };
+    let mut remaining = left(rec.expires_ns, used);
+    let bit = u32::try_from(rec.signo - 1).map_or(0, |n| 1_u64.checked_shl(n).unwrap_or(0));
+    if remaining == 0 && rec.interval_ns > 0 && process.shared_pending & bit != 0 {
+        remaining = rec.interval_ns;
+    }
+    PosixTimer {
+        id: rec.id,
+        clock: rec.clock,
+        notify: rec.notify,
+        signo: rec.signo,
+        value: rec.value,
+        thread: Tid(rec.target.cast_signed()),
+        remaining,
+        interval: rec.interval_ns,
+        overrun: rec.overrun_last.max(0),
+    }
+}
+
+struct ProcDir(PathBuf);
+
+impl ProcDir {
+    fn new(pid: u32) -> Self {
+        Self(PathBuf::from(format!("/proc/{pid}")))
+    }
+
+    fn thread(pid: u32, tid: u32) -> Self {
+        Self(PathBuf::from(format!("/proc/{pid}/task/{tid}")))
+    }
+
+    fn link(&self, name: &str) -> Result<PathRef, CheckpointError> {
+        let link = self.0.join(name);
+        let path = fs::read_link(&link).map_err(CheckpointError::io("readlink", &link))?;
+        // By name, so that the restore finds the same numbers (overlay filesystems).
+        let stat = fs::metadata(&path)
+            .or_else(|_| fs::metadata(&link))
+            .map_err(CheckpointError::io("stat", &link))?;
+        Ok(path_ref(Path::new(&path), &stat))
+    }
+}
+
+/// The parts of /proc/PID/status the iterators do not have.
+struct Status {
+    umask: u32,
+    groups: Vec<u32>,
+}
+
+impl Status {
+    fn read(dir: &ProcDir) -> Result<Self, CheckpointError> {
+        let path = dir.0.join("status");
+        let text = fs::read_to_string(&path).map_err(CheckpointError::io("read", &path))?;
+        Ok(Self::parse(&text))
+    }
+
+    fn parse(text: &str) -> Self {
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+        Self {
+            umask: field("Umask:")
+                .and_then(|value| u32::from_str_radix(value.trim(), 8).ok())
+                .unwrap_or(0o022),
+            groups: field("Groups:")
+                .unwrap_or("")
+                .split_ascii_whitespace()
+                .filter_map(|group| group.parse().ok())
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_is_parsed() {
+        let status = Status::parse("Name:\tx\nUmask:\t0077\nGroups:\t0 24 1000 \n");
+        assert_eq!(status.umask, 0o77);
+        assert_eq!(status.groups, [0, 24, 1000]);
+    }
+
+    #[test]
+    fn parents_come_first() {
+        let process = |pid, parent: Option<i32>| Process {
+            pid: Pid(pid),
+            parent: parent.map(Pid),
+            ..Process::default()
+        };
+        let order = parents_first(vec![
+            process(3, Some(9)),
+            process(9, Some(5)),
+            process(5, None),
+            process(4, None),
+        ]);
+        let pids: Vec<i32> = order.iter().map(|p| p.pid.0).collect();
+        assert_eq!(pids, [4, 5, 9, 3]);
+    }
+
+    #[test]
+    fn an_overdue_timer_is_still_armed() {
+        assert_eq!(left(50, 100), 1);
+        assert_eq!(left(150, 100), 50);
+        assert_eq!(left(0, 100), 0);
+    }
+}

@@ -1,0 +1,72 @@
+//! When each step of a checkpoint ended.
+
+use serde::Serialize;
+use std::time::{Duration, Instant};
+
+/// Steps with the moment they ended, from one start.
+#[derive(Clone, Debug)]
+pub struct Timeline {
+    start: Instant,
+    steps: Vec<(&'static str, Instant)>,
+    frozen: Option<(Instant, Option<Instant>)>,
+}
+
+/// How long things took, in microseconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Durations {
+    /// Each step's own time.
+    pub steps: Vec<(&'static str, u64)>,
+    /// From the request to freeze to the thaw or the kill.
+    pub frozen_us: u64,
+    /// All of it.
+    pub total_us: u64,
+}
+
+impl Timeline {
+    pub(super) fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            steps: Vec::new(),
+            frozen: None,
+        }
+    }
+
+    pub(super) fn done(&mut self, step: &'static str) {
+        self.steps.push((step, Instant::now()));
+    }
+
+    pub(super) fn freeze(&mut self) {
+        // A repeated attempt begins anew: the application ran in between.
+        self.frozen = Some((Instant::now(), None));
+    }
+
+    pub(super) fn release(&mut self) {
+        if let Some((_, end @ None)) = &mut self.frozen {
+            *end = Some(Instant::now());
+        }
+    }
+
+    /// What it amounts to.
+    #[must_use]
+    pub fn durations(&self) -> Durations {
+        let mut last = self.start;
+        let steps = self.steps.iter().map(|&(name, at)| {
+            let took = at - last;
+            last = at;
+            (name, micros(took))
+        });
+        let steps = steps.collect();
+        let frozen = self.frozen.map_or(Duration::ZERO, |(from, to)| {
+            to.unwrap_or_else(Instant::now) - from
+        });
+        Durations {
+            steps,
+            frozen_us: micros(frozen),
+            total_us: micros(last - self.start),
+        }
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

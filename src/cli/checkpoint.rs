@@ -1,0 +1,158 @@
+//! `tracker checkpoint`: freezes an application into an image directory.
+
+use crate::capture::Slots;
+use crate::capture::{Capture, CheckpointError, Durations, Fault, MemoryStats, Options, Selection};
+use crate::error::ExitCode;
+use crate::image::{DirectoryStore, Image, Store, encode};
+use crate::model::frozen::Application;
+use crate::model::ids::Pid;
+use clap::Args;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Arguments of `tracker checkpoint`.
+#[derive(Debug, Args)]
+pub struct CheckpointArgs {
+    /// The application of this name
+    #[arg(
+        long,
+        value_name = "NAME",
+        required_unless_present = "pid",
+        conflicts_with = "pid"
+    )]
+    name: Option<String>,
+
+    /// A process and everything below it
+    #[arg(long, value_name = "PID")]
+    pid: Option<i32>,
+
+    /// Directory to make for the image
+    #[arg(long, value_name = "DIR")]
+    image: PathBuf,
+
+    /// Let the application run on
+    #[arg(long)]
+    leave_running: bool,
+
+    /// Give up when it is not frozen after this time
+    #[arg(long, value_name = "MS", default_value_t = 10_000)]
+    deadline: u64,
+
+    /// Print the outcome as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was done, for machines.
+#[derive(Debug, Serialize)]
+struct Outcome<'a> {
+    name: &'a str,
+    image: &'a Path,
+    processes: usize,
+    threads: usize,
+    descriptors: usize,
+    mappings: usize,
+    memory: MemoryStats,
+    network_locked: bool,
+    left_running: bool,
+    #[serde(flatten)]
+    durations: Durations,
+}
+
+/// Makes a checkpoint. Whatever fails, the application runs on and no image is left.
+///
+/// # Errors
+/// See [`CheckpointError`].
+pub fn run(args: &CheckpointArgs) -> Result<ExitCode, CheckpointError> {
+    let selection = match (&args.name, args.pid) {
+        (Some(name), _) => Selection::Name(name.clone()),
+        (None, pid) => Selection::Tree(Pid(pid.unwrap_or_default())),
+    };
+    let options = Options {
+        deadline: Duration::from_millis(args.deadline),
+    };
+    let mut capture = Capture::prepare(&selection, options)?;
+    if !capture.blockers().is_empty() {
+        return Err(CheckpointError::Blocked(capture.blockers().to_vec()));
+    }
+    let mut store = DirectoryStore::create(&args.image)?;
+    let application = match take(&mut capture, &mut store, args.leave_running) {
+        Ok(application) => application,
+        Err(error) => {
+            // The application first: removing an image may take its time.
+            capture.thaw();
+            store.discard();
+            return Err(error);
+        }
+    };
+    report(args, &capture, &application);
+    Ok(ExitCode::Done)
+}
+
+fn take(
+    capture: &mut Capture,
+    store: &mut DirectoryStore,
+    leave_running: bool,
+) -> Result<Application, CheckpointError> {
+    let mut slots = Slots::default();
+    capture.precopy(store, &mut slots)?;
+    capture.lock_network()?;
+    capture.freeze()?;
+    let application = capture.collect(store, &mut slots)?;
+    if leave_running {
+        capture.thaw();
+    }
+    Fault::Encode.point()?;
+    let image = Image {
+        system: None,
+        applications: vec![application],
+    };
+    let metadata = encode(&image);
+    Fault::Commit.point()?;
+    store.commit(&metadata, slots.used())?;
+    if !leave_running {
+        capture.commit_and_kill()?;
+    }
+    Ok(image.applications.into_iter().next().unwrap_or_default())
+}
+
+fn report(args: &CheckpointArgs, capture: &Capture, application: &Application) {
+    let durations = capture.timeline().durations();
+    let outcome = Outcome {
+        name: &application.header.name,
+        image: &args.image,
+        processes: application.processes.len(),
+        threads: application.processes.iter().map(|p| p.threads.len()).sum(),
+        descriptors: application.files.values().map(|t| t.fds.len()).sum(),
+        mappings: application.mms.values().map(|mm| mm.vmas.len()).sum(),
+        memory: capture.memory(),
+        network_locked: capture.is_locked(),
+        left_running: args.leave_running,
+        durations,
+    };
+    if args.json {
+        super::print_json(&outcome);
+        return;
+    }
+    println!(
+        "{}: {} processes, {} threads, {} descriptors, {} mappings, {} MiB of memory",
+        outcome.name,
+        outcome.processes,
+        outcome.threads,
+        outcome.descriptors,
+        outcome.mappings,
+        outcome.memory.pages / 256,
+    );
+    println!(
+        "frozen for {} ms of {} ms; the image is {}",
+        millis(outcome.durations.frozen_us),
+        millis(outcome.durations.total_us),
+        outcome.image.display(),
+    );
+}
+
+/// Microseconds as milliseconds with one decimal.
+fn millis(micros: u64) -> String {
+    format!("{}.{}", micros / 1000, micros % 1000 / 100)
+}
