@@ -4,15 +4,15 @@
 use super::error::CheckpointError;
 use super::restart::Now;
 use super::threads::Tracees;
-use super::wakeups::Wakeups;
 use crate::bpf::events::ThreadRec;
 use crate::model::ids::{Pid, Tid};
 use crate::sys::cgroup::Cgroup;
 use crate::sys::process::{Fork, fork_with_pid, pidfd_getfd, pidfd_open};
 use crate::sys::task::exit_now;
 use crate::sys::tcp;
-use nix::unistd::{pipe2, read, setsid, write};
-use std::os::fd::{AsFd, OwnedFd};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{getppid, pipe2, read, setsid, write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -35,6 +35,12 @@ pub struct Guard {
 }
 
 const DONE: u8 = b'd';
+const CLEAN_UP: u8 = b'c';
+
+fn wait_for_end(tracker: BorrowedFd<'_>) {
+    let mut fds = [PollFd::new(tracker, PollFlags::POLLIN)];
+    while poll(&mut fds, PollTimeout::from(5_000_u16)) == Err(nix::errno::Errno::EINTR) {}
+}
 
 impl Guard {
     /// Forks the guard. Call it before anything is loaded or locked that must end with
@@ -54,6 +60,7 @@ impl Guard {
             }),
             Fork::Child => {
                 drop(writer);
+                let tracker = pidfd_open(Pid(getppid().as_raw()));
                 let _ = setsid();
                 // The write end is held by tracker alone: end of file is its end.
                 let mut byte = [0];
@@ -63,8 +70,16 @@ impl Guard {
                         said => break said,
                     }
                 };
-                if said != Ok(1) {
-                    clean_up(watch);
+                match (said, byte[0]) {
+                    (Ok(1), DONE) => {}
+                    (Ok(1), _) => clean_up(watch),
+                    // Its descriptors go before its tracees do: wait for the very end.
+                    _ => {
+                        if let Ok(tracker) = tracker {
+                            wait_for_end(tracker.as_fd());
+                        }
+                        clean_up(watch);
+                    }
                 }
                 exit_now(0)
             }
@@ -88,7 +103,9 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if self.pipe.take().is_some() {
+        if let Some(pipe) = self.pipe.take() {
+            let _ = write(&pipe, &[CLEAN_UP]);
+            drop(pipe);
             self.reap();
         }
     }
@@ -138,7 +155,6 @@ fn leave_repair(cgroup: &Cgroup) {
 }
 
 fn continue_calls(cgroup: &Cgroup) {
-    let Ok(wakeups) = Wakeups::new() else { return };
     let mut recs = Vec::new();
     for pid in cgroup.processes().unwrap_or_default() {
         let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
@@ -161,7 +177,7 @@ fn continue_calls(cgroup: &Cgroup) {
         offset: 0,
     };
     // Dropping them is what sets the calls to go on.
-    let _ = Tracees::stop(&recs, &wakeups, Duration::from_secs(1), &now, |_| 0);
+    let _ = Tracees::repair(&recs, Duration::from_secs(1), &now, |_| 0);
 }
 
 /// Signals that wait for a thread and are not blocked, from /proc/TID/status.

@@ -494,16 +494,40 @@ impl Capture {
     /// Connections first, then system calls, then the freezer: from the moment it runs,
     /// everything must be as it was.
     fn let_run(&mut self) {
+        let had_tracees = self.frozen.is_some();
         if let Some(frozen) = self.frozen.take() {
             drop(frozen.repaired);
             drop(frozen.tracees);
         }
         if self.freezing {
+            if !had_tracees {
+                self.repair_calls();
+            }
             if let Err(e) = self.target.cgroup.set_frozen(false) {
                 tracing::error!("{e}");
             }
             self.freezing = false;
             self.timeline.release();
+        }
+    }
+
+    /// The freezer alone ends some waits with `EINTR`: threads that are frozen and were not
+    /// stopped yet are stopped once, to set those waits to go on.
+    fn repair_calls(&mut self) {
+        let Ok(tasks) = self.iterators.threads(self.scope()) else {
+            return;
+        };
+        let Ok((now, _)) = clocks::read(self.offsets) else {
+            return;
+        };
+        let shared = |tgid| {
+            let process = tasks.processes.iter().find(|p| p.pid == tgid);
+            process.map_or(0, |p| p.shared_pending)
+        };
+        let limit = Duration::from_millis(200);
+        // Dropping them is what repairs.
+        if let Err(e) = Tracees::repair(&tasks.threads, limit, &now, shared) {
+            tracing::debug!("{e}");
         }
     }
 }

@@ -146,8 +146,9 @@ fn deadline(regs: &Registers, nr: i64, rec: &ThreadRec, now: &Now) -> Option<u64
             libc::CLOCK_MONOTONIC
         }
         RestartKind::POLL => {
-            let timeout = regs.rdx as u32;
-            if timeout.cast_signed() < 0 {
+            // An int: negative is without a limit.
+            const SIGN: u64 = 1 << 31;
+            if regs.rdx & SIGN != 0 {
                 return None;
             }
             libc::CLOCK_MONOTONIC

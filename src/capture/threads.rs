@@ -49,6 +49,30 @@ impl Tracees {
         now: &Now,
         shared_pending: impl Fn(u32) -> u64,
     ) -> Result<Self, CheckpointError> {
+        Self::stop_unless(recs, Some(wakeups), limit, now, shared_pending)
+    }
+
+    /// Stops those that can be stopped and lets them go at once, with calls that only the
+    /// freeze had interrupted set to go on. A request to abort does not keep it from that.
+    ///
+    /// # Errors
+    /// Some could not be stopped.
+    pub fn repair(
+        recs: &[ThreadRec],
+        limit: Duration,
+        now: &Now,
+        shared_pending: impl Fn(u32) -> u64,
+    ) -> Result<(), CheckpointError> {
+        Self::stop_unless(recs, None, limit, now, shared_pending).map(drop)
+    }
+
+    fn stop_unless(
+        recs: &[ThreadRec],
+        wakeups: Option<&Wakeups>,
+        limit: Duration,
+        now: &Now,
+        shared_pending: impl Fn(u32) -> u64,
+    ) -> Result<Self, CheckpointError> {
         let deadline = Instant::now() + limit;
         let live: Vec<&ThreadRec> = recs.iter().filter(|rec| !rec.is_zombie()).collect();
         let mut this = Self::default();
@@ -60,25 +84,30 @@ impl Tracees {
         for &tid in &this.seized {
             ptrace::interrupt(tid)?;
         }
-        this.wait(wakeups, deadline, limit)?;
+        let stopped = this.wait(wakeups, deadline, limit);
         for rec in live {
             let signalled = (rec.pending | shared_pending(rec.tgid)) & !rec.blocked != 0;
-            let found = ptrace::registers(Tid(rec.tid.cast_signed()))?;
+            let tid = Tid(rec.tid.cast_signed());
+            let found = match ptrace::registers(tid) {
+                // Those that did stop are read all the same: dropping them repairs their calls.
+                Err(_) if stopped.is_err() => continue,
+                found => found?,
+            };
             let (syscall, regs) = restart::classify(&found, rec, now, signalled);
             this.threads.push(Stopped {
-                tid: Tid(rec.tid.cast_signed()),
+                tid,
                 pid: Pid(rec.tgid.cast_signed()),
                 regs,
                 syscall,
                 found,
             });
         }
-        Ok(this)
+        stopped.map(|()| this)
     }
 
     fn wait(
         &self,
-        wakeups: &Wakeups,
+        wakeups: Option<&Wakeups>,
         deadline: Instant,
         limit: Duration,
     ) -> Result<(), CheckpointError> {
@@ -102,7 +131,9 @@ impl Tracees {
             let Some(first) = left.first() else {
                 return Ok(());
             };
-            wakeups.check()?;
+            if let Some(wakeups) = wakeups {
+                wakeups.check()?;
+            }
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
                 return Err(CheckpointError::Deadline {
@@ -112,7 +143,11 @@ impl Tracees {
                 });
             }
             // SIGCHLD wakes us; should another thread of tracker have taken it, look again.
-            wakeups.wait_for_child(rest.min(Duration::from_millis(20)))?;
+            let pause = rest.min(Duration::from_millis(20));
+            match wakeups {
+                Some(wakeups) => wakeups.wait_for_child(pause)?,
+                None => std::thread::sleep(pause.min(Duration::from_millis(1))),
+            }
             pending = left;
         }
     }

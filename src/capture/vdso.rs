@@ -100,7 +100,7 @@ mod tests {
             len: 8192,
             entries: vec![100..114],
         };
-        let at = |offset| code.standing(0x7000, 0x7000 + offset);
+        let at = |offset: u64| code.standing(0x7000, 0x7000 + offset);
         assert_eq!(at(99), Standing::Inside);
         assert_eq!(at(100), Standing::Inside);
         assert_eq!(at(101), Standing::Overwritten);
