@@ -312,8 +312,10 @@ mod tests {
 
     #[test]
     fn the_auxiliary_vector_ends_with_its_terminator() {
-        let mut rec = MmRec::default();
-        rec.auxv_words = 8;
+        let mut rec = MmRec {
+            auxv_words: 8,
+            ..MmRec::default()
+        };
         rec.auxv[..6].copy_from_slice(&[6, 4096, 0, 0, 9, 9]);
         assert_eq!(auxv(&rec).len(), 4 * 8);
     }

@@ -98,7 +98,7 @@ mod tests {
     fn only_the_bytes_behind_the_first_are_torn() {
         let code = Code {
             len: 8192,
-            entries: vec![100..114],
+            entries: vec![100..114, 300..314],
         };
         let at = |offset: u64| code.standing(0x7000, 0x7000 + offset);
         assert_eq!(at(99), Standing::Inside);
