@@ -68,7 +68,7 @@ pub fn pack(programs: &Path, stage: &Path, archive: &Path) -> Result<()> {
 }
 
 /// The binaries of this package that go into the guest.
-const GUEST_PROGRAMS: &[&str] = &["guestd", "cases", "iter_check", "heartbeat"];
+const GUEST_PROGRAMS: &[&str] = &["guestd", "cases", "iter_check", "heartbeat", "storm"];
 
 fn strip(from: &Path, to: &PathBuf) -> Result<()> {
     run(Command::new("objcopy")

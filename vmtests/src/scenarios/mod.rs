@@ -10,6 +10,7 @@ mod handover;
 mod harness;
 mod kernel;
 mod services;
+mod tracking;
 
 /// One scenario.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +33,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         kernel::SCENARIOS,
         services::SCENARIOS,
         faults::SCENARIOS,
+        tracking::SCENARIOS,
     ]
     .into_iter()
     .flatten()
