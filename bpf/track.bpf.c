@@ -14,6 +14,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #include "track_task.bpf.h"
 #include "track_socket.bpf.h"
 #include "track_file.bpf.h"
+#include "track_enter.bpf.h"
 #include "track_epoll.bpf.h"
 #include "track_mm.bpf.h"
 #include "track_marks.bpf.h"

@@ -21,16 +21,6 @@ static __always_inline void send_task(struct task_struct *task, u32 kind, const 
 	bpf_ringbuf_submit(e, 0);
 }
 
-/* In copy_process, after the child joined its cgroup and before it runs; unlike
- * sched_process_fork it sees io_uring workers too. */
-SEC("tp_btf/task_newtask")
-int BPF_PROG(task_newtask, struct task_struct *task)
-{
-	if (!(task->flags & PF_KTHREAD) && task_tracked(task))
-		send_task(task, EVENT_TASK_NEW, NULL);
-	return 0;
-}
-
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(task_exec, struct task_struct *task)
 {
@@ -71,20 +61,6 @@ int BPF_PROG(task_free, struct task_struct *task)
 {
 	if (task_tracked(task))
 		send_task(task, EVENT_TASK_RELEASE, NULL);
-	return 0;
-}
-
-SEC("tp_btf/cgroup_attach_task")
-int BPF_PROG(cgroup_attach, struct cgroup *cgrp, const char *path, struct task_struct *task)
-{
-	struct move_event *e = EVENT(struct move_event, EVENT_CGROUP_MOVE, task, CLASS_TASK);
-
-	if (!e)
-		return 0;
-	e->cgroup = BPF_CORE_READ(cgrp, kn, id);
-	e->tgid = BPF_CORE_READ(task, tgid);
-	e->tracked = cgroup_tracked(cgrp);
-	bpf_ringbuf_submit(e, 0);
 	return 0;
 }
 

@@ -374,12 +374,19 @@ impl Step<'_> {
         {
             return;
         }
-        // The address is new or used again: whatever had it before is gone.
+        // The address is new or used again, and what had it before is gone; or a
+        // thread that moved here is introduced, and others go on using the table.
+        let users = self
+            .state
+            .tables
+            .get(&files)
+            .map(|table| table.users.clone());
         self.forget_table(files);
         let table = Table {
             born: self.seq,
             seq: self.seq,
             trust: Trust::Verified,
+            users: users.unwrap_or_default(),
             ..Table::default()
         };
         self.state.tables.insert(files, table);
