@@ -29,6 +29,11 @@ pub enum Anomaly {
     Malformed,
 }
 
+/// How many events a description without descriptors is kept.
+const UNHELD_EVENTS: u64 = 4096;
+/// How often such are looked for.
+const PURGE_EVENTS: u64 = 1024;
+
 /// Applies one event and says what did not fit.
 pub fn apply(state: &mut State, event: &Event) -> Vec<Anomaly> {
     let mut step = Step {
@@ -37,6 +42,9 @@ pub fn apply(state: &mut State, event: &Event) -> Vec<Anomaly> {
         anomalies: Vec::new(),
     };
     step.body(&event.body);
+    if event.seq.is_multiple_of(PURGE_EVENTS) {
+        step.purge();
+    }
     step.state.seq = step.state.seq.max(event.seq);
     step.anomalies
 }
@@ -437,18 +445,25 @@ impl Step<'_> {
 
     fn reference(&mut self, info: &OfdInfo) {
         let seq = self.seq;
+        let mut refs = 1;
         if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
+            let was_held = ofd.refs > 0;
             ofd.refs += 1;
+            refs = ofd.refs;
             let known = ofd.kind != FileKind::Unknown;
             let same = ofd.kind == info.kind && ofd.inode == info.inode && ofd.sock == info.sock;
-            if info.kind == FileKind::Unknown || same || (known && ofd.seq > seq) {
+            // All epoll instances share an inode, but only a new one is empty.
+            let revived = was_held || !info.empty_epoll;
+            if info.kind == FileKind::Unknown
+                || (same && revived)
+                || (known && was_held && ofd.seq > seq)
+            {
                 return;
             }
-            if known {
+            if known && was_held {
                 self.anomalies.push(Anomaly::Conflict(info.id));
             }
         }
-        let refs = self.state.ofds.get(&info.id).map_or(1, |ofd| ofd.refs);
         let ofd = Ofd {
             seq,
             refs,
@@ -473,46 +488,51 @@ impl Step<'_> {
             } else {
                 Trust::Suspect
             };
-            self.state.epolls.insert(
-                info.id,
-                Epoll {
-                    seq,
-                    trust,
-                    ..Epoll::default()
-                },
-            );
+            let epoll = Epoll {
+                seq,
+                trust,
+                ..Epoll::default()
+            };
+            self.state.epolls.insert(info.id, epoll);
         }
         if let Some(sock) = info.sock {
             let info = SockInfo {
                 sock,
                 ..SockInfo::default()
             };
-            self.state.sockets.insert(
-                sock,
-                Socket {
-                    seq,
-                    trust: Trust::Suspect,
-                    info,
-                },
-            );
+            let socket = Socket {
+                seq,
+                trust: Trust::Suspect,
+                info,
+            };
+            self.state.sockets.insert(sock, socket);
         }
     }
 
+    /// A description that no descriptor refers to is kept for a while: a table that is
+    /// being copied may hold it, of which word comes later, or a message on its way.
     pub(super) fn unref(&mut self, id: OfdId) {
-        let Some(ofd) = self.state.ofds.get_mut(&id) else {
-            return;
-        };
-        ofd.refs = ofd.refs.saturating_sub(1);
-        if ofd.refs > 0 {
-            return;
+        if let Some(ofd) = self.state.ofds.get_mut(&id) {
+            ofd.refs = ofd.refs.saturating_sub(1);
+            if ofd.refs == 0 {
+                ofd.seq = ofd.seq.max(self.seq);
+            }
         }
-        // It may live on in a message or a mapping; should a descriptor refer to
-        // it again, its installation describes it again.
-        if let Some(sock) = ofd.sock {
-            self.state.sockets.remove(&sock);
+    }
+
+    /// Forgets the descriptions that nothing has referred to for long.
+    fn purge(&mut self) {
+        let old = self.seq.saturating_sub(UNHELD_EVENTS);
+        let gone = self
+            .state
+            .ofds
+            .extract_if(.., |_, ofd| ofd.refs == 0 && ofd.seq <= old);
+        for (id, ofd) in gone.collect::<Vec<_>>() {
+            if let Some(sock) = ofd.sock {
+                self.state.sockets.remove(&sock);
+            }
+            self.state.epolls.remove(&id);
         }
-        self.state.epolls.remove(&id);
-        self.state.ofds.remove(&id);
     }
 
     fn range_cloexec(&mut self, files: FilesId, first: Fd, last: Fd, since: u64) {

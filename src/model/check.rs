@@ -74,12 +74,12 @@ pub fn check(state: &State) -> Vec<Inconsistency> {
     }
     let mut holders = BTreeMap::<SockId, OfdId>::new();
     for (id, ofd) in &state.ofds {
-        if refs.get(id) != Some(&ofd.refs) {
+        if refs.get(id).copied().unwrap_or(0) != ofd.refs {
             found.push(Inconsistency::References(*id));
         }
         if let Some(sock) = ofd.sock {
             holders.insert(sock, *id);
-            if !state.sockets.contains_key(&sock) {
+            if ofd.refs > 0 && !state.sockets.contains_key(&sock) {
                 found.push(Inconsistency::Socket(sock));
             }
         }

@@ -29,6 +29,9 @@ pub struct Snapshot {
     pub mms: BTreeMap<MmId, u32>,
 }
 
+/// No fork takes as many events.
+const FORK_EVENTS: u64 = 100_000;
+
 /// Merges a reading. The events numbered above `snapshot.seq` that were applied
 /// already must be applied once more afterwards.
 pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {

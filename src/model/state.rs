@@ -17,7 +17,7 @@ pub struct State {
     pub tasks: BTreeMap<TaskId, Task>,
     /// Descriptor tables.
     pub tables: BTreeMap<FilesId, Table>,
-    /// Open file descriptions that some descriptor refers to.
+    /// Open file descriptions that some descriptor refers to, or did lately.
     pub ofds: BTreeMap<OfdId, Ofd>,
     /// Sockets that some description holds.
     pub sockets: BTreeMap<SockId, Socket>,
@@ -176,10 +176,26 @@ impl State {
     #[must_use]
     pub fn suspects(&self) -> BTreeSet<Object> {
         let suspect = |trust: Trust| trust == Trust::Suspect;
-        let tables = self.tables.iter().filter(|(_, t)| suspect(t.trust));
+        let held = |id: &OfdId| self.ofds.get(id).is_some_and(|ofd| ofd.refs > 0);
+        let socks: BTreeSet<SockId> = self
+            .ofds
+            .values()
+            .filter(|ofd| ofd.refs > 0)
+            .filter_map(|ofd| ofd.sock)
+            .collect();
+        let tables = self
+            .tables
+            .iter()
+            .filter(|(_, t)| suspect(t.trust) && !t.users.is_empty());
         let mms = self.mms.iter().filter(|(_, m)| suspect(m.trust));
-        let epolls = self.epolls.iter().filter(|(_, e)| suspect(e.trust));
-        let sockets = self.sockets.iter().filter(|(_, s)| suspect(s.trust));
+        let epolls = self
+            .epolls
+            .iter()
+            .filter(|(id, e)| suspect(e.trust) && held(id));
+        let sockets = self
+            .sockets
+            .iter()
+            .filter(|(id, s)| suspect(s.trust) && socks.contains(id));
         tables
             .map(|(id, _)| Object::Files(*id))
             .chain(mms.map(|(id, _)| Object::Mm(*id)))
