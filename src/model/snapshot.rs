@@ -101,12 +101,11 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {
         }
     }
     if snapshot.all_tasks {
-        // A fork that failed after it copied the table leaves it without a user.
-        let unused = step
-            .state
-            .tables
-            .iter()
-            .filter(|(_, t)| t.users.is_empty() && t.seq <= seq);
+        // A fork that failed after it copied the table leaves it without a user; one
+        // under way does so too, for a while.
+        let old = seq.saturating_sub(FORK_EVENTS);
+        let unused = step.state.tables.iter();
+        let unused = unused.filter(|(_, table)| table.users.is_empty() && table.seq <= old);
         let unused: Vec<FilesId> = unused.map(|(id, _)| *id).collect();
         for id in unused {
             step.forget_table(id);

@@ -204,6 +204,7 @@ impl Engine {
                 _ => self.read_all = true,
             }
             if !matches!(anomaly, Anomaly::Stale(Object::Mm(_))) {
+                tracing::debug!(?anomaly, seq = self.state.seq, "anomaly");
                 *self.counters.anomalies.entry(kind.to_owned()).or_default() += 1;
             }
         }
