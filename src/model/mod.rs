@@ -7,6 +7,7 @@ pub mod ids;
 
 pub mod apply;
 pub mod check;
+mod descriptions;
 pub mod diff;
 pub mod event;
 pub mod plan;

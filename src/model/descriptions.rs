@@ -1,0 +1,128 @@
+//! Open file descriptions and what refers to them, for `apply`.
+
+use super::apply::{Anomaly, Step};
+use super::event::{FileKind, OfdInfo, SockInfo};
+use super::ids::{Fd, FilesId, OfdId};
+use super::state::{Epoll, Ofd, Slot, Socket, Trust};
+
+/// How many events a description without descriptors is kept.
+const UNHELD_EVENTS: u64 = 4096;
+impl Step<'_> {
+    /// Makes a descriptor of a known table refer to a description, unless later
+    /// news of the descriptor came first.
+    pub(super) fn set_slot(&mut self, files: FilesId, fd: Fd, ofd: &OfdInfo, cloexec: bool) {
+        let Some(table) = self.state.tables.get(&files) else {
+            return;
+        };
+        if table.fds.get(&fd).is_some_and(|slot| slot.seq > self.seq) {
+            return;
+        }
+        // The new reference first: it may be the one that is replaced.
+        self.reference(ofd);
+        let slot = Slot {
+            seq: self.seq,
+            ofd: ofd.id,
+            cloexec,
+        };
+        let old = self
+            .state
+            .tables
+            .get_mut(&files)
+            .and_then(|table| table.fds.insert(fd, slot));
+        if let Some(old) = old {
+            self.unref(old.ofd);
+        }
+    }
+
+    fn reference(&mut self, info: &OfdInfo) {
+        let seq = self.seq;
+        let mut refs = 1;
+        if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
+            let was_held = ofd.refs > 0;
+            ofd.refs += 1;
+            refs = ofd.refs;
+            let known = ofd.kind != FileKind::Unknown;
+            let same = ofd.kind == info.kind && ofd.inode == info.inode && ofd.sock == info.sock;
+            // All epoll instances share an inode, but only a new one is empty.
+            let revived = was_held || !info.empty_epoll;
+            if info.kind == FileKind::Unknown
+                || (same && revived)
+                || (known && was_held && ofd.seq > seq)
+            {
+                return;
+            }
+            if known && was_held {
+                self.anomalies.push(Anomaly::Conflict(info.id));
+            }
+        }
+        let ofd = Ofd {
+            seq,
+            refs,
+            kind: info.kind,
+            inode: info.inode,
+            mode: info.mode,
+            flags: info.flags,
+            sock: info.sock,
+        };
+        if let Some(sock) = self
+            .state
+            .ofds
+            .insert(info.id, ofd)
+            .and_then(|old| old.sock)
+        {
+            self.state.sockets.remove(&sock);
+        }
+        self.state.epolls.remove(&info.id);
+        if info.kind == FileKind::Epoll {
+            let trust = if info.empty_epoll {
+                Trust::Verified
+            } else {
+                Trust::Suspect
+            };
+            let epoll = Epoll {
+                seq,
+                trust,
+                ..Epoll::default()
+            };
+            self.state.epolls.insert(info.id, epoll);
+        }
+        if let Some(sock) = info.sock {
+            let info = SockInfo {
+                sock,
+                ..SockInfo::default()
+            };
+            let socket = Socket {
+                seq,
+                trust: Trust::Suspect,
+                info,
+            };
+            self.state.sockets.insert(sock, socket);
+        }
+    }
+
+    /// A description that no descriptor refers to is kept for a while: a table that is
+    /// being copied may hold it, of which word comes later, or a message on its way.
+    pub(super) fn unref(&mut self, id: OfdId) {
+        if let Some(ofd) = self.state.ofds.get_mut(&id) {
+            ofd.refs = ofd.refs.saturating_sub(1);
+            if ofd.refs == 0 {
+                ofd.seq = ofd.seq.max(self.seq);
+            }
+        }
+    }
+
+    /// Forgets the descriptions that nothing has referred to for long.
+    pub(super) fn purge(&mut self) {
+        let old = self.seq.saturating_sub(UNHELD_EVENTS);
+        let gone = self
+            .state
+            .ofds
+            .extract_if(.., |_, ofd| ofd.refs == 0 && ofd.seq <= old);
+        for (id, ofd) in gone.collect::<Vec<_>>() {
+            if let Some(sock) = ofd.sock {
+                self.state.sockets.remove(&sock);
+            }
+            self.state.epolls.remove(&id);
+        }
+    }
+}
