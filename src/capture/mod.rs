@@ -291,6 +291,7 @@ impl Capture {
         }
         self.timeline.done("freeze");
         Fault::Threads.point()?;
+        self.wakeups.check()?;
         Ok(())
     }
 

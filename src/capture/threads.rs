@@ -131,9 +131,8 @@ impl Tracees {
             let Some(first) = left.first() else {
                 return Ok(());
             };
-            if let Some(wakeups) = wakeups {
-                wakeups.check()?;
-            }
+            // A request to abort waits until all have stopped: one that is let go before could
+            // not have its call repaired.
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
                 return Err(CheckpointError::Deadline {

@@ -56,12 +56,12 @@ impl Wakeups {
         Ok(())
     }
 
-    /// Waits until a tracee reports, or an abort was asked for, at most this long.
+    /// Waits until a tracee reports, at most this long.
     ///
     /// # Errors
     /// poll(2) fails.
     pub fn wait_for_child(&self, limit: Duration) -> Result<(), CheckpointError> {
-        ready(&[self.child.as_fd(), self.stop.as_fd()], limit)?;
+        ready(&[self.child.as_fd()], limit)?;
         while matches!(self.child.read_signal(), Ok(Some(_))) {}
         Ok(())
     }
