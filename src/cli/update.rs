@@ -23,9 +23,9 @@ pub struct UpdateArgs {
         allow_hyphen_values = true
     )]
     append: String,
-    /// Copy memory while the applications run until they need to stand still for at most so long
-    #[arg(long, value_name = "MS", default_value_t = 20)]
-    max_freeze: u64,
+    /// Roll back rather than have the applications stand still for longer before the kexec
+    #[arg(long, value_name = "MS")]
+    max_freeze: Option<u64>,
     /// Check everything and tell what would happen
     #[arg(long)]
     dry_run: bool,
@@ -43,12 +43,12 @@ pub fn run(args: &UpdateArgs) -> Result<ExitCode, UpdateError> {
         kernel: args.kernel.clone(),
         initrd: args.initrd.clone(),
         append: args.append.clone(),
-        max_freeze: Duration::from_millis(args.max_freeze),
+        max_freeze: args.max_freeze.map(Duration::from_millis),
     })?;
     if !args.dry_run {
         match update.run()? {}
     }
-    let names: Vec<_> = update.applications().iter().map(|app| app.name()).collect();
+    let names = update.applications();
     let range = update.arena().range;
     if args.json {
         let plan = serde_json::json!({

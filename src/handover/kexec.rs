@@ -71,7 +71,7 @@ pub fn load(
 impl Loaded {
     /// Starts it; returns only if that fails.
     #[must_use]
-    pub fn start(self) -> KexecError {
+    pub fn start(&self) -> KexecError {
         KexecError::Start(sys::start())
     }
 }

@@ -80,8 +80,8 @@ pub enum ApplicationStatus {
 
 /// Names of the milestones that durations are computed from.
 pub mod step {
-    /// No process of the applications runs any more.
-    pub const FROZEN: &str = "frozen";
+    /// The applications are asked to stop: from here on they stand still.
+    pub const FROZEN: &str = "freeze";
     /// The old kernel is about to be left.
     pub const KEXEC: &str = "kexec";
     /// The first instruction of ours on the new kernel.

@@ -13,6 +13,8 @@ use super::network::{self, NetworkError};
 use super::report::{TscRate, step};
 use super::sysctl;
 use crate::applications::{ApplicationError, NamedApplication};
+use crate::bpf::netlock::{LockError, NetLock};
+use crate::capture::{Capture, CheckpointError, Fault, FaultHit, Options, Selection, Slots};
 use crate::error::{ExitCode, HasExitCode};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
 use crate::model::frozen::{Milestone, Origin, System};
@@ -24,7 +26,7 @@ use nix::unistd::{AccessFlags, access};
 use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What to update to.
 #[derive(Clone, Debug)]
@@ -35,8 +37,8 @@ pub struct Request {
     pub initrd: Option<PathBuf>,
     /// More words for the kernel's command line.
     pub append: String,
-    /// Frozen time to stay under, if it can be had.
-    pub max_freeze: Duration,
+    /// Roll back rather than have the applications stand still for longer before the kexec.
+    pub max_freeze: Option<Duration>,
 }
 
 /// Why an update did not happen.
@@ -86,6 +88,26 @@ pub enum UpdateError {
     /// The process' memory cannot be locked.
     #[error("mlockall: {0}; raise RLIMIT_MEMLOCK")]
     Memory(Errno),
+    /// An application cannot be captured.
+    #[error("{name}: {source}")]
+    Capture {
+        /// Its name.
+        name: String,
+        /// Why not.
+        source: CheckpointError,
+    },
+    /// The network lock.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// It would have taken longer than the operator allows.
+    #[error(
+        "The applications stood still for {0:?} and were not captured yet; all is as before, \
+         allow more with --max-freeze"
+    )]
+    TooSlow(Duration),
+    /// A test made it fail.
+    #[error(transparent)]
+    Fault(#[from] FaultHit),
     /// Signals cannot be watched.
     #[error("signalfd: {0}; this is a defect of tracker")]
     Signals(Errno),
@@ -103,15 +125,18 @@ impl HasExitCode for UpdateError {
             | Self::TooSmall { .. }
             | Self::Blocked(_)
             | Self::Kexec(KexecError::Open { .. } | KexecError::Nul) => ExitCode::NotEligible,
-            Self::Kexec(KexecError::Load { .. }) | Self::Cmdline(_) | Self::Memory(_) => {
-                ExitCode::Unsupported
-            }
+            Self::Kexec(KexecError::Load { .. })
+            | Self::Cmdline(_)
+            | Self::Memory(_)
+            | Self::Lock(LockError::Load { .. }) => ExitCode::Unsupported,
+            Self::Capture { source, .. } => source.exit_code(),
             _ => ExitCode::RolledBack,
         }
     }
 }
 
 /// Signals that abort an update; they are blocked while it runs.
+#[derive(Debug)]
 struct Abort(SignalFd);
 
 impl Abort {
@@ -140,22 +165,50 @@ impl Abort {
 }
 
 /// An update that can start: all checks passed, nothing changed but a loaded kernel.
+#[derive(Debug)]
 pub struct Update {
     arena: Arena,
-    applications: Vec<NamedApplication>,
+    captures: Vec<Capture>,
     next: kexec::Loaded,
     command_line: String,
     filesystems: Filesystems,
     abort: Abort,
+    clock: Clock,
+    max_freeze: Option<Duration>,
+}
+
+/// Steps so far, and how fast the time stamp counter runs.
+#[derive(Debug)]
+struct Clock {
     rate: TscRate,
     timeline: Vec<Milestone>,
+}
+
+impl Clock {
+    fn reached(&mut self, step: &str) {
+        self.timeline.push(Milestone {
+            step: step.to_owned(),
+            at: clock::realtime(),
+        });
+    }
+
+    /// All of it, as the next kernel goes on with it.
+    fn origin(&self) -> Origin {
+        Origin {
+            kernel_release: kernel_release(),
+            timeline: self.timeline.clone(),
+            realtime: clock::realtime(),
+            tsc: clock::tsc(),
+            tsc_hz: self.rate.hertz(),
+        }
+    }
 }
 
 impl Update {
     /// Checks everything and loads the next kernel.
     ///
     /// # Errors
-    /// The first obstacle.
+    /// The first obstacle; all objects that cannot be carried together.
     pub fn prepare(request: &Request) -> Result<Self, UpdateError> {
         let rate = TscRate::begin();
         let abort = Abort::watch()?;
@@ -164,27 +217,35 @@ impl Update {
         let running = std::fs::read_to_string("/proc/cmdline").map_err(UpdateError::Cmdline)?;
         let command_line = cmdline::next(&running, arena.range, &request.append)?;
         let applications = running_applications()?;
-        check_eligible(&applications, &arena)?;
+        check_size(&applications, &arena)?;
+        let captures = applications.iter().map(prepare_capture);
+        let captures = captures.collect::<Result<Vec<_>, _>>()?;
+        check_blockers(&applications, &captures)?;
         let filesystems = Filesystems::find()?;
+        Fault::KexecLoad.point()?;
         let next = kexec::load(&request.kernel, request.initrd.as_deref(), &command_line)?;
-        let mut update = Self {
+        let mut clock = Clock {
+            rate,
+            timeline: Vec::new(),
+        };
+        clock.reached("next kernel loaded");
+        Ok(Self {
             arena,
-            applications,
+            captures,
             next,
             command_line,
             filesystems,
             abort,
-            rate,
-            timeline: Vec::new(),
-        };
-        update.reached("next kernel loaded");
-        Ok(update)
+            clock,
+            max_freeze: request.max_freeze,
+        })
     }
 
-    /// Applications that would be carried over.
+    /// Names of the applications that would be carried over.
     #[must_use]
-    pub fn applications(&self) -> &[NamedApplication] {
-        &self.applications
+    pub fn applications(&self) -> Vec<&str> {
+        let headers = self.captures.iter().map(Capture::header);
+        headers.map(|header| header.name.as_str()).collect()
     }
 
     /// Command line of the next kernel.
@@ -199,60 +260,112 @@ impl Update {
         &self.arena
     }
 
-    fn reached(&mut self, step: &str) {
-        self.timeline.push(Milestone {
-            step: step.to_owned(),
-            at: clock::realtime(),
-        });
-    }
-
     /// Does it. Returns only if it failed; all is as before then.
     ///
     /// # Errors
     /// The step that failed.
     pub fn run(mut self) -> Result<Infallible, UpdateError> {
         let mut store = RangeStore::create(&self.arena.device)?;
-        let mut system = system()?;
-        self.filesystems.flush()?;
-        self.reached("filesystems flushed");
-        self.abort.check()?;
-        self.reached(step::FROZEN);
-
-        sys::lock_memory().map_err(UpdateError::Memory)?;
-        // From here on nothing may be printed: stderr may be a file on a frozen filesystem.
-        let filesystems = self.filesystems.freeze()?;
-        self.timeline.push(Milestone {
-            step: "filesystems frozen".to_owned(),
-            at: clock::realtime(),
-        });
-        self.timeline.push(Milestone {
-            step: step::KEXEC.to_owned(),
-            at: clock::realtime(),
-        });
-        system.origin = Origin {
-            kernel_release: kernel_release(),
-            timeline: std::mem::take(&mut self.timeline),
-            realtime: clock::realtime(),
-            tsc: clock::tsc(),
-            tsc_hz: self.rate.hertz(),
-        };
-        let image = Image {
-            system: Some(system),
-            applications: Vec::new(),
-        };
-        let sealed = store.commit(&encode(&image), 0);
-        let sealed = sealed.map_err(UpdateError::from);
-        if let Err(error) = sealed.and_then(|()| self.abort.check()) {
-            drop(filesystems);
-            store.erase()?;
-            return Err(error);
+        let mut slots = Slots::default();
+        let system = system()?;
+        for capture in &mut self.captures {
+            on(capture, |capture| capture.precopy(&store, &mut slots))?;
         }
-        let error = self.next.start();
-        drop(filesystems);
-        // The applications run on: an image of them must not be restored one day.
+        // What is written back now need not be in the frozen window.
+        store.flush()?;
+        self.clock.reached("memory copied");
+        self.filesystems.flush()?;
+        self.clock.reached("filesystems flushed");
+        sys::lock_memory().map_err(UpdateError::Memory)?;
+        self.abort.check()?;
+
+        let mut lock = self.engage_lock()?;
+        self.clock.reached("network locked");
+        let result = self.leave(&mut store, &mut slots, system);
+        // It failed, or it would not have returned: first let the applications run.
+        for capture in &mut self.captures {
+            capture.thaw();
+        }
+        let released = lock.release();
+        // An image of applications that run on must not be restored one day.
         store.erase()?;
-        Err(error.into())
+        released?;
+        result
     }
+
+    /// One lock over all applications.
+    fn engage_lock(&mut self) -> Result<NetLock, UpdateError> {
+        let mut lock = NetLock::load()?;
+        for capture in &mut self.captures {
+            on(capture, |capture| capture.add_to_lock(&mut lock))?;
+        }
+        lock.engage()?;
+        Fault::Lock.point()?;
+        Ok(lock)
+    }
+
+    /// The frozen window, up to the next kernel.
+    fn leave(
+        &mut self,
+        store: &mut RangeStore,
+        slots: &mut Slots,
+        mut system: System,
+    ) -> Result<Infallible, UpdateError> {
+        self.clock.reached(step::FROZEN);
+        let begun = Instant::now();
+        let limit = self.max_freeze;
+        let in_time = || match limit {
+            Some(limit) if begun.elapsed() > limit => Err(UpdateError::TooSlow(begun.elapsed())),
+            _ => Ok(()),
+        };
+        for capture in &mut self.captures {
+            on(capture, Capture::freeze)?;
+        }
+        in_time()?;
+        self.clock.reached("all stopped");
+        let mut applications = Vec::new();
+        for capture in &mut self.captures {
+            applications.push(on(capture, |capture| capture.collect(store, slots))?);
+            in_time()?;
+        }
+        self.clock.reached("state read");
+
+        // From here on nothing may be printed: stderr may be on a frozen filesystem.
+        let _frozen = self.filesystems.freeze()?;
+        self.clock.reached("filesystems frozen");
+        in_time()?;
+        Fault::Encode.point()?;
+        self.clock.reached(step::KEXEC);
+        system.origin = self.clock.origin();
+        let metadata = encode(&Image {
+            system: Some(system),
+            applications,
+        });
+        Fault::Commit.point()?;
+        store.commit(&metadata, slots.used())?;
+        self.abort.check()?;
+        Fault::BeforeKexec.point()?;
+        Err(self.next.start().into())
+    }
+}
+
+/// One step of one application's capture.
+fn on<T>(
+    capture: &mut Capture,
+    step: impl FnOnce(&mut Capture) -> Result<T, CheckpointError>,
+) -> Result<T, UpdateError> {
+    step(capture).map_err(|source| UpdateError::Capture {
+        name: capture.header().name.clone(),
+        source,
+    })
+}
+
+fn prepare_capture(application: &NamedApplication) -> Result<Capture, UpdateError> {
+    let selection = Selection::Name(application.name().to_owned());
+    Capture::prepare(&selection, Options::default()).map_err(|source| UpdateError::Capture {
+        name: application.name().to_owned(),
+        source,
+    })
 }
 
 fn running_applications() -> Result<Vec<NamedApplication>, ApplicationError> {
@@ -265,20 +378,24 @@ fn running_applications() -> Result<Vec<NamedApplication>, ApplicationError> {
     Ok(running)
 }
 
-fn check_eligible(applications: &[NamedApplication], arena: &Arena) -> Result<(), UpdateError> {
+fn check_size(applications: &[NamedApplication], arena: &Arena) -> Result<(), UpdateError> {
     let needed = eligible::needed(applications);
     let size = arena.range.size;
     if needed > size {
         return Err(UpdateError::TooSmall { needed, size });
     }
+    Ok(())
+}
+
+fn check_blockers(
+    applications: &[NamedApplication],
+    captures: &[Capture],
+) -> Result<(), UpdateError> {
     let mut blocked = Vec::new();
-    for application in applications {
-        let found = eligible::blockers(&application.pids()?);
-        blocked.extend(
-            found
-                .iter()
-                .map(|b| format!("  {}: {b}", application.name())),
-        );
+    for (application, capture) in applications.iter().zip(captures) {
+        let low = eligible::blockers(&application.pids()?);
+        let all = capture.blockers().iter().chain(&low);
+        blocked.extend(all.map(|b| format!("  {}: {b}", application.name())));
     }
     if blocked.is_empty() {
         Ok(())

@@ -231,6 +231,14 @@ impl RangeStore {
         self.sync()
     }
 
+    /// Writes back what the page cache holds, so that [`Store::commit`] has less to do.
+    ///
+    /// # Errors
+    /// The range cannot be written.
+    pub fn flush(&self) -> Result<(), StoreError> {
+        self.sync()
+    }
+
     fn open_file(path: &Path) -> Result<Self, StoreError> {
         use std::io::{Seek, SeekFrom};
         let mut file = OpenOptions::new()
