@@ -4,6 +4,7 @@
 #define PFA_NO_NEW_PRIVS 1
 #define HRTIMER_STATE_ENQUEUED 1
 #define ALARMTIMER_STATE_ENQUEUED 1
+#define SIGEV_NONE 1
 #define SIGEV_THREAD_ID 4
 #define MAX_TIMERS (1 << 16)
 #define CLOCK_REALTIME 0
@@ -339,6 +340,9 @@ static __always_inline bool emit_timer(struct k_itimer *timer, u32 pid)
 					: 0;
 	} else {
 		fill_hrtimer(r, &timer->it.real.timer);
+		/* a timer that notifies nobody is never queued, only compared with the clock */
+		if (r->notify == SIGEV_NONE)
+			r->expires_ns = BPF_CORE_READ(timer, it.real.timer.node.expires);
 	}
 	return side_write(r, sizeof(*r));
 }

@@ -11,12 +11,21 @@ use std::os::unix::ffi::OsStringExt;
 /// Largest handle any filesystem makes (`MAX_HANDLE_SZ`).
 const MAX_HANDLE: usize = 128;
 
-/// The path of what inotify watch `wd` of a process's descriptor watches: the handle in its
-/// fdinfo (proc(5)) is opened and the name asked for.
+/// What an inotify watch watches, and for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// Name of the inode.
+    pub path: Vec<u8>,
+    /// `IN_*` bits as inotify_add_watch(2) took them; the kernel keeps more in its own mask.
+    pub mask: u32,
+}
+
+/// What inotify watch `wd` of a process's descriptor watches: the handle in its fdinfo
+/// (proc(5)) is opened and the name asked for.
 ///
 /// # Errors
 /// No such watch, a filesystem without handles, or a file without a name.
-pub fn path_of(pid: Pid, fd: Fd, wd: i32) -> io::Result<Vec<u8>> {
+pub fn watched(pid: Pid, fd: Fd, wd: i32) -> io::Result<Watched> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
     let line = text
         .lines()
@@ -29,6 +38,7 @@ pub fn path_of(pid: Pid, fd: Fd, wd: i32) -> io::Result<Vec<u8>> {
     };
     let kind = i32::from_str_radix(field("fhandle-type:")?, 16).map_err(io::Error::other)?;
     let device = u32::from_str_radix(field("sdev:")?, 16).map_err(io::Error::other)?;
+    let mask = u32::from_str_radix(field("mask:")?, 16).map_err(io::Error::other)?;
     let bytes = hex(field("f_handle:")?).ok_or(io::ErrorKind::InvalidData)?;
     let mount = mount_of(pid, device)?;
     let opened = open_handle(&mount, kind, &bytes)?;
@@ -37,7 +47,7 @@ pub fn path_of(pid: Pid, fd: Fd, wd: i32) -> io::Result<Vec<u8>> {
     if path.ends_with(b" (deleted)") {
         return Err(io::ErrorKind::NotFound.into());
     }
-    Ok(path)
+    Ok(Watched { path, mask })
 }
 
 fn hex(text: &str) -> Option<Vec<u8>> {

@@ -145,14 +145,10 @@ pub fn fork_with_pid(pid: Option<Pid>, exit_signal: i32) -> Result<Fork, CallErr
 pub fn quiet_signals() {
     // SAFETY: SIG_DFL handlers run no code; for the signals that cannot be changed the call
     // fails and nothing happens. A zeroed action is SIG_DFL without flags, with an empty mask.
+    // The raw calls reach glibc's two internal signals, and leave no SA_RESTORER behind.
     unsafe {
-        let default: libc::sigaction = std::mem::zeroed();
-        for signal in 1..=libc::SIGRTMAX() {
-            libc::sigaction(signal, &raw const default, std::ptr::null_mut());
-        }
-        // glibc hides its two internal signals from sigaction(3) and sigprocmask(3).
-        for signal in 32..=33_i64 {
-            let action = [0_u64; 4];
+        let action = [0_u64; 4];
+        for signal in 1..=64_i64 {
             let null = std::ptr::null_mut::<u64>();
             libc::syscall(libc::SYS_rt_sigaction, signal, action.as_ptr(), null, 8);
         }

@@ -6,8 +6,8 @@
 use super::socket::{SocketError, int_option, option, set_int_option, set_option};
 use crate::model::frozen::{TcpOptions, TcpWindow};
 use nix::libc::{
-    IPPROTO_TCP, TCP_INFO, TCP_MAXSEG, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_OPTIONS,
-    TCP_REPAIR_QUEUE, TCP_TIMESTAMP,
+    IP_OPTIONS, IPPROTO_IP, IPPROTO_TCP, TCP_INFO, TCP_MAXSEG, TCP_QUEUE_SEQ, TCP_REPAIR,
+    TCP_REPAIR_OPTIONS, TCP_REPAIR_QUEUE, TCP_TIMESTAMP,
 };
 use std::os::fd::BorrowedFd;
 
@@ -199,6 +199,13 @@ pub fn negotiated(fd: BorrowedFd<'_>) -> Result<TcpOptions, SocketError> {
     })
 }
 
+/// Has the kernel compute the segment size anew. It did so on connect, before the peer's MSS
+/// was known, and does not again while the path's MTU stays (tcp_current_mss()): clearing IP
+/// options, of which there are none, calls `icsk_sync_mss`. Over IPv6 that has no effect.
+fn sync_mss(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
+    set_option(fd, IPPROTO_IP, IP_OPTIONS, &[])
+}
+
 /// Sets what was agreed in the handshake. Window scaling is set even when there
 /// was none: the kernel would otherwise scale by what it would have offered.
 ///
@@ -228,7 +235,7 @@ pub fn set_negotiated(fd: BorrowedFd<'_>, options: &TcpOptions) -> Result<(), So
     if let Some(value) = options.timestamp {
         set_int_option(fd, IPPROTO_TCP, TCP_TIMESTAMP, value.cast_signed())?;
     }
-    Ok(())
+    sync_mss(fd)
 }
 
 #[cfg(test)]

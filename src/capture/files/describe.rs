@@ -1,7 +1,7 @@
 //! One open file description at a time: from the iterators' record to what the image carries.
 
 use super::borrow::{Lender, place};
-use super::refuse::Survey;
+use super::refuse::{END_OUTSIDE, Survey};
 use super::{CollectError, FrozenFiles, Repaired, Slots, content, pipe, regular, socket, unix};
 use crate::bpf::events::{EpollItemRec, FileKind as Kind, LockClass, LockRec, SockRec, WatchRec};
 use crate::bpf::iter::{Detail, File, Files, Iterators, Scope};
@@ -34,6 +34,8 @@ pub(super) struct Reader<'a> {
     repaired: Repaired,
     /// Pipes whose content some end carries already.
     pipes: HashMap<u64, OfdId>,
+    /// By inode number of a pipe: where one end is, and how many readers and writers it has.
+    ends: BTreeMap<u64, (Pid, Fd, u32, u32)>,
     in_flight: Vec<InFlight>,
 }
 
@@ -59,6 +61,7 @@ impl<'a> Reader<'a> {
             contents: BTreeMap::new(),
             repaired: Repaired::default(),
             pipes: HashMap::new(),
+            ends: BTreeMap::new(),
             in_flight: Vec::new(),
         }
     }
@@ -183,6 +186,10 @@ impl<'a> Reader<'a> {
         let Detail::Pipe(rec) = &file.detail else {
             return Ok(None);
         };
+        let (pid, fd) = place(file);
+        self.ends
+            .entry(file.rec.ino)
+            .or_insert((pid, fd, rec.readers, rec.writers));
         if *self.pipes.entry(rec.pipe).or_insert(id) != id {
             return Ok(None);
         }
@@ -216,7 +223,7 @@ impl<'a> Reader<'a> {
                     dev: watch.dev,
                     ino: watch.ino,
                 };
-                let path = crate::sys::inode::path_of(pid, fd, watch.wd).map_err(|source| {
+                let watched = crate::sys::inode::watched(pid, fd, watch.wd).map_err(|source| {
                     CollectError::File {
                         pid,
                         fd,
@@ -226,8 +233,11 @@ impl<'a> Reader<'a> {
                 })?;
                 Ok(InotifyWatch {
                     wd: watch.wd,
-                    mask: watch.mask,
-                    at: PathRef { path, inode },
+                    mask: watched.mask,
+                    at: PathRef {
+                        path: watched.path,
+                        inode,
+                    },
                 })
             })
             .collect::<Result<Vec<_>, CollectError>>()?;
@@ -301,6 +311,33 @@ impl<'a> Reader<'a> {
             options: socket::read_unix_options(&from)?,
             state: SocketState::Unix(unix),
         })))
+    }
+
+    /// Every end of every pipe must be among what was described, those in flight included.
+    pub(super) fn check_pipes(&self) -> Result<(), CollectError> {
+        let mut found: HashMap<u64, (u32, u32)> = HashMap::new();
+        for open in self.ofds.values() {
+            let ino = match &open.kind {
+                FileKind::Pipe { id, .. } => *id,
+                FileKind::Fifo { at, .. } => at.inode.ino,
+                _ => continue,
+            };
+            let (readers, writers) = found.entry(ino).or_default();
+            *readers += u32::from(open.flags & 3 != 1);
+            *writers += u32::from(open.flags & 3 != 0);
+        }
+        for (ino, &(pid, fd, readers, writers)) in &self.ends {
+            let (found_readers, found_writers) = found.get(ino).copied().unwrap_or_default();
+            if readers > found_readers || writers > found_writers {
+                return Err(CollectError::Blocked(Blocker {
+                    pid,
+                    fd: Some(fd),
+                    object: "pipe".into(),
+                    reason: END_OUTSIDE.into(),
+                }));
+            }
+        }
+        Ok(())
     }
 
     /// Descriptors in flight are in no table but, as duplicates, in ours: a pass

@@ -113,6 +113,7 @@ pub fn collect(
         reader.describe(file)?;
     }
     reader.describe_in_flight(iterators)?;
+    reader.check_pipes()?;
     let mut frozen = reader.finish();
     frozen.files = tables(found);
     Ok(frozen)

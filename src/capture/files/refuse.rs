@@ -32,6 +32,8 @@ pub(super) struct Survey {
     pub sockets: HashMap<u64, OfdId>,
     /// Readers and writers of each pipe within the application.
     pipes: HashMap<u64, (u32, u32)>,
+    /// Some Unix socket has descriptors in flight, which no table shows.
+    in_flight: bool,
     /// epoll sets that watch a file which is open nowhere in the application.
     strays: HashMap<u64, u32>,
 }
@@ -42,6 +44,7 @@ impl Survey {
         let mut survey = Self {
             sockets: HashMap::new(),
             pipes: HashMap::new(),
+            in_flight: false,
             strays: HashMap::new(),
         };
         let mut open = HashSet::new();
@@ -52,6 +55,7 @@ impl Survey {
             match &file.detail {
                 Detail::Socket(sock) => {
                     survey.sockets.insert(sock.sock, OfdId(file.rec.file));
+                    survey.in_flight |= sock.inflight > 0;
                 }
                 Detail::Pipe(pipe) => {
                     // A description opened O_RDWR counts as a reader and as a writer.
@@ -143,13 +147,18 @@ impl Survey {
         let Detail::Pipe(pipe) = &file.detail else {
             return None;
         };
+        // An end may be in flight; what is in flight is known once it is frozen and peeked at.
+        if self.in_flight {
+            return None;
+        }
         let (readers, writers) = self.pipes.get(&pipe.pipe).copied().unwrap_or_default();
-        (pipe.readers > readers || pipe.writers > writers).then(|| {
-            "another end is open outside the application; close it, or checkpoint both together"
-                .into()
-        })
+        (pipe.readers > readers || pipe.writers > writers).then(|| END_OUTSIDE.into())
     }
 }
+
+/// Why a pipe with an end elsewhere is not carried.
+pub(super) const END_OUTSIDE: &str =
+    "another end is open outside the application; close it, or checkpoint both together";
 
 fn kind_name(kind: u32, name: &str) -> String {
     match kind {
