@@ -39,7 +39,9 @@ use files::Repaired;
 use guard::{Guard, Watch};
 use memory::Memory;
 use restart::Now;
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use target::Target;
 use threads::Tracees;
@@ -48,6 +50,17 @@ use wakeups::Wakeups;
 
 /// Where network locks wait for a restore, on the bpf filesystem.
 pub const PIN_DIR: &str = "/sys/fs/bpf/tracker";
+
+/// The iterators, loaded once for all captures of a command: loading is what takes time.
+pub type SharedIterators = Rc<RefCell<Iterators>>;
+
+/// Loads the iterators.
+///
+/// # Errors
+/// The kernel lacks something, or a capability is missing.
+pub fn load_iterators() -> Result<SharedIterators, CheckpointError> {
+    Ok(Rc::new(RefCell::new(Iterators::load()?)))
+}
 
 /// How often a freeze is repeated for a thread that stands in the vDSO.
 const FREEZE_ATTEMPTS: u32 = 12;
@@ -93,7 +106,7 @@ struct Frozen {
 pub struct Capture {
     target: Target,
     options: Options,
-    iterators: Iterators,
+    iterators: SharedIterators,
     wakeups: Wakeups,
     guard: Option<Guard>,
     lock: Option<NetLock>,
@@ -123,7 +136,11 @@ impl Capture {
     /// # Errors
     /// Nothing runs there, or the kernel lacks something. Blockers are no error here:
     /// [`Capture::blockers`].
-    pub fn prepare(selection: &Selection, options: Options) -> Result<Self, CheckpointError> {
+    pub fn prepare(
+        selection: &Selection,
+        options: Options,
+        iterators: SharedIterators,
+    ) -> Result<Self, CheckpointError> {
         let timeline = Timeline::new();
         let wakeups = Wakeups::new()?;
         let target = Target::find(selection)?;
@@ -135,7 +152,7 @@ impl Capture {
         let mut this = Self {
             target,
             options,
-            iterators: Iterators::load()?,
+            iterators,
             wakeups,
             guard: Some(guard),
             lock: None,
@@ -148,7 +165,8 @@ impl Capture {
             freezing: false,
             timeline,
         };
-        this.target.gather(selection, &mut this.iterators)?;
+        let shared = Rc::clone(&this.iterators);
+        this.target.gather(selection, &mut shared.borrow_mut())?;
         this.examine()?;
         this.timeline.done("prepare");
         Fault::Prepare.point()?;
@@ -167,7 +185,7 @@ impl Capture {
                 "The cgroup of {name} is frozen already by somebody else"
             )));
         }
-        let tasks = self.iterators.tasks(scope)?;
+        let tasks = self.iterators.borrow_mut().tasks(scope)?;
         let Some(first) = tasks.processes.first() else {
             return Err(CheckpointError::NotRunning(name.clone()));
         };
@@ -176,7 +194,7 @@ impl Capture {
             return Err(CheckpointError::Ourselves(Pid(ourselves.cast_signed())));
         }
         self.offsets = Offsets::of(Pid(first.pid.cast_signed()));
-        let vmas = self.iterators.vmas(scope)?;
+        let vmas = self.iterators.borrow_mut().vmas(scope)?;
         self.blockers = eligibility::blockers(&tasks, &vmas, &self.ours);
         for child in self.target.cgroup.children()? {
             self.blockers.push(Blocker {
@@ -186,7 +204,7 @@ impl Capture {
                 reason: "nested cgroups are not carried yet".to_owned(),
             });
         }
-        let open = self.iterators.files(scope)?;
+        let open = self.iterators.borrow_mut().files(scope)?;
         self.blockers.extend(files::blockers(&open));
         Ok(())
     }
@@ -222,8 +240,13 @@ impl Capture {
     /// The carrier is full, or tracker was asked to stop.
     pub fn precopy(&mut self, store: &dyn Store, slots: &mut Slots) -> Result<(), CheckpointError> {
         let scope = self.scope();
-        self.memory
-            .precopy(&mut self.iterators, scope, store, slots, &self.wakeups)?;
+        self.memory.precopy(
+            &mut self.iterators.borrow_mut(),
+            scope,
+            store,
+            slots,
+            &self.wakeups,
+        )?;
         self.timeline.done("precopy");
         Fault::Precopy.point()?;
         Ok(())
@@ -235,7 +258,7 @@ impl Capture {
     /// The lock takes no more entries.
     pub fn add_to_lock(&mut self, lock: &mut NetLock) -> Result<usize, CheckpointError> {
         let scope = self.scope();
-        let count = lock::add_sockets(lock, &self.iterators.descriptors(scope)?)?;
+        let count = lock::add_sockets(lock, &self.iterators.borrow_mut().descriptors(scope)?)?;
         lock.add_cgroup(self.target.cgroup.id())?;
         Ok(count)
     }
@@ -312,7 +335,7 @@ impl Capture {
             Waited::Late => return Err(self.late()),
         }
         Fault::Freeze.point()?;
-        let tasks = self.iterators.tasks(self.scope())?;
+        let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
         let blockers = eligibility::blockers(&tasks, &[], &self.ours);
         if !blockers.is_empty() {
             return Err(CheckpointError::Blocked(blockers));
@@ -358,7 +381,11 @@ impl Capture {
     fn late(&mut self) -> CheckpointError {
         let scope = self.scope();
         let running = |rec: &&ThreadRec| rec.flags & ThreadFlag::FROZEN == 0 && !rec.is_zombie();
-        let tasks = self.iterators.threads(scope).unwrap_or_default();
+        let tasks = self
+            .iterators
+            .borrow_mut()
+            .threads(scope)
+            .unwrap_or_default();
         let task = tasks.threads.iter().find(running).map_or_else(
             || self.target.header.name.clone(),
             |rec| format!("Thread {} ({})", rec.tid, rec.comm()),
@@ -407,18 +434,18 @@ impl Capture {
         Fault::Tasks.point()?;
         self.wakeups.check()?;
 
-        let open = self.iterators.files(scope)?;
+        let open = self.iterators.borrow_mut().files(scope)?;
         if let Some(lock) = &mut self.lock {
             lock::add_sockets(lock, &open.files)?;
         }
-        let read = files::collect(&open, &mut self.iterators, store, slots)
+        let read = files::collect(&open, &mut self.iterators.borrow_mut(), store, slots)
             .map_err(|e| CheckpointError::Files(e.to_string()))?;
         frozen.repaired = read.repaired;
         self.timeline.done("files");
         Fault::Files.point()?;
         self.wakeups.check()?;
 
-        let vmas = self.iterators.vmas(scope)?;
+        let vmas = self.iterators.borrow_mut().vmas(scope)?;
         let mut contents = read.contents;
         let mms = self.memory.collect(
             &frozen.tasks,
@@ -515,7 +542,7 @@ impl Capture {
     /// The freezer alone ends some waits with `EINTR`: threads that are frozen and were not
     /// stopped yet are stopped once, to set those waits to go on.
     fn repair_calls(&mut self) {
-        let Ok(tasks) = self.iterators.threads(self.scope()) else {
+        let Ok(tasks) = self.iterators.borrow_mut().threads(self.scope()) else {
             return;
         };
         let Ok((now, _)) = clocks::read(self.offsets) else {

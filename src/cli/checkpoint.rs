@@ -1,7 +1,9 @@
 //! `tracker checkpoint`: freezes an application into an image directory.
 
 use crate::capture::Slots;
-use crate::capture::{Capture, CheckpointError, Durations, Fault, MemoryStats, Options, Selection};
+use crate::capture::{
+    Capture, CheckpointError, Durations, Fault, MemoryStats, Options, Selection, load_iterators,
+};
 use crate::error::ExitCode;
 use crate::image::{DirectoryStore, Image, Store, encode};
 use crate::model::frozen::Application;
@@ -72,7 +74,7 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode, CheckpointError> {
     let options = Options {
         deadline: Duration::from_millis(args.deadline),
     };
-    let mut capture = Capture::prepare(&selection, options)?;
+    let mut capture = Capture::prepare(&selection, options, load_iterators()?)?;
     if !capture.blockers().is_empty() {
         return Err(CheckpointError::Blocked(capture.blockers().to_vec()));
     }

@@ -14,7 +14,9 @@ use super::report::{TscRate, step};
 use super::sysctl;
 use crate::applications::{ApplicationError, NamedApplication};
 use crate::bpf::netlock::{LockError, NetLock};
-use crate::capture::{Capture, CheckpointError, Fault, FaultHit, Options, Selection, Slots};
+use crate::capture::{
+    Capture, CheckpointError, Fault, FaultHit, Options, Selection, Slots, load_iterators,
+};
 use crate::error::{ExitCode, HasExitCode};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
 use crate::model::frozen::{Milestone, Origin, System};
@@ -26,6 +28,7 @@ use nix::unistd::{AccessFlags, access};
 use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// What to update to.
@@ -218,8 +221,7 @@ impl Update {
         let command_line = cmdline::next(&running, arena.range, &request.append)?;
         let applications = running_applications()?;
         check_size(&applications, &arena)?;
-        let captures = applications.iter().map(prepare_capture);
-        let captures = captures.collect::<Result<Vec<_>, _>>()?;
+        let captures = prepare_captures(&applications)?;
         check_blockers(&applications, &captures)?;
         let filesystems = Filesystems::find()?;
         Fault::KexecLoad.point()?;
@@ -360,12 +362,21 @@ fn on<T>(
     })
 }
 
-fn prepare_capture(application: &NamedApplication) -> Result<Capture, UpdateError> {
-    let selection = Selection::Name(application.name().to_owned());
-    Capture::prepare(&selection, Options::default()).map_err(|source| UpdateError::Capture {
-        name: application.name().to_owned(),
-        source,
-    })
+fn prepare_captures(applications: &[NamedApplication]) -> Result<Vec<Capture>, UpdateError> {
+    let failed = |application: &NamedApplication| {
+        let name = application.name().to_owned();
+        move |source| UpdateError::Capture { name, source }
+    };
+    let Some(first) = applications.first() else {
+        return Ok(Vec::new());
+    };
+    let iterators = load_iterators().map_err(failed(first))?;
+    let prepare = |application: &NamedApplication| {
+        let selection = Selection::Name(application.name().to_owned());
+        Capture::prepare(&selection, Options::default(), Rc::clone(&iterators))
+            .map_err(failed(application))
+    };
+    applications.iter().map(prepare).collect()
 }
 
 fn running_applications() -> Result<Vec<NamedApplication>, ApplicationError> {
