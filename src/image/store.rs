@@ -5,7 +5,7 @@ use crc32fast::hash;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Why a carrier could not be used.
@@ -198,6 +198,25 @@ pub struct RangeStore {
     path: PathBuf,
     file: File,
     capacity: u64,
+    /// `O_DIRECT`: a pmem device is memory already, the page cache would be a copy of it
+    /// that takes memory and most of the time.
+    direct: bool,
+}
+
+/// What `O_DIRECT` wants buffers, offsets and lengths to be multiples of, at most.
+const BLOCK: usize = 4096;
+
+/// A buffer for direct I/O, and where in it the aligned part begins.
+fn bounce(len: usize) -> (Vec<u8>, usize) {
+    let buffer = vec![0; len.next_multiple_of(BLOCK) + BLOCK];
+    let start = buffer.as_ptr().align_offset(BLOCK);
+    (buffer, start)
+}
+
+fn is_aligned(bytes: &[u8], offset: u64) -> bool {
+    bytes.as_ptr().align_offset(BLOCK) == 0
+        && bytes.len().is_multiple_of(BLOCK)
+        && offset.is_multiple_of(BLOCK as u64)
 }
 
 const SUPERBLOCK_MAGIC: &[u8; 8] = b"TRKARENA";
@@ -241,10 +260,13 @@ impl RangeStore {
 
     fn open_file(path: &Path) -> Result<Self, StoreError> {
         use std::io::{Seek, SeekFrom};
+        let direct = std::fs::symlink_metadata(path)
+            .is_ok_and(|metadata| metadata.file_type().is_block_device());
+        let flag = if direct { nix::libc::O_DIRECT } else { 0 };
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
-            .custom_flags(nix::libc::O_NOFOLLOW)
+            .custom_flags(nix::libc::O_NOFOLLOW | flag)
             .open(path)
             .map_err(io_error("open", path))?;
         let capacity = file
@@ -254,6 +276,7 @@ impl RangeStore {
             path: path.to_owned(),
             file,
             capacity,
+            direct,
         })
     }
 
@@ -265,9 +288,33 @@ impl RangeStore {
                 needed,
             });
         }
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(io_error("write", &self.path))
+        let written = if !self.direct || is_aligned(bytes, offset) {
+            self.file.write_all_at(bytes, offset)
+        } else {
+            // Every write begins at a block of its own; zeros may follow it.
+            let (mut buffer, start) = bounce(bytes.len());
+            buffer[start..start + bytes.len()].copy_from_slice(bytes);
+            let end = start + bytes.len().next_multiple_of(BLOCK);
+            self.file.write_all_at(&buffer[start..end], offset)
+        };
+        written.map_err(io_error("write", &self.path))
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<(), StoreError> {
+        let read = if !self.direct || is_aligned(bytes, offset) {
+            self.file.read_exact_at(bytes, offset)
+        } else {
+            let skip = usize::try_from(offset % BLOCK as u64).unwrap_or_default();
+            let len = skip + bytes.len();
+            let (mut buffer, start) = bounce(len);
+            let end = start + len.next_multiple_of(BLOCK);
+            let read = self
+                .file
+                .read_exact_at(&mut buffer[start..end], offset - skip as u64);
+            bytes.copy_from_slice(&buffer[start + skip..start + len]);
+            read
+        };
+        read.map_err(io_error("read", &self.path))
     }
 
     fn sync(&self) -> Result<(), StoreError> {
@@ -283,9 +330,7 @@ impl Store for RangeStore {
     }
 
     fn read_pages(&self, slot: u64, bytes: &mut [u8]) -> Result<(), StoreError> {
-        self.file
-            .read_exact_at(bytes, (slot + 1) * PAGE_SIZE)
-            .map_err(io_error("read", &self.path))
+        self.read_at(bytes, (slot + 1) * PAGE_SIZE)
     }
 
     fn page_file(&self) -> (BorrowedFd<'_>, u64) {
@@ -310,9 +355,7 @@ impl Store for RangeStore {
     fn metadata(&self) -> Result<Vec<u8>, StoreError> {
         let unsealed = |why| StoreError::NotSealed(self.path.clone(), why);
         let mut block = [0_u8; SUPERBLOCK_LEN];
-        self.file
-            .read_exact_at(&mut block, 0)
-            .map_err(io_error("read", &self.path))?;
+        self.read_at(&mut block, 0)?;
         let u64_at =
             |at: usize| u64::from_le_bytes(block[at..at + 8].try_into().unwrap_or_default());
         let u32_at =
@@ -332,9 +375,7 @@ impl Store for RangeStore {
         }
         let len = usize::try_from(len).map_err(|_| unsealed("its metadata is too long"))?;
         let mut bytes = vec![0; len];
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .map_err(io_error("read", &self.path))?;
+        self.read_at(&mut bytes, offset)?;
         Ok(bytes)
     }
 }
