@@ -438,8 +438,14 @@ impl Capture {
         if let Some(lock) = &mut self.lock {
             lock::add_sockets(lock, &open.files)?;
         }
-        let read = files::collect(&open, &mut self.iterators.borrow_mut(), store, slots)
-            .map_err(|e| CheckpointError::Files(e.to_string()))?;
+        let read = files::collect(
+            &open,
+            &mut self.iterators.borrow_mut(),
+            &frozen.now,
+            store,
+            slots,
+        )
+        .map_err(|e| CheckpointError::Files(e.to_string()))?;
         frozen.repaired = read.repaired;
         self.timeline.done("files");
         Fault::Files.point()?;

@@ -5,7 +5,7 @@ use super::creds::Rights;
 use super::files;
 use super::layout::Layout;
 use super::pids;
-use super::sources::check_files;
+use super::sources::{PageFile, check_files};
 use super::supervisor::Supervisor;
 use super::tape::Tape;
 use super::time::RestoredClocks;
@@ -25,7 +25,6 @@ use nix::unistd;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
@@ -136,8 +135,9 @@ fn run(
     join_cgroup(app, options)?;
     let mut lock = open_lock(options)?;
     let (page_file, slot_base) = store.page_file();
-    let opened = files::open_all(app, store)?;
+    // The clocks run from here on: timers armed after it may be late by them, never early.
     let clocks = RestoredClocks::start(&app.header.clocks)?;
+    let opened = files::open_all(app, store)?;
 
     let children = steps.iter().filter_map(|step| match step {
         Step::Fork { child, .. } => Some(*child),
@@ -173,7 +173,7 @@ fn run(
         tapes: &tapes,
         files: &opened,
         restorer,
-        pages: page_file.as_raw_fd(),
+        pages: PageFile::of(page_file).map_err(RestoreError::system("fcntl(F_GETFL)"))?,
         go_betweens,
     }
     .create(born)?;

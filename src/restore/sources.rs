@@ -9,7 +9,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, stat};
 use std::ffi::OsStr;
-use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -24,6 +24,27 @@ enum Source {
     Exe,
     /// A mapped file, for reading or for writing too.
     File(Vec<u8>, bool),
+}
+
+/// The image's page slots in the restorer.
+#[derive(Clone, Copy, Debug)]
+pub struct PageFile {
+    fd: i32,
+    flags: OFlag,
+}
+
+impl PageFile {
+    /// Opened again for reading, it goes past the page cache if the store does.
+    ///
+    /// # Errors
+    /// fcntl(2) fails.
+    pub fn of(fd: BorrowedFd<'_>) -> Result<Self, Errno> {
+        let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+        Ok(Self {
+            fd: fd.as_raw_fd(),
+            flags: OFlag::O_RDONLY | (flags & OFlag::O_DIRECT),
+        })
+    }
 }
 
 /// The sources of one process and the numbers they get.
@@ -88,12 +109,12 @@ impl Sources {
     pub fn open_shared(
         &self,
         restorer: Pid,
-        pages: i32,
+        pages: PageFile,
         content: impl Fn(ContentId) -> Option<i32>,
     ) -> Result<(), String> {
         for source in &self.list {
             let (fd, flags) = match source {
-                Source::Pages => (Some(pages), OFlag::O_RDONLY),
+                Source::Pages => (Some(pages.fd), pages.flags),
                 Source::Content(id) => (content(*id), OFlag::O_RDWR),
                 _ => continue,
             };

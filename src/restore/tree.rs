@@ -3,7 +3,7 @@
 
 use super::RestoreError;
 use super::files::{self, OpenedFiles};
-use super::sources::{Sources, os_path};
+use super::sources::{PageFile, Sources, os_path};
 use super::tape::Tape;
 use crate::model::frozen::{Application, Process};
 use crate::model::ids::{Pid, Tid};
@@ -31,7 +31,7 @@ pub struct Births<'a> {
     /// The restorer.
     pub restorer: Pid,
     /// Descriptor of the page slots in the restorer.
-    pub pages: i32,
+    pub pages: PageFile,
     /// A number that is not needed otherwise for the go-between of each orphan.
     pub go_betweens: BTreeMap<Pid, Pid>,
 }

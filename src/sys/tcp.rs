@@ -202,7 +202,12 @@ pub fn negotiated(fd: BorrowedFd<'_>) -> Result<TcpOptions, SocketError> {
 /// Has the kernel compute the segment size anew. It did so on connect, before the peer's MSS
 /// was known, and does not again while the path's MTU stays (tcp_current_mss()): clearing IP
 /// options, of which there are none, calls `icsk_sync_mss`. Over IPv6 that has no effect.
-fn sync_mss(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
+///
+/// It depends on the peer's largest window, so [`set_window`] comes first.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn sync_mss(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
     set_option(fd, IPPROTO_IP, IP_OPTIONS, &[])
 }
 
@@ -235,7 +240,7 @@ pub fn set_negotiated(fd: BorrowedFd<'_>, options: &TcpOptions) -> Result<(), So
     if let Some(value) = options.timestamp {
         set_int_option(fd, IPPROTO_TCP, TCP_TIMESTAMP, value.cast_signed())?;
     }
-    sync_mss(fd)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use super::refuse::{END_OUTSIDE, Survey};
 use super::{CollectError, FrozenFiles, Repaired, Slots, content, pipe, regular, socket, unix};
 use crate::bpf::events::{EpollItemRec, FileKind as Kind, LockClass, LockRec, SockRec, WatchRec};
 use crate::bpf::iter::{Detail, File, Files, Iterators, Scope};
+use crate::capture::restart::Now;
 use crate::image::Store;
 use crate::model::frozen::{
     Blocker, Content, ContentId, ContentKind, EpollItem, FileKind, FileLock, FileOwner,
@@ -12,7 +13,6 @@ use crate::model::frozen::{
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use nix::libc;
-use nix::time::{ClockId, clock_gettime};
 use serde_bytes::ByteBuf;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -22,6 +22,8 @@ type InFlight = (OfdId, Vec<unix::Peeked>);
 
 /// Describes descriptions, each once.
 pub(super) struct Reader<'a> {
+    /// The clocks as the image shows them, whatever time reading takes.
+    now: &'a Now,
     store: &'a dyn Store,
     slots: &'a mut Slots,
     survey: Survey,
@@ -48,8 +50,14 @@ fn grouped<T>(records: &[T], key: impl Fn(&T) -> u64) -> HashMap<u64, Vec<&T>> {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(found: &'a Files, store: &'a dyn Store, slots: &'a mut Slots) -> Self {
+    pub(super) fn new(
+        found: &'a Files,
+        now: &'a Now,
+        store: &'a dyn Store,
+        slots: &'a mut Slots,
+    ) -> Self {
         Self {
+            now,
             store,
             slots,
             survey: Survey::of(found),
@@ -128,7 +136,11 @@ impl<'a> Reader<'a> {
             (Kind::TIMERFD, Detail::Timerfd(timer)) => FileKind::Timerfd(Timerfd {
                 clock: timer.clock,
                 settime_flags: timer.settime_flags.cast_signed(),
-                remaining: match remaining(timer.expires_ns, timer.base_clock, timer.interval_ns) {
+                remaining: match remaining(
+                    timer.expires_ns,
+                    self.now.clock(timer.base_clock.cast_signed()),
+                    timer.interval_ns,
+                ) {
                     // A periodic timer that has expired rests until it is read
                     // (timerfd_tmrproc()); it is not disarmed.
                     0 if timer.ticks > 0 => timer.interval_ns,
@@ -415,14 +427,11 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Time left until `expires` on the clock; at least 1 ns while armed.
-fn remaining(expires: u64, base_clock: u32, interval: u64) -> u64 {
+/// Time left until `expires` on a clock that shows `now`; at least 1 ns while armed.
+fn remaining(expires: u64, now: u64, interval: u64) -> u64 {
     if expires == 0 {
         return 0;
     }
-    let now = clock_gettime(ClockId::from_raw(base_clock.cast_signed())).map_or(0, |t| {
-        u64::try_from(t.tv_sec() * 1_000_000_000 + t.tv_nsec()).unwrap_or(0)
-    });
     match expires.checked_sub(now) {
         Some(left) if left > 0 => left,
         // Expired while frozen: a periodic timer goes on in step, a single one fires at once.

@@ -19,6 +19,7 @@ pub use error::CollectError;
 pub use refuse::blockers;
 
 use crate::bpf::iter::{Files, Iterators};
+use crate::capture::restart::Now;
 use crate::image::Store;
 use crate::model::frozen::{Content, ContentId, FdEntry, FilesTable, OpenFile};
 use crate::model::ids::{Fd, FilesId, OfdId};
@@ -97,18 +98,19 @@ pub struct FrozenFiles {
 
 /// Reads the open files of frozen processes.
 ///
-/// `found` is the iterators' pass over them. On an error everything borrowed is
+/// `found` is the iterators' pass over them, `now` what the clocks showed when they stopped. On an error everything borrowed is
 /// given back and every connection left as it was.
 ///
 /// # Errors
 /// Something is not carried, or a system call fails.
-pub fn collect(
+pub(in crate::capture) fn collect(
     found: &Files,
     iterators: &mut Iterators,
+    now: &Now,
     store: &dyn Store,
     slots: &mut Slots,
 ) -> Result<FrozenFiles, CollectError> {
-    let mut reader = Reader::new(found, store, slots);
+    let mut reader = Reader::new(found, now, store, slots);
     for file in &found.files {
         reader.describe(file)?;
     }

@@ -175,6 +175,7 @@ fn connect(connection: &TcpConnection, options: &[SockOption]) -> Result<OwnedFd
     fill(&object, fd, sent)?;
     tcp::select_queue(fd, Queue::None).map_err(failed())?;
     tcp::set_window(fd, &connection.window).map_err(failed())?;
+    tcp::sync_mss(fd).map_err(failed())?;
     Ok(owned)
 }
 
