@@ -2,7 +2,7 @@
 
 use super::CollectError;
 use super::borrow::Borrowed;
-use crate::bpf::events::SockRec;
+use crate::bpf::events::{SockFlag, SockRec};
 use crate::model::frozen::{SockOption, Socket, SocketState};
 use crate::sys::socket::{int_option, option, set_int_option};
 use crate::sys::tcp as repair;
@@ -114,6 +114,9 @@ pub fn addresses(rec: &SockRec) -> (Option<SocketAddr>, Option<SocketAddr>) {
 
 /// Why a socket is not carried; `None` when it is.
 pub fn refusal(rec: &SockRec) -> Option<String> {
+    if rec.flags & SockFlag::HAS_FILTER != 0 {
+        return Some("its attached filter is not carried yet; detach it before the update".into());
+    }
     let (family, kind) = (i32::from(rec.family), i32::from(rec.type_));
     let tcp = matches!(family, libc::AF_INET | libc::AF_INET6)
         && kind == libc::SOCK_STREAM
