@@ -11,7 +11,7 @@ use crate::image::Kernel;
 use crate::vm::{Exec, Outcome, Vm};
 
 /// Time for the update, the next kernel's boot and the restore.
-const UPDATE: Duration = Duration::from_secs(240);
+const UPDATE: Duration = Duration::from_secs(900);
 
 /// What happens between "ready" and "go".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
