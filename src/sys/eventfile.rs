@@ -31,18 +31,33 @@ pub fn timerfd(timer: &Timerfd) -> Result<OwnedFd, Errno> {
     owned(unsafe { libc::timerfd_create(timer.clock, libc::TFD_CLOEXEC | libc::TFD_NONBLOCK) })
 }
 
-/// Arms a timerfd with the time that was left.
+/// Arms a timerfd with the time that was left, or for the same moment when it waits for a
+/// moment of the wall clock, which showed `realtime` when time was left.
 ///
 /// # Errors
 /// As timerfd_settime(2).
-pub fn arm_timerfd(fd: &OwnedFd, timer: &Timerfd) -> Result<(), Errno> {
+pub fn arm_timerfd(fd: &OwnedFd, timer: &Timerfd, realtime: u64) -> Result<(), Errno> {
+    let wall = [libc::CLOCK_REALTIME, libc::CLOCK_REALTIME_ALARM].contains(&timer.clock);
+    let absolute =
+        wall && timer.remaining > 0 && timer.settime_flags & libc::TFD_TIMER_ABSTIME != 0;
+    let (flags, first) = if absolute {
+        (timer.settime_flags, realtime + timer.remaining)
+    } else {
+        (0, timer.remaining)
+    };
     let value = libc::itimerspec {
         it_interval: timespec(timer.interval),
-        it_value: timespec(timer.remaining),
+        it_value: timespec(first),
     };
     // SAFETY: reads one itimerspec; no old value is asked for.
-    let result =
-        unsafe { libc::timerfd_settime(fd.as_raw_fd(), 0, &raw const value, std::ptr::null_mut()) };
+    let result = unsafe {
+        libc::timerfd_settime(
+            fd.as_raw_fd(),
+            flags,
+            &raw const value,
+            std::ptr::null_mut(),
+        )
+    };
     Errno::result(result).map(drop)
 }
 

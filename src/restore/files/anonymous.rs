@@ -22,14 +22,15 @@ pub fn eventfd(count: u64, semaphore: bool) -> Result<OwnedFd, FilesError> {
     Ok(fd.into())
 }
 
-/// Makes a timerfd with its time left and its unread expirations.
+/// Makes a timerfd with its time left and its unread expirations; `realtime` is what the wall
+/// clock showed when it had that time left.
 ///
 /// # Errors
 /// The kernel refuses, or lacks `CONFIG_CHECKPOINT_RESTORE`.
-pub fn timerfd(timer: &Timerfd) -> Result<OwnedFd, FilesError> {
+pub fn timerfd(timer: &Timerfd, realtime: u64) -> Result<OwnedFd, FilesError> {
     let object = "timerfd";
     let fd = eventfile::timerfd(timer).map_err(call(object, "timerfd_create"))?;
-    eventfile::arm_timerfd(&fd, timer).map_err(call(object, "timerfd_settime"))?;
+    eventfile::arm_timerfd(&fd, timer, realtime).map_err(call(object, "timerfd_settime"))?;
     if timer.ticks > 0 {
         eventfile::set_timerfd_ticks(&fd, timer.ticks)
             .map_err(call(object, "ioctl(TFD_IOC_SET_TICKS)"))?;

@@ -61,7 +61,7 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
     for connections in [false, true] {
         for (&id, file) in &app.ofds {
             if is_connection(file) == connections
-                && let Some(fd) = open_one(file, &opened.contents)?
+                && let Some(fd) = open_one(app, file, &opened.contents)?
             {
                 opened.ofds.insert(id, fd);
             }
@@ -87,6 +87,7 @@ fn is_connection(file: &OpenFile) -> bool {
 
 /// Opens a description that needs no other; `None` for kinds made elsewhere.
 fn open_one(
+    app: &Application,
     file: &OpenFile,
     contents: &BTreeMap<ContentId, OwnedFd>,
 ) -> Result<Option<OwnedFd>, FilesError> {
@@ -101,7 +102,7 @@ fn open_one(
             content::reopen(fd, file.flags, file.pos)?
         }
         FileKind::Eventfd { count, semaphore } => anonymous::eventfd(*count, *semaphore)?,
-        FileKind::Timerfd(timer) => anonymous::timerfd(timer)?,
+        FileKind::Timerfd(timer) => anonymous::timerfd(timer, app.header.clocks.realtime)?,
         FileKind::Signalfd { mask } => anonymous::signalfd(*mask)?,
         FileKind::Epoll { .. } => epoll::create()?,
         FileKind::Inotify { watches } => anonymous::inotify(watches)?,
