@@ -159,17 +159,6 @@ pub fn quiet_signals() {
     }
 }
 
-/// Closes all descriptors from `first` on (close_range(2)).
-///
-/// # Errors
-/// `ENOSYS`: a kernel before 5.9.
-pub fn close_from(first: u32) -> Result<(), Errno> {
-    // SAFETY: whoever owns these descriptors in this process does not use them any more: it is
-    // called in children that are about to lose their address space.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
-    Errno::result(result).map(drop)
-}
-
 /// Moves children made from now on into a new time namespace (unshare(2) `CLONE_NEWTIME`).
 ///
 /// # Errors

@@ -44,14 +44,6 @@ pub fn leave_repair(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
     set_int_option(fd, IPPROTO_TCP, TCP_REPAIR, OFF_WITHOUT_PROBE)
 }
 
-/// Leaves repair mode with a window probe: a bare acknowledgement of what was received.
-///
-/// # Errors
-/// As [`enter_repair`].
-pub fn leave_repair_and_probe(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
-    set_int_option(fd, IPPROTO_TCP, TCP_REPAIR, 0)
-}
-
 /// Chooses the queue that reads, writes and sequence numbers are about.
 ///
 /// # Errors
