@@ -26,6 +26,8 @@ pub fn build(workspace: &Path) -> Result<()> {
             "tracker",
             "--package",
             "vmtests",
+            "--package",
+            "iter_check",
             "--bins",
         ])
         .status()
@@ -67,7 +69,7 @@ pub fn pack(programs: &Path, stage: &Path, archive: &Path) -> Result<()> {
     fs::remove_dir_all(stage).with_context(|| format!("Remove {}", stage.display()))
 }
 
-/// The binaries of this package that go into the guest.
+/// The binaries below vmtests/ that go into the guest.
 const GUEST_PROGRAMS: &[&str] = &["guestd", "cases", "iter_check", "heartbeat", "storm"];
 
 fn strip(from: &Path, to: &PathBuf) -> Result<()> {

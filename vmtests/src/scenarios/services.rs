@@ -24,6 +24,12 @@ pub const SCENARIOS: &[Scenario] = &[
         configure: apps::forwarded,
         run: leave_running,
     },
+    Scenario {
+        name: "services_checkpoint_restore",
+        kernels: &Kernel::ALL,
+        configure: apps::forwarded,
+        run: checkpoint_restore,
+    },
 ];
 
 /// Time for anything on a loaded machine.
@@ -87,6 +93,28 @@ fn leave_running(vm: &Vm) -> Result<()> {
         vm.exec(Exec::new(checkpoint).timeout(PATIENCE))?.check()?;
         ensure!(apps::pids(vm, name)? == pids, "The PIDs have changed");
         load.progress(10, PATIENCE)?;
+    }
+    all_well(vm, load)
+}
+
+/// Checkpoint, end, restore: late answers, and nothing else.
+fn checkpoint_restore(vm: &Vm) -> Result<()> {
+    let load = start(vm)?;
+    for name in ["redis", "memcached"] {
+        let pids = apps::pids(vm, name)?;
+        let image = format!("/root/image.{name}");
+        let checkpoint = ["tracker", "checkpoint", "--name", name, "--image", &image];
+        vm.exec(Exec::new(checkpoint).timeout(PATIENCE))?.check()?;
+        ensure!(
+            apps::pids(vm, name).is_err(),
+            "{name} still runs after the checkpoint"
+        );
+        let restore = ["tracker", "restore", "--image", &image, "--detach"];
+        vm.exec(Exec::new(restore).timeout(PATIENCE))?.check()?;
+        let now = apps::pids(vm, name)?;
+        ensure!(now == pids, "{name} had PIDs {pids:?}, has {now:?}");
+        load.progress(10, PATIENCE)
+            .with_context(|| format!("After the restore of {name}; lost: {:?}", load.lost()))?;
     }
     all_well(vm, load)
 }
