@@ -7,6 +7,7 @@ mod eligibility;
 mod error;
 mod fault;
 pub mod files;
+mod freeze;
 mod guard;
 mod lock;
 mod memory;
@@ -26,13 +27,12 @@ pub use files::Slots;
 pub use target::Selection;
 pub use timeline::{Durations, Timeline};
 
-use crate::bpf::events::{ThreadFlag, ThreadRec};
-use crate::bpf::iter::{Iterators, Scope, Tasks};
+use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::image::Store;
 use crate::model::frozen::{Application, ApplicationHeader, Blocker, Clocks};
 use crate::model::ids::Pid;
-use crate::sys::cgroup::{Event, Waited};
+use crate::sys::cgroup::Event;
 use clocks::Offsets;
 use eligibility::Namespaces;
 use files::Repaired;
@@ -45,7 +45,6 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 use target::Target;
 use threads::Tracees;
-use vdso::Standing;
 use wakeups::Wakeups;
 
 /// Where network locks wait for a restore, on the bpf filesystem.
@@ -62,8 +61,9 @@ pub fn load_iterators() -> Result<SharedIterators, CheckpointError> {
     Ok(Rc::new(RefCell::new(Iterators::load()?)))
 }
 
-/// How often a freeze is repeated for a thread that stands in the vDSO.
-const FREEZE_ATTEMPTS: u32 = 12;
+/// How often the running application is looked at for objects that are not carried: those that
+/// it holds for a moment only, as a program that reads a file of /proc does, block nothing.
+const LOOKS: u32 = 4;
 
 /// How a capture goes about it.
 #[derive(Clone, Copy, Debug)]
@@ -95,6 +95,7 @@ pub struct MemoryStats {
 
 struct Frozen {
     tasks: Tasks,
+    open: Files,
     tracees: Tracees,
     repaired: Repaired,
     now: Now,
@@ -194,19 +195,36 @@ impl Capture {
             return Err(CheckpointError::Ourselves(Pid(ourselves.cast_signed())));
         }
         self.offsets = Offsets::of(Pid(first.pid.cast_signed()));
-        let vmas = self.iterators.borrow_mut().vmas(scope)?;
-        self.blockers = eligibility::blockers(&tasks, &vmas, &self.ours);
+        let first = Pid(first.pid.cast_signed());
+        self.blockers = self.look(&tasks, first)?;
+        for _ in 1..LOOKS {
+            if self.blockers.is_empty() {
+                break;
+            }
+            std::thread::sleep(freeze::PAUSE);
+            let tasks = self.iterators.borrow_mut().tasks(scope)?;
+            let still = self.look(&tasks, first)?;
+            self.blockers.retain(|blocker| still.contains(blocker));
+        }
+        Ok(())
+    }
+
+    /// What cannot be carried at this moment.
+    fn look(&self, tasks: &Tasks, first: Pid) -> Result<Vec<Blocker>, CheckpointError> {
+        let scope = self.scope();
+        let mut iterators = self.iterators.borrow_mut();
+        let vmas = iterators.vmas(scope)?;
+        let mut blockers = eligibility::blockers(tasks, &vmas, &self.ours);
         for child in self.target.cgroup.children()? {
-            self.blockers.push(Blocker {
-                pid: Pid(first.pid.cast_signed()),
+            blockers.push(Blocker {
+                pid: first,
                 fd: None,
                 object: format!("cgroup {child} below that of the application"),
                 reason: "nested cgroups are not carried yet".to_owned(),
             });
         }
-        let open = self.iterators.borrow_mut().files(scope)?;
-        self.blockers.extend(files::blockers(&open));
-        Ok(())
+        blockers.extend(files::blockers(&iterators.files(scope)?));
+        Ok(blockers)
     }
 
     /// What cannot be carried.
@@ -284,138 +302,6 @@ impl Capture {
         self.lock.is_some()
     }
 
-    /// Freezes the application and stops its threads where their registers can be read.
-    ///
-    /// # Errors
-    /// It does not freeze before the deadline, or something that cannot be carried has
-    /// appeared. Drop or [`Capture::thaw`] lets it go on.
-    pub fn freeze(&mut self) -> Result<(), CheckpointError> {
-        for attempt in 1..=FREEZE_ATTEMPTS {
-            self.freeze_once()?;
-            let worst = self.worst_standing();
-            let last = attempt == FREEZE_ATTEMPTS;
-            match worst {
-                Standing::Outside => break,
-                Standing::Inside if last => break,
-                _ if last => {
-                    self.thaw();
-                    return Err(CheckpointError::Unstable(
-                        "A thread stands in the first bytes of a vDSO function each time it is \
-                         frozen"
-                            .into(),
-                    ));
-                }
-                _ => {
-                    self.let_run();
-                    // Long enough for it to return from a clock function.
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            }
-        }
-        self.timeline.done("freeze");
-        Fault::Threads.point()?;
-        self.wakeups.check()?;
-        Ok(())
-    }
-
-    fn freeze_once(&mut self) -> Result<(), CheckpointError> {
-        let limit = self.options.deadline;
-        let deadline = Instant::now() + limit;
-        self.timeline.freeze();
-        self.freezing = true;
-        self.target.cgroup.set_frozen(true)?;
-        let stop = self.wakeups.stop_fd();
-        match self
-            .target
-            .cgroup
-            .wait(Event::Frozen, deadline, Some(stop))?
-        {
-            Waited::Reached => {}
-            Waited::Interrupted => return Err(CheckpointError::Interrupted),
-            Waited::Late => return Err(self.late()),
-        }
-        Fault::Freeze.point()?;
-        let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
-        let blockers = eligibility::blockers(&tasks, &[], &self.ours);
-        if !blockers.is_empty() {
-            return Err(CheckpointError::Blocked(blockers));
-        }
-        let (now, clocks) = clocks::read(self.offsets)?;
-        let shared = |tgid| {
-            let process = tasks.processes.iter().find(|p| p.pid == tgid);
-            process.map_or(0, |p| p.shared_pending)
-        };
-        let tracees = Tracees::stop(&tasks.threads, &self.wakeups, limit, &now, shared)?;
-        self.frozen = Some(Frozen {
-            tasks,
-            tracees,
-            repaired: Repaired::default(),
-            now,
-            clocks,
-        });
-        self.only_64_bit()
-    }
-
-    fn only_64_bit(&self) -> Result<(), CheckpointError> {
-        /// `__USER_CS` of x86-64.
-        const USER_CS: u64 = 0x33;
-        let threads = self
-            .frozen
-            .iter()
-            .flat_map(|frozen| &frozen.tracees.threads);
-        let other = threads.filter(|thread| thread.regs.cs != USER_CS);
-        let blockers: Vec<Blocker> = other
-            .map(|thread| Blocker {
-                pid: thread.pid,
-                fd: None,
-                object: "32-bit code".to_owned(),
-                reason: "only 64-bit programs are carried yet".to_owned(),
-            })
-            .collect();
-        if blockers.is_empty() {
-            return Ok(());
-        }
-        Err(CheckpointError::Blocked(blockers))
-    }
-
-    fn late(&mut self) -> CheckpointError {
-        let scope = self.scope();
-        let running = |rec: &&ThreadRec| rec.flags & ThreadFlag::FROZEN == 0 && !rec.is_zombie();
-        let tasks = self
-            .iterators
-            .borrow_mut()
-            .threads(scope)
-            .unwrap_or_default();
-        let task = tasks.threads.iter().find(running).map_or_else(
-            || self.target.header.name.clone(),
-            |rec| format!("Thread {} ({})", rec.tid, rec.comm()),
-        );
-        CheckpointError::Deadline {
-            task,
-            limit: self.options.deadline,
-            hint: "it waits for a device or in vfork(2): try again later",
-        }
-    }
-
-    fn worst_standing(&self) -> Standing {
-        let Some(frozen) = &self.frozen else {
-            return Standing::Outside;
-        };
-        let of = |thread: &threads::Stopped| {
-            let rec = frozen.tasks.mms.iter();
-            let mm = frozen
-                .tasks
-                .threads
-                .iter()
-                .find(|rec| rec.tid == thread.tid.0.cast_unsigned())
-                .map_or(0, |rec| rec.mm);
-            let base = rec.clone().find(|rec| rec.mm == mm).map_or(0, |mm| mm.vdso);
-            self.code.standing(base, thread.regs.rip)
-        };
-        let threads = frozen.tracees.threads.iter();
-        threads.map(of).max().unwrap_or(Standing::Outside)
-    }
-
     /// Reads everything. The application stays frozen, its TCP connections in repair mode.
     ///
     /// # Errors
@@ -434,12 +320,11 @@ impl Capture {
         Fault::Tasks.point()?;
         self.wakeups.check()?;
 
-        let open = self.iterators.borrow_mut().files(scope)?;
         if let Some(lock) = &mut self.lock {
-            lock::add_sockets(lock, &open.files)?;
+            lock::add_sockets(lock, &frozen.open.files)?;
         }
         let read = files::collect(
-            &open,
+            &frozen.open,
             &mut self.iterators.borrow_mut(),
             &frozen.now,
             store,

@@ -187,7 +187,7 @@ impl Births<'_> {
     fn furnish(&self, process: &Process) -> Result<(), String> {
         let table = self.app.files.get(&process.files);
         let table = table.ok_or("its descriptor table is not in the image")?;
-        files::install(table, self.files).map_err(|e| e.to_string())?;
+        files::install(self.app, table, self.files).map_err(|e| e.to_string())?;
         files::finish(self.app, process.pid, self.files).map_err(|e| e.to_string())?;
         let sources = Sources::of(self.app, process);
         sources.open_shared(self.restorer, self.pages, |id| self.files.content(id))?;

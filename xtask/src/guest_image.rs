@@ -2,19 +2,15 @@
 //! the distribution makes, the services that the tests move. No mount and no
 //! loop device: mmdebstrap fills a directory, mke2fs copies it into a file.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use vmtests::image::{Image, Kernel, cache_dir};
 
+use crate::apt::{self, SUITE};
 use crate::{find_program, shell};
-
-/// Debian release of the guest.
-const SUITE: &str = "bookworm";
 
 /// Beside the kernels and what Debian calls essential.
 const PACKAGES: &[&str] = &[
@@ -109,7 +105,7 @@ fn recipe() -> String {
 fn build(dir: &Path) -> Result<()> {
     let root = dir.join("root");
     let sources = dir.join("sources.list");
-    fs::write(&sources, debian_sources()?).context("Write sources.list")?;
+    fs::write(&sources, apt::debian_sources()?).context("Write sources.list")?;
     let mut mmdebstrap = shell::privileged("mmdebstrap");
     mmdebstrap.args([
         "--quiet",
@@ -118,7 +114,7 @@ fn build(dir: &Path) -> Result<()> {
         "--format=directory",
     ]);
     mmdebstrap.arg("--aptopt=APT::Install-Recommends \"false\"");
-    for option in host_apt_options()? {
+    for option in apt::host_options()? {
         mmdebstrap.arg(format!("--aptopt={option}"));
     }
     for path in EXCLUDED {
@@ -181,55 +177,6 @@ fn build(dir: &Path) -> Result<()> {
             .arg(dir.join("root.img")),
     )?;
     remove(&root)
-}
-
-/// The Debian archives that this machine's apt is configured for, as a
-/// sources.list of the guest's release.
-fn debian_sources() -> Result<String> {
-    let list = || {
-        let format = "$(ORIGIN)|$(RELEASE)|deb $(REPO_URI) $(RELEASE) $(COMPONENT)";
-        shell::output(Command::new("apt-get").args([
-            "indextargets",
-            "--format",
-            format,
-            "Identifier: Packages",
-        ]))
-    };
-    let parse = |text: String| -> BTreeSet<String> {
-        let line = |line: &str| {
-            let mut fields = line.splitn(3, '|');
-            let (origin, release, entry) = (fields.next()?, fields.next()?, fields.next()?);
-            (origin == "Debian" && release.starts_with(SUITE)).then(|| format!("{entry}\n"))
-        };
-        text.lines().filter_map(line).collect()
-    };
-    let mut entries = parse(list()?);
-    if entries.is_empty() {
-        // apt knows an archive's origin only after it has fetched its index.
-        shell::run(shell::privileged("apt-get").args(["update", "-qq"]))?;
-        entries = parse(list()?);
-    }
-    if entries.is_empty() {
-        bail!(
-            "apt on this machine has no Debian {SUITE} archive configured; add one to its sources"
-        );
-    }
-    Ok(entries.into_iter().collect())
-}
-
-/// How this machine's apt reaches its archives: proxies, dates and the like.
-fn host_apt_options() -> Result<Vec<String>> {
-    let dump = shell::output(Command::new("apt-config").arg("dump"))?;
-    let wanted = [
-        "Acquire::http",
-        "Acquire::Check-",
-        "Acquire::Retries",
-        "Acquire::Max-ValidTime",
-    ];
-    let option = |line: &&str| {
-        wanted.iter().any(|prefix| line.starts_with(prefix)) && !line.contains(" \"\";")
-    };
-    Ok(dump.lines().filter(option).map(str::to_owned).collect())
 }
 
 fn remove(path: &PathBuf) -> Result<()> {

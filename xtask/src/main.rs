@@ -1,5 +1,6 @@
 //! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|bench`.
 
+mod apt;
 mod bench;
 mod demo;
 mod guest_image;

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::Result;
 use clap::Args;
 
-use crate::{find_program, guest_image, shell};
+use crate::{apt, find_program, guest_image, shell};
 
 /// Debian packages and what needs them.
 const PACKAGES: &[&str] = &[
@@ -21,9 +21,7 @@ const PACKAGES: &[&str] = &[
     "gcc",
     "libc6-dev",
     "binutils",
-    // The VM and its image.
-    "qemu-system-x86",
-    "seabios",
+    // The VM's image.
     "mmdebstrap",
     "e2fsprogs",
     "cpio",
@@ -32,6 +30,8 @@ const PACKAGES: &[&str] = &[
     "zstd",
     "xz-utils",
 ];
+
+const QEMU: &[&str] = &["qemu-system-x86", "seabios"];
 
 /// Options of `cargo xtask setup`.
 #[derive(Args, Default)]
@@ -56,28 +56,43 @@ pub fn for_vm() -> Result<()> {
 }
 
 fn packages() -> Result<()> {
-    let missing: Vec<_> = PACKAGES.iter().filter(|name| !installed(name)).collect();
-    if missing.is_empty() {
-        return Ok(());
+    let missing = apt::missing(PACKAGES);
+    if !missing.is_empty() {
+        apt::install(&missing)?;
     }
-    eprintln!("setup: installing {missing:?}");
-    shell::run(shell::privileged("apt-get").args(["update", "-qq"]))?;
-    let mut install = shell::privileged("env");
-    install.args([
-        "DEBIAN_FRONTEND=noninteractive",
-        "apt-get",
-        "install",
-        "-qq",
-        "--no-install-recommends",
-    ]);
-    shell::run(install.args(missing))
+    qemu()
 }
 
-fn installed(package: &str) -> bool {
-    Command::new("dpkg-query")
-        .args(["--show", "--showformat=${db:Status-Status}", package])
-        .output()
-        .is_ok_and(|output| output.status.success() && output.stdout == b"installed")
+/// QEMU before 8.1 may translate an instruction while another processor changes it and keep
+/// the old one (its page was write-protected only afterwards): a guest that patches its own
+/// code, as Linux does whenever a static key changes, then dies of a stray breakpoint. Debian 12
+/// has a newer one in its backports.
+fn qemu() -> Result<()> {
+    if qemu_version().is_some_and(|version| version >= (8, 1)) {
+        return Ok(());
+    }
+    if let Err(error) = apt::install_backports(QEMU) {
+        eprintln!(
+            "setup: {error:#}; VMs run with the release's own QEMU, and a guest kernel may \
+             crash now and then"
+        );
+        let missing = apt::missing(QEMU);
+        if !missing.is_empty() {
+            apt::install(&missing)?;
+        }
+    }
+    Ok(())
+}
+
+/// Major and minor version.
+fn qemu_version() -> Option<(u32, u32)> {
+    find_program("qemu-system-x86_64")?;
+    let text = shell::output(Command::new("qemu-system-x86_64").arg("--version")).ok()?;
+    let mut numbers = text
+        .split_once("version ")?
+        .1
+        .split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 fn rust_components() -> Result<()> {
@@ -95,4 +110,30 @@ fn cargo_deny() -> Result<()> {
     }
     eprintln!("setup: building cargo-deny (once per machine)");
     shell::run(Command::new("cargo").args(["install", "--quiet", "--locked", "cargo-deny"]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On a machine where nothing is installed yet, `cargo xtask setup` must build.
+    #[test]
+    fn xtask_builds_without_what_setup_installs() {
+        let tree = shell::output(Command::new(env!("CARGO")).args([
+            "tree",
+            "--offline",
+            "--package",
+            "xtask",
+            "--prefix",
+            "none",
+        ]));
+        let tree = tree.unwrap();
+        assert!(tree.contains("vmtests"), "{tree}");
+        for needs_more in ["libbpf-sys", "bindgen"] {
+            assert!(
+                !tree.contains(needs_more),
+                "{needs_more} is needed:\n{tree}"
+            );
+        }
+    }
 }

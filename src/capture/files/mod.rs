@@ -9,6 +9,7 @@ mod content;
 mod describe;
 mod error;
 mod pipe;
+mod pseudo;
 mod refuse;
 mod regular;
 mod socket;

@@ -1,7 +1,7 @@
 //! What is not carried, named before anything is frozen.
 
 use super::borrow::place;
-use super::{socket, unix};
+use super::{pseudo, regular, socket, unix};
 use crate::bpf::events::{FileKind as Kind, SockRec};
 use crate::bpf::iter::{Detail, File, Files};
 use crate::model::frozen::Blocker;
@@ -95,6 +95,16 @@ impl Survey {
         match rec.kind {
             Kind::REGULAR if rec.nlink == 0 && rec.flags & O_PATH != 0 => {
                 not_yet("O_PATH descriptor of a deleted file".into())
+            }
+            Kind::REGULAR | Kind::DIRECTORY if pseudo::is_pseudo(rec.magic) => {
+                // One that cannot be read any more has been closed.
+                let path = regular::path(file).ok()?.path;
+                pseudo::refusal(&path, rec).map(|reason| {
+                    blocked(
+                        String::from_utf8_lossy(&path).into_owned(),
+                        reason.to_owned(),
+                    )
+                })
             }
             Kind::DIRECTORY if rec.nlink == 0 => not_yet("deleted directory".into()),
             Kind::REGULAR

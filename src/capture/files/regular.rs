@@ -2,6 +2,7 @@
 
 use super::CollectError;
 use super::borrow::place;
+use super::pseudo::is_pseudo;
 use crate::bpf::iter::File;
 use crate::model::frozen::{FileIdentity, PathRef};
 use crate::model::ids::InodeId;
@@ -24,7 +25,7 @@ fn failed(file: &File, call: &'static str) -> impl FnOnce(std::io::Error) -> Col
     }
 }
 
-/// The file's name as its owner sees it.
+/// The file's name as its owner sees it; with inode number 0 where the name says all.
 ///
 /// # Errors
 /// The link cannot be read.
@@ -36,11 +37,15 @@ pub fn path(file: &File) -> Result<PathRef, CollectError> {
     {
         path = bare.to_vec();
     }
+    let ino = match is_pseudo(file.rec.magic) {
+        true => 0,
+        false => file.rec.ino,
+    };
     Ok(PathRef {
         path,
         inode: InodeId {
             dev: file.rec.dev,
-            ino: file.rec.ino,
+            ino,
         },
     })
 }
@@ -50,9 +55,16 @@ pub fn path(file: &File) -> Result<PathRef, CollectError> {
 /// # Errors
 /// It cannot be read.
 pub fn identity(file: &File) -> Result<FileIdentity, CollectError> {
+    let at = path(file)?;
+    if is_pseudo(file.rec.magic) {
+        return Ok(FileIdentity {
+            at,
+            ..FileIdentity::default()
+        });
+    }
     let found = std::fs::metadata(link(file)).map_err(failed(file, "stat"))?;
     Ok(FileIdentity {
-        at: path(file)?,
+        at,
         size: found.size(),
         mtime: found.mtime() * 1_000_000_000 + found.mtime_nsec(),
     })

@@ -77,7 +77,8 @@ pub enum LockKind {
 /// The kinds of open file descriptions that are carried.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FileKind {
-    /// A regular file on a filesystem.
+    /// A regular file on a filesystem. On a pseudo filesystem its inode number and size are 0:
+    /// its name is all that identifies it.
     Regular(FileIdentity),
     /// A directory.
     Directory(PathRef),
@@ -137,6 +138,16 @@ pub enum FileKind {
     Socket(Box<Socket>),
 }
 
+/// The process that a file of procfs belongs to (`/proc/PID/...`): it can be opened only once
+/// that process exists.
+#[must_use]
+pub fn proc_owner(path: &[u8]) -> Option<Pid> {
+    let rest = path.strip_prefix(b"/proc/")?;
+    let end = rest.iter().position(|byte| *byte == b'/');
+    let number = std::str::from_utf8(&rest[..end.unwrap_or(rest.len())]).ok()?;
+    number.parse().ok().filter(|pid| *pid > 0).map(Pid)
+}
+
 /// What a pipe holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PipeState {
@@ -183,4 +194,25 @@ pub struct InotifyWatch {
     pub mask: u32,
     /// What is watched.
     pub at: PathRef,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_a_process_are_told_from_others() {
+        let owner = |path: &str| proc_owner(path.as_bytes());
+        assert_eq!(owner("/proc/77/stat"), Some(Pid(77)));
+        assert_eq!(owner("/proc/77"), Some(Pid(77)));
+        for other in [
+            "/proc/meminfo",
+            "/proc",
+            "/proc/-1/stat",
+            "/tmp/proc/7",
+            "/proc/0/x",
+        ] {
+            assert_eq!(owner(other), None, "{other}");
+        }
+    }
 }

@@ -20,14 +20,15 @@ pub use error::FilesError;
 
 use crate::image::Store;
 use crate::model::frozen::{
-    Application, ContentId, FileKind, FilesTable, OpenFile, Socket, SocketState,
+    Application, ContentId, FdEntry, FileKind, FilesTable, OpenFile, Socket, SocketState,
+    proc_owner,
 };
 use crate::model::ids::{OfdId, Pid};
 use crate::sys::fd;
 use error::{call, missing};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// What the restorer has opened for its children.
 #[derive(Debug, Default)]
@@ -61,13 +62,18 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
     for connections in [false, true] {
         for (&id, file) in &app.ofds {
             if is_connection(file) == connections
+                && !is_born_later(app, file)
                 && let Some(fd) = open_one(app, file, &opened.contents)?
             {
                 opened.ofds.insert(id, fd);
             }
         }
     }
-    for (&id, file) in &app.ofds {
+    for (&id, file) in app
+        .ofds
+        .iter()
+        .filter(|(_, file)| !is_born_later(app, file))
+    {
         let fd = opened
             .ofds
             .get(&id)
@@ -83,6 +89,16 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
 fn is_connection(file: &OpenFile) -> bool {
     matches!(&file.kind, FileKind::Socket(socket)
         if matches!(socket.state, SocketState::TcpConnection(_)))
+}
+
+/// Whether a file shows one of the processes (`/proc/PID/stat`): that process opens it itself.
+fn is_born_later(app: &Application, file: &OpenFile) -> bool {
+    let at = match &file.kind {
+        FileKind::Regular(identity) => &identity.at,
+        FileKind::Directory(at) => at,
+        _ => return false,
+    };
+    proc_owner(&at.path).is_some_and(|pid| app.processes.iter().any(|p| p.pid == pid))
 }
 
 /// Opens a description that needs no other; `None` for kinds made elsewhere.
@@ -161,14 +177,36 @@ fn move_up(app: &Application, opened: &mut OpenedFiles) -> Result<(), FilesError
 ///
 /// # Errors
 /// The image lacks a description, or the limit on descriptors is too low.
-pub fn install(table: &FilesTable, opened: &OpenedFiles) -> Result<(), FilesError> {
+pub fn install(
+    app: &Application,
+    table: &FilesTable,
+    opened: &OpenedFiles,
+) -> Result<(), FilesError> {
+    let put = |fd: BorrowedFd<'_>, entry: &FdEntry| {
+        fd::duplicate_to(fd, entry.fd.0, entry.cloexec)
+            .map_err(call(format!("Descriptor {}", entry.fd), "dup3"))
+    };
+    let mut later = Vec::new();
     for entry in &table.fds {
-        let fd = opened
-            .ofds
-            .get(&entry.ofd)
-            .ok_or_else(|| missing(entry.fd, entry.ofd))?;
-        fd::duplicate_to(fd.as_fd(), entry.fd.0, entry.cloexec)
-            .map_err(call(format!("Descriptor {}", entry.fd), "dup3"))?;
+        match opened.ofds.get(&entry.ofd) {
+            Some(fd) => put(fd.as_fd(), entry)?,
+            None => later.push(entry),
+        }
+    }
+    let base = table.fds.iter().map(|entry| entry.fd.0 + 1).max();
+    for entry in later {
+        let file = app.ofds.get(&entry.ofd);
+        let file = file.filter(|file| is_born_later(app, file));
+        let file = file.ok_or_else(|| missing(entry.fd, entry.ofd))?;
+        let fd = open_one(app, file, &opened.contents)?;
+        let fd = fd.ok_or_else(|| missing(entry.fd, entry.ofd))?;
+        set_status(&fd, file)?;
+        // Out of the way: it may have got the number of another one.
+        let fd = fd::duplicate_above(fd.as_fd(), base.unwrap_or(0)).map_err(call(
+            format!("Descriptor {}", entry.fd),
+            "fcntl(F_DUPFD_CLOEXEC)",
+        ))?;
+        put(fd.as_fd(), entry)?;
     }
     Ok(())
 }

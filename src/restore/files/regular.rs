@@ -29,8 +29,9 @@ fn open_path(at: &PathRef, flags: OFlag) -> Result<(OwnedFd, FileStat), FilesErr
 }
 
 fn check_inode(at: &PathRef, found: &FileStat) -> Result<(), FilesError> {
-    // The device number may differ on another kernel; the inode number does not.
-    if found.st_ino == at.inode.ino {
+    // The device number may differ on another kernel; the inode number does not, except on
+    // pseudo filesystems, where it is not carried.
+    if at.inode.ino == 0 || found.st_ino == at.inode.ino {
         return Ok(());
     }
     Err(FilesError::Changed {

@@ -23,6 +23,8 @@ pub const CASES: &[Entry] = &[
     Entry::carried("file_directory", directory),
     Entry::carried("file_locks", locks),
     Entry::carried("file_devices", devices),
+    Entry::carried("file_proc", proc),
+    Entry::carried("file_proc_busy", proc_busy),
     Entry::carried("file_numbers", numbers),
 ];
 
@@ -368,6 +370,69 @@ fn devices(case: &Case) -> Result<()> {
     ensure!(bytes == [0; 64], "/dev/zero is not zero");
     random.read_exact(&mut bytes)?;
     ensure!(bytes != [0; 64], "/dev/urandom is zero");
+    Ok(())
+}
+
+/// Files of /proc, /sys and the cgroup hierarchy: they go on where they were, and show what
+/// is true by then.
+fn proc(case: &Case) -> Result<()> {
+    let mut own = File::open("/proc/self/status")?;
+    let mut memory = File::open("/proc/meminfo")?;
+    let mut first = [0; 9];
+    memory.read_exact(&mut first)?;
+    let tasks = File::open("/proc/self/task")?;
+    let mut release = File::open("/proc/sys/kernel/osrelease")?;
+    let mut cpus = File::open("/sys/devices/system/cpu/online")?;
+    let group = fs::read_to_string("/proc/self/cgroup")?;
+    let group = group.trim().trim_start_matches("0::").to_owned();
+    let mut group = File::open(format!("/sys/fs/cgroup{group}/cgroup.procs"))?;
+    case.ready()?;
+    let text = |file: &mut File| -> Result<String> {
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        Ok(text)
+    };
+    let pid = std::process::id();
+    let status = text(&mut own)?;
+    ensure!(
+        status.starts_with("Name:\tcases\n") && status.contains(&format!("\nPid:\t{pid}\n")),
+        "The status is {status:?}"
+    );
+    let rest = text(&mut memory)?;
+    ensure!(
+        &first == b"MemTotal:" && rest.trim_start().as_bytes()[0].is_ascii_digit(),
+        "The rest of meminfo is {rest:?}"
+    );
+    let now = nix::sys::utsname::uname()?;
+    ensure!(
+        text(&mut release)?.trim() == now.release().to_string_lossy(),
+        "osrelease shows another kernel"
+    );
+    ensure!(!text(&mut cpus)?.trim().is_empty(), "No CPU is online");
+    let members = text(&mut group)?;
+    ensure!(
+        members.lines().any(|line| line == pid.to_string()),
+        "The cgroup has the processes {members:?}"
+    );
+    let path = format!("/proc/self/fd/{}", tasks.as_raw_fd());
+    let names = fs::read_dir(path)?.count();
+    ensure!(names == 1, "The directory of threads has {names} entries");
+    Ok(())
+}
+
+/// A program that looks at its own memory map all the time is caught when it does not.
+fn proc_busy(case: &Case) -> Result<()> {
+    let mut looks = 0_u64;
+    let mut error = None;
+    case.ready_polling(
+        std::time::Duration::from_millis(3),
+        || match fs::read_to_string("/proc/self/maps") {
+            Ok(text) if text.contains("[stack]") => looks += 1,
+            other => error = Some(format!("{other:?}")),
+        },
+    )?;
+    ensure!(error.is_none(), "/proc/self/maps: {error:?}");
+    ensure!(looks > 0, "It never looked");
     Ok(())
 }
 

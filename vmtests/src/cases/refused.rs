@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, ensure};
@@ -18,6 +19,7 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_io_uring", "io_uring", io_uring),
     Entry::refused("refused_userfaultfd", "userfaultfd", userfaultfd),
     Entry::refused("refused_pty", "character device", pty),
+    Entry::refused("refused_proc_mem", "it shows an address space", proc_mem),
     Entry::refused(
         "refused_unix_outside",
         "outside the application",
@@ -95,6 +97,17 @@ fn pty(case: &Case) -> Result<()> {
     let mut text = [0; 13];
     master.read_exact(&mut text)?;
     ensure!(&text == b"to the master", "Received {text:?}");
+    Ok(())
+}
+
+/// The process's own memory as a file, which stays that of the old address space.
+fn proc_mem(case: &Case) -> Result<()> {
+    let memory = File::open("/proc/self/mem")?;
+    let word = 0x7472_6163_6b65_7221_u64;
+    case.ready()?;
+    let mut bytes = [0; 8];
+    memory.read_exact_at(&mut bytes, (&raw const word) as u64)?;
+    ensure!(bytes == word.to_ne_bytes(), "It reads {bytes:?}");
     Ok(())
 }
 

@@ -38,6 +38,9 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(300);
 /// Megabytes of data in redis.
 const DATA: usize = 20;
 
+/// How often each server is ended and restored in turn.
+const ROUNDS: usize = 3;
+
 /// Both servers, with clients at work.
 pub(super) fn start(vm: &Vm) -> Result<Load> {
     apps::start_redis(vm, DATA)?;
@@ -97,12 +100,13 @@ fn leave_running(vm: &Vm) -> Result<()> {
     all_well(vm, load)
 }
 
-/// Checkpoint, end, restore: late answers, and nothing else.
+/// Checkpoint, end, restore, and all of it again: late answers, and nothing else.
 fn checkpoint_restore(vm: &Vm) -> Result<()> {
     let load = start(vm)?;
-    for name in ["redis", "memcached"] {
+    let rounds = (1..=ROUNDS).flat_map(|round| [(round, "redis"), (round, "memcached")]);
+    for (round, name) in rounds {
         let pids = apps::pids(vm, name)?;
-        let image = format!("/root/image.{name}");
+        let image = format!("/root/image.{name}.{round}");
         let checkpoint = ["tracker", "checkpoint", "--name", name, "--image", &image];
         vm.exec(Exec::new(checkpoint).timeout(PATIENCE))?.check()?;
         ensure!(

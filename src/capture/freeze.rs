@@ -1,0 +1,161 @@
+//! Stopping an application at a moment in which all of it can be carried.
+
+use super::eligibility;
+use super::error::CheckpointError;
+use super::fault::Fault;
+use super::files::{self, Repaired};
+use super::threads::{Stopped, Tracees};
+use super::vdso::Standing;
+use super::{Capture, Frozen, clocks};
+use crate::bpf::events::{ThreadFlag, ThreadRec};
+use crate::model::frozen::Blocker;
+use crate::sys::cgroup::{Event, Waited};
+use std::time::{Duration, Instant};
+
+/// How often a freeze is repeated for a thread that stands in the vDSO, or for an object that
+/// is not carried and that the application holds for a moment only.
+const FREEZE_ATTEMPTS: u32 = 12;
+
+/// Between two attempts: long enough for a thread to return from a clock function.
+pub(super) const PAUSE: Duration = Duration::from_millis(1);
+
+impl Capture {
+    /// Freezes the application and stops its threads where their registers can be read.
+    ///
+    /// # Errors
+    /// It does not freeze before the deadline, or something that cannot be carried has
+    /// appeared. Drop or [`Capture::thaw`] lets it go on.
+    pub fn freeze(&mut self) -> Result<(), CheckpointError> {
+        for attempt in 1..=FREEZE_ATTEMPTS {
+            let blockers = self.freeze_once()?;
+            let last = attempt == FREEZE_ATTEMPTS;
+            if !blockers.is_empty() {
+                self.let_run();
+                if last {
+                    self.thaw();
+                    return Err(CheckpointError::Blocked(blockers));
+                }
+                std::thread::sleep(PAUSE);
+                continue;
+            }
+            match self.worst_standing() {
+                Standing::Outside => break,
+                Standing::Inside if last => break,
+                _ if last => {
+                    self.thaw();
+                    return Err(CheckpointError::Unstable(
+                        "A thread stands in the first bytes of a vDSO function each time it is \
+                         frozen"
+                            .into(),
+                    ));
+                }
+                _ => {
+                    self.let_run();
+                    std::thread::sleep(PAUSE);
+                }
+            }
+        }
+        self.timeline.done("freeze");
+        Fault::Threads.point()?;
+        self.wakeups.check()?;
+        Ok(())
+    }
+
+    /// Freezes and stops it; returns what is not carried and has appeared since it was examined.
+    fn freeze_once(&mut self) -> Result<Vec<Blocker>, CheckpointError> {
+        let limit = self.options.deadline;
+        let deadline = Instant::now() + limit;
+        self.timeline.freeze();
+        self.freezing = true;
+        self.target.cgroup.set_frozen(true)?;
+        let stop = self.wakeups.stop_fd();
+        match self
+            .target
+            .cgroup
+            .wait(Event::Frozen, deadline, Some(stop))?
+        {
+            Waited::Reached => {}
+            Waited::Interrupted => return Err(CheckpointError::Interrupted),
+            Waited::Late => return Err(self.late()),
+        }
+        Fault::Freeze.point()?;
+        let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
+        let open = self.iterators.borrow_mut().files(self.scope())?;
+        let mut blockers = eligibility::blockers(&tasks, &[], &self.ours);
+        blockers.extend(files::blockers(&open));
+        if !blockers.is_empty() {
+            return Ok(blockers);
+        }
+        let (now, clocks) = clocks::read(self.offsets)?;
+        let shared = |tgid| {
+            let process = tasks.processes.iter().find(|p| p.pid == tgid);
+            process.map_or(0, |p| p.shared_pending)
+        };
+        let tracees = Tracees::stop(&tasks.threads, &self.wakeups, limit, &now, shared)?;
+        self.frozen = Some(Frozen {
+            tasks,
+            open,
+            tracees,
+            repaired: Repaired::default(),
+            now,
+            clocks,
+        });
+        Ok(self.not_64_bit())
+    }
+
+    fn not_64_bit(&self) -> Vec<Blocker> {
+        /// `__USER_CS` of x86-64.
+        const USER_CS: u64 = 0x33;
+        let threads = self
+            .frozen
+            .iter()
+            .flat_map(|frozen| &frozen.tracees.threads);
+        let other = threads.filter(|thread| thread.regs.cs != USER_CS);
+        other
+            .map(|thread| Blocker {
+                pid: thread.pid,
+                fd: None,
+                object: "32-bit code".to_owned(),
+                reason: "only 64-bit programs are carried yet".to_owned(),
+            })
+            .collect()
+    }
+
+    fn late(&mut self) -> CheckpointError {
+        let scope = self.scope();
+        let running = |rec: &&ThreadRec| rec.flags & ThreadFlag::FROZEN == 0 && !rec.is_zombie();
+        let tasks = self
+            .iterators
+            .borrow_mut()
+            .threads(scope)
+            .unwrap_or_default();
+        let task = tasks.threads.iter().find(running).map_or_else(
+            || self.target.header.name.clone(),
+            |rec| format!("Thread {} ({})", rec.tid, rec.comm()),
+        );
+        CheckpointError::Deadline {
+            task,
+            limit: self.options.deadline,
+            hint: "it waits for a device or in vfork(2): try again later",
+        }
+    }
+
+    fn worst_standing(&self) -> Standing {
+        let Some(frozen) = &self.frozen else {
+            return Standing::Outside;
+        };
+        let of = |thread: &Stopped| {
+            let rec = frozen.tasks.mms.iter();
+            let mm = frozen
+                .tasks
+                .threads
+                .iter()
+                .find(|rec| rec.tid == thread.tid.0.cast_unsigned())
+                .map_or(0, |rec| rec.mm);
+            let base = rec.clone().find(|rec| rec.mm == mm).map_or(0, |mm| mm.vdso);
+            self.code.standing(base, thread.regs.rip)
+        };
+        let threads = frozen.tracees.threads.iter();
+        threads.map(of).max().unwrap_or(Standing::Outside)
+    }
+}
