@@ -6,6 +6,7 @@ pub mod bpf;
 pub mod capture;
 pub mod cli;
 pub mod error;
+pub mod fault;
 pub mod handover;
 pub mod image;
 pub mod model;

@@ -2,6 +2,7 @@
 
 use super::AgentError;
 use super::status::{Sizes, Status};
+use crate::handover::report::{ApplicationStatus, Status as UpdateStatus, UpdateReport};
 use crate::track::Tracking;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -10,6 +11,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 use tiny_http::{Header, Response, Server};
 
 type Size = fn(&Sizes) -> u64;
@@ -23,7 +26,7 @@ pub(super) fn serve(server: &Server, tracking: &Tracking) {
     for request in server.incoming_requests() {
         let response = match (request.url(), tracking.view(false)) {
             ("/metrics", Ok(view)) => {
-                Response::from_string(render(&Status::of(&view, &tracking.roots)))
+                Response::from_string(render(&Status::now(&view, &tracking.roots)))
             }
             ("/metrics", Err(gone)) => {
                 Response::from_string(gone.to_string()).with_status_code(503)
@@ -127,10 +130,58 @@ fn render(status: &Status) -> String {
         })
     });
     gauge(&mut registry, "open_files", "Open file descriptions", kinds);
+    if let Some(report) = &status.last_update {
+        last_update(&mut registry, report);
+    }
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = encode(&mut text, &registry);
     text
+}
+
+/// What the update that started this kernel cost, and what became of the applications.
+fn last_update(registry: &mut Registry, report: &UpdateReport) {
+    let family = Family::<Labels, Gauge<f64, AtomicU64>>::default();
+    for (phase, nanoseconds) in [
+        ("until_kexec", report.frozen_until_kexec),
+        ("boot", report.boot),
+        ("restore", report.restore),
+        ("total", report.total),
+    ] {
+        let seconds = Duration::from_nanos(nanoseconds).as_secs_f64();
+        let label = vec![("phase", phase.to_owned())];
+        family.get_or_create(&label).set(seconds);
+    }
+    registry.register(
+        "update_frozen_seconds",
+        "How long the applications stood still for the last update",
+        family,
+    );
+    let outcomes = [
+        ("restored", ApplicationStatus::Restored),
+        ("restarted", ApplicationStatus::Restarted),
+        ("failed", ApplicationStatus::Failed),
+    ];
+    let counts = outcomes.map(|(name, status)| {
+        let with = report
+            .applications
+            .iter()
+            .filter(|app| app.status == status);
+        (vec![("outcome", name.to_owned())], with.count() as u64)
+    });
+    gauge(
+        registry,
+        "update_applications",
+        "Applications of the last update by what became of them",
+        counts,
+    );
+    let done = u64::from(report.status == UpdateStatus::Done);
+    gauge(
+        registry,
+        "update_done",
+        "Whether the last update restored everything",
+        [(vec![], done)],
+    );
 }
 
 fn counter(registry: &mut Registry, name: &str, help: &str, value: u64) {

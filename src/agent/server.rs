@@ -61,7 +61,7 @@ fn answer(mut client: UnixStream, tracking: &Tracking, stop: &Sender<()>) -> io:
     let reply = match request {
         Request::Status => tracking
             .view(false)
-            .map(|view| Answer::Status(Box::new(Status::of(&view, &tracking.roots)))),
+            .map(|view| Answer::Status(Box::new(Status::now(&view, &tracking.roots)))),
         Request::Audit => audit(tracking).map(Answer::Audit),
         Request::Model => tracking
             .view(true)

@@ -1,6 +1,7 @@
 //! What `tracker status` and the metrics show.
 
 use crate::bpf::track::HookSet;
+use crate::handover::report::UpdateReport;
 use crate::model::event::{FileKind, Object};
 use crate::model::ids::{CgroupId, OfdId, Pid};
 use crate::model::state::State;
@@ -26,6 +27,8 @@ pub struct Status {
     pub suspects: BTreeMap<String, u64>,
     /// Each application.
     pub applications: Vec<Application>,
+    /// The update that started this kernel, if one did.
+    pub last_update: Option<UpdateReport>,
 }
 
 /// One application: a cgroup right below one that is tracked, or that one itself.
@@ -57,9 +60,20 @@ pub struct Sizes {
 }
 
 impl Status {
-    /// The account of a view.
+    /// The account of a view, and of the update before it.
     #[must_use]
-    pub fn of(view: &View, roots: &[Root]) -> Self {
+    pub fn now(view: &View, roots: &[Root]) -> Self {
+        let last_update = UpdateReport::read();
+        if let Err(error) = &last_update {
+            tracing::warn!(%error, "the report of the last update cannot be read");
+        }
+        Self {
+            last_update: last_update.unwrap_or_default(),
+            ..Self::of(view, roots)
+        }
+    }
+
+    fn of(view: &View, roots: &[Root]) -> Self {
         let state = &view.state;
         let mut suspects = BTreeMap::<String, u64>::new();
         for object in state.suspects() {
@@ -98,6 +112,7 @@ impl Status {
             total: Sizes::of(state, |_| true),
             suspects,
             applications: applications.collect(),
+            last_update: None,
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Why a checkpoint did not happen.
 
-use super::fault::FaultHit;
 use crate::applications::ApplicationError;
 use crate::bpf::iter::{LoadError, ReadError};
 use crate::bpf::netlock::LockError;
 use crate::error::{ExitCode, HasExitCode};
+use crate::fault::FaultHit;
 use crate::image::StoreError;
 use crate::model::frozen::Blocker;
 use crate::model::ids::Pid;

@@ -2,12 +2,12 @@
 
 use super::eligibility;
 use super::error::CheckpointError;
-use super::fault::Fault;
 use super::files::{self, Repaired};
 use super::threads::{Stopped, Tracees};
 use super::vdso::Standing;
 use super::{Capture, Frozen, clocks};
 use crate::bpf::events::{ThreadFlag, ThreadRec};
+use crate::fault::Fault;
 use crate::model::frozen::Blocker;
 use crate::sys::cgroup::{Event, Waited};
 use std::time::{Duration, Instant};

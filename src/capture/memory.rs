@@ -3,13 +3,13 @@
 use super::MemoryStats;
 use super::contents::Contents;
 use super::error::CheckpointError;
-use super::fault::Fault;
 use super::files::Slots;
 use super::mm::{self, Mapper};
 use super::pages::{Copier, Tracked, plan, select};
 use super::wakeups::Wakeups;
 use crate::bpf::events::{MmRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
+use crate::fault::Fault;
 use crate::image::Store;
 use crate::model::frozen::{Backing, Content, ContentId, Mm, PageRun, Vdso, Vma};
 use crate::model::ids::{MmId, Pid};

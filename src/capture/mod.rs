@@ -5,7 +5,6 @@ mod clocks;
 mod contents;
 mod eligibility;
 mod error;
-mod fault;
 pub mod files;
 mod freeze;
 mod guard;
@@ -22,13 +21,13 @@ mod vdso;
 mod wakeups;
 
 pub use error::CheckpointError;
-pub use fault::{Fault, FaultHit};
 pub use files::Slots;
 pub use target::Selection;
 pub use timeline::{Durations, Timeline};
 
 use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
+use crate::fault::Fault;
 use crate::image::Store;
 use crate::model::frozen::{Application, ApplicationHeader, Blocker, Clocks};
 use crate::model::ids::Pid;
@@ -111,6 +110,8 @@ pub struct Capture {
     wakeups: Wakeups,
     guard: Option<Guard>,
     lock: Option<NetLock>,
+    /// The lock stays behind for a restore.
+    lock_left: bool,
     code: vdso::Code,
     ours: Namespaces,
     offsets: Offsets,
@@ -157,6 +158,7 @@ impl Capture {
             wakeups,
             guard: Some(guard),
             lock: None,
+            lock_left: false,
             code: vdso::Code::ours(),
             ours: Namespaces::ours(),
             offsets: Offsets::default(),
@@ -296,10 +298,10 @@ impl Capture {
         Ok(())
     }
 
-    /// Whether packets are being dropped.
+    /// Whether packets are being dropped, by this capture or by the lock it left behind.
     #[must_use]
     pub fn is_locked(&self) -> bool {
-        self.lock.is_some()
+        self.lock.is_some() || self.lock_left
     }
 
     /// Reads everything. The application stays frozen, its TCP connections in repair mode.
@@ -376,7 +378,8 @@ impl Capture {
             lock.pin(&pin_dir(&self.target.header))?;
         }
         self.target.cgroup.kill()?;
-        // From here on nobody may thaw: the guard would undo the lock.
+        // From here on nobody may thaw, which would undo the lock: it belongs to the restore.
+        self.lock_left = self.lock.take().is_some();
         if let Some(guard) = self.guard.take() {
             guard.done();
         }

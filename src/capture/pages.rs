@@ -1,9 +1,9 @@
 //! Private memory: which pages an image needs, and copying them.
 
 use super::error::CheckpointError;
-use super::fault::Fault;
 use super::mm::vm;
 use crate::bpf::events::{VmaKind, VmaRec};
+use crate::fault::Fault;
 use crate::image::Store;
 use crate::model::frozen::{PAGE_SIZE, PageRun};
 use crate::model::ids::Pid;

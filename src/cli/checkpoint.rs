@@ -2,9 +2,10 @@
 
 use crate::capture::Slots;
 use crate::capture::{
-    Capture, CheckpointError, Durations, Fault, MemoryStats, Options, Selection, load_iterators,
+    Capture, CheckpointError, Durations, MemoryStats, Options, Selection, load_iterators,
 };
 use crate::error::ExitCode;
+use crate::fault::Fault;
 use crate::image::{DirectoryStore, Image, Store, encode};
 use crate::model::frozen::Application;
 use crate::model::ids::Pid;

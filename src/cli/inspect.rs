@@ -1,7 +1,7 @@
 //! `tracker inspect`: prints what an image holds.
 
 use crate::error::{ExitCode, HasExitCode};
-use crate::image::{DirectoryStore, Image, ImageError, Store, StoreError, decode};
+use crate::image::{DirectoryStore, Image, ImageError, RangeStore, Store, StoreError, decode};
 use crate::model::frozen::{Application, FileKind, Process, SyscallInProgress};
 use clap::Args;
 use std::path::PathBuf;
@@ -9,8 +9,8 @@ use std::path::PathBuf;
 /// Arguments of `tracker inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The image's directory
-    #[arg(value_name = "DIR")]
+    /// The image's directory, or the device it was left on (/dev/pmemN)
+    #[arg(value_name = "IMAGE")]
     image: PathBuf,
 
     /// Print everything but the pages as JSON
@@ -40,7 +40,12 @@ impl HasExitCode for InspectError {
 /// # Errors
 /// It is none, or is damaged.
 pub fn run(args: &InspectArgs) -> Result<ExitCode, InspectError> {
-    let image = decode(&DirectoryStore::open(&args.image)?.metadata()?)?;
+    let metadata = if args.image.is_dir() {
+        DirectoryStore::open(&args.image)?.metadata()?
+    } else {
+        RangeStore::open(&args.image)?.metadata()?
+    };
+    let image = decode(&metadata)?;
     if args.json {
         super::print_json(&json(&image));
         return Ok(ExitCode::Done);

@@ -4,6 +4,7 @@ use super::agent::SocketArgs;
 use crate::agent::client::{self, ClientError};
 use crate::agent::status::Status;
 use crate::error::{ExitCode, HasExitCode};
+use crate::handover::report::{ApplicationStatus, Status as UpdateStatus, UpdateReport};
 use clap::Args;
 use comfy_table::{Table, presets};
 use std::collections::BTreeMap;
@@ -135,6 +136,42 @@ fn print(status: &Status) {
         ]);
     }
     println!("{table}");
+    if let Some(report) = &status.last_update {
+        print_update(report);
+    }
+}
+
+/// What the update that started this kernel did, and all that went wrong in it.
+fn print_update(report: &UpdateReport) {
+    let milliseconds = |nanoseconds: u64| nanoseconds / 1_000_000;
+    let word = match report.status {
+        UpdateStatus::Done => "done",
+        UpdateStatus::Partial => "PARTIAL",
+        UpdateStatus::Failed => "FAILED",
+    };
+    println!(
+        "Last update: {word}, {} to {}, applications stood still for {} ms \
+         ({} until kexec, {} boot, {} restore)",
+        report.kernel_before,
+        report.kernel_after,
+        milliseconds(report.total),
+        milliseconds(report.frozen_until_kexec),
+        milliseconds(report.boot),
+        milliseconds(report.restore),
+    );
+    for app in &report.applications {
+        if let Some(error) = &app.error {
+            let what = match app.status {
+                ApplicationStatus::Restored => "restored",
+                ApplicationStatus::Restarted => "started afresh",
+                ApplicationStatus::Failed => "not running",
+            };
+            println!("  {}: {what}: {error}", app.name);
+        }
+    }
+    for warning in &report.warnings {
+        println!("  {warning}");
+    }
 }
 
 /// `12 socket, 3 pipe`, without what is zero.

@@ -26,6 +26,9 @@ pub struct UpdateArgs {
     /// Roll back rather than have the applications stand still for longer before the kexec
     #[arg(long, value_name = "MS")]
     max_freeze: Option<u64>,
+    /// Give up restoring an application after this time and start it afresh
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    restore_deadline: u32,
     /// Check everything and tell what would happen
     #[arg(long)]
     dry_run: bool,
@@ -44,6 +47,7 @@ pub fn run(args: &UpdateArgs) -> Result<ExitCode, UpdateError> {
         initrd: args.initrd.clone(),
         append: args.append.clone(),
         max_freeze: args.max_freeze.map(Duration::from_millis),
+        restore_deadline: args.restore_deadline,
     })?;
     if !args.dry_run {
         match update.run()? {}

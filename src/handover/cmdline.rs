@@ -10,6 +10,9 @@ const INIT_WORD: &str = "tracker.init=";
 /// Word that tells where the image lies: physical address of the arena.
 const IMAGE_WORD: &str = "tracker.image=";
 
+/// Word that tells how long one application's restore may take, and all of them: seconds.
+const DEADLINE_WORD: &str = "tracker.deadline=";
+
 /// Bytes of a command line on x86 with its final NUL (`COMMAND_LINE_SIZE`).
 const COMMAND_LINE_SIZE: usize = 2048;
 
@@ -91,29 +94,90 @@ fn size_with_suffix(text: &str) -> Option<u64> {
     number.checked_shl(shift).filter(|n| n >> shift == number)
 }
 
-/// The next kernel's command line: the running one with our init and the arena's address,
-/// and the operator's words behind it.
+/// How long a restore may take before the machine goes on without it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadlines {
+    /// One application, in seconds.
+    pub application: u32,
+    /// All of them, in seconds.
+    pub all: u32,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self::of(60, 2)
+    }
+}
+
+impl Deadlines {
+    /// For this many applications, which are restored one after another.
+    #[must_use]
+    pub fn of(application: u32, applications: usize) -> Self {
+        /// What the stage needs beside them: modules, network, reading the image.
+        const STAGE: u32 = 60;
+        let applications = u32::try_from(applications).unwrap_or(u32::MAX);
+        Self {
+            application,
+            all: application
+                .saturating_mul(applications)
+                .saturating_add(STAGE),
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (application, all) = text.split_once(',')?;
+        Some(Self {
+            application: application.parse().ok()?,
+            all: all.parse().ok()?,
+        })
+    }
+}
+
+/// The next kernel's command line: the running one with our init, the arena's address and the
+/// deadlines, and the operator's words behind it.
 ///
 /// # Errors
 /// [`TooLong`].
-pub fn next(running: &str, arena: Reservation, append: &str) -> Result<String, TooLong> {
+pub fn next(
+    running: &str,
+    arena: Reservation,
+    deadlines: Deadlines,
+    append: &str,
+) -> Result<String, TooLong> {
     let (mut kernel, init) = halves(running);
     let (more, more_init) = halves(append);
+    let appended = kernel.len();
     kernel.extend(more);
     let real_init = last_value(&kernel, "init=")
         .filter(|path| *path != EARLY)
         .or(last_value(&kernel, INIT_WORD));
-    let dropped = ["BOOT_IMAGE=", "initrd=", "init=", INIT_WORD, IMAGE_WORD];
-    let kept = kernel.iter().filter(|word| {
-        !matches!(**word, "ro" | "rw") && !dropped.iter().any(|key| word.starts_with(key))
-    });
+    let dropped = [
+        "BOOT_IMAGE=",
+        "initrd=",
+        "init=",
+        INIT_WORD,
+        IMAGE_WORD,
+        DEADLINE_WORD,
+        // A test's fault is for one update.
+        "TRACKER_FAULT=",
+    ];
+    let is_dropped = |at: usize, word: &str| {
+        let fault = at >= appended && word.starts_with("TRACKER_FAULT=");
+        !fault && (matches!(word, "ro" | "rw") || dropped.iter().any(|key| word.starts_with(key)))
+    };
+    let all = kernel.iter().enumerate();
+    let kept = all.filter(|(at, word)| !is_dropped(*at, word));
     let mut line = String::new();
-    for word in kept {
+    for (_, word) in kept {
         line.push_str(word);
         line.push(' ');
     }
     // Writing to a String does not fail.
-    let _ = write!(line, "rw init={EARLY} {IMAGE_WORD}{:#x}", arena.address);
+    let _ = write!(
+        line,
+        "rw init={EARLY} {IMAGE_WORD}{:#x} {DEADLINE_WORD}{},{}",
+        arena.address, deadlines.application, deadlines.all
+    );
     if let Some(path) = real_init {
         let _ = write!(line, " {INIT_WORD}{path}");
     }
@@ -135,6 +199,8 @@ pub struct Handed {
     pub arena: Option<u64>,
     /// The real init, where the machine had one on its command line.
     pub init: Option<String>,
+    /// How long to try.
+    pub deadlines: Deadlines,
 }
 
 impl Handed {
@@ -145,6 +211,9 @@ impl Handed {
         Self {
             arena: last_value(&kernel, IMAGE_WORD).and_then(size_with_suffix),
             init: last_value(&kernel, INIT_WORD).map(str::to_owned),
+            deadlines: last_value(&kernel, DEADLINE_WORD)
+                .and_then(Deadlines::parse)
+                .unwrap_or_default(),
         }
     }
 }
@@ -159,7 +228,10 @@ mod tests {
     };
 
     fn check(running: &str, append: &str, expect: &str) {
-        assert_eq!(next(running, ARENA, append).unwrap(), expect);
+        assert_eq!(
+            next(running, ARENA, Deadlines::of(30, 2), append).unwrap(),
+            expect
+        );
     }
 
     #[test]
@@ -168,22 +240,35 @@ mod tests {
             "BOOT_IMAGE=/vmlinuz root=/dev/vda ro quiet memmap=960M!2G initrd=/initrd.img",
             "",
             "root=/dev/vda quiet memmap=960M!2G rw init=/usr/lib/tracker/early \
-             tracker.image=0x80000000",
+             tracker.image=0x80000000 tracker.deadline=30,120",
         );
     }
 
     #[test]
     fn the_real_init_survives_one_update_and_two() {
-        let once = next("root=/dev/vda init=/bin/systemd rw", ARENA, "").unwrap();
-        let expect = "root=/dev/vda rw init=/usr/lib/tracker/early tracker.image=0x80000000 \
+        let once = next(
+            "root=/dev/vda init=/bin/systemd rw",
+            ARENA,
+            Deadlines::of(30, 2),
+            "",
+        )
+        .unwrap();
+        let expect = "root=/dev/vda rw init=/usr/lib/tracker/early tracker.image=0x80000000 tracker.deadline=30,120 \
                       tracker.init=/bin/systemd";
         assert_eq!(once, expect);
-        assert_eq!(next(&once, ARENA, "").unwrap(), expect);
+        assert_eq!(
+            next(&once, ARENA, Deadlines::of(30, 2), "").unwrap(),
+            expect
+        );
         assert_eq!(
             Handed::parse(&once),
             Handed {
                 arena: Some(ARENA.address),
-                init: Some("/bin/systemd".into())
+                init: Some("/bin/systemd".into()),
+                deadlines: Deadlines {
+                    application: 30,
+                    all: 120
+                },
             }
         );
         assert_eq!(Handed::parse("root=/dev/vda"), Handed::default());
@@ -194,9 +279,17 @@ mod tests {
         check(
             "root=/dev/vda init=/a -- single",
             "quiet init=/b",
-            "root=/dev/vda quiet rw init=/usr/lib/tracker/early tracker.image=0x80000000 \
+            "root=/dev/vda quiet rw init=/usr/lib/tracker/early tracker.image=0x80000000 tracker.deadline=30,120 \
              tracker.init=/b -- single",
         );
+    }
+
+    #[test]
+    fn a_fault_is_for_one_update() {
+        let once = next("quiet", ARENA, Deadlines::default(), "TRACKER_FAULT=stage").unwrap();
+        assert!(once.starts_with("quiet TRACKER_FAULT=stage rw "), "{once}");
+        let twice = next(&once, ARENA, Deadlines::default(), "").unwrap();
+        assert!(twice.starts_with("quiet rw "), "{twice}");
     }
 
     #[test]
@@ -205,7 +298,7 @@ mod tests {
             "dyndbg=\"file a +p; ro\" root=/dev/vda",
             "",
             "dyndbg=\"file a +p; ro\" root=/dev/vda rw init=/usr/lib/tracker/early \
-             tracker.image=0x80000000",
+             tracker.image=0x80000000 tracker.deadline=30,120",
         );
     }
 
@@ -224,7 +317,7 @@ mod tests {
 
     #[test]
     fn a_line_the_kernel_would_cut_is_refused() {
-        assert!(next(&"x".repeat(1900), ARENA, "").is_ok());
-        assert!(next(&"x".repeat(2048), ARENA, "").is_err());
+        assert!(next(&"x".repeat(1900), ARENA, Deadlines::of(30, 2), "").is_ok());
+        assert!(next(&"x".repeat(2048), ARENA, Deadlines::of(30, 2), "").is_err());
     }
 }

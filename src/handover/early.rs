@@ -5,7 +5,8 @@
 //! waits for it with a deadline, and becomes the real init whatever happened. Nothing in
 //! the stage can keep the machine from booting.
 
-use super::cmdline::Handed;
+use super::cmdline::{Deadlines, Handed};
+use super::report::UpdateReport;
 use super::stage;
 use crate::sys::clock;
 use crate::sys::process::pidfd_open;
@@ -19,10 +20,6 @@ use std::process::{Child, Command};
 
 /// Name of this program as the early-boot stage.
 const NAME: &str = "early";
-
-/// How long the machine waits for its applications, in milliseconds. Each of them has a
-/// shorter deadline of its own.
-const STAGE_DEADLINE: u32 = 180_000;
 
 /// Where an init is looked for, as the kernel itself does (init/main.c).
 const INITS: [&str; 4] = ["/sbin/init", "/etc/init", "/bin/init", "/bin/sh"];
@@ -50,46 +47,70 @@ pub(super) fn say(text: &str) {
 
 fn init(arguments: &[OsString]) -> ! {
     let begun = clock::tsc();
-    // The stage reports on its own failures; this is for a machine where it cannot start.
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let handed = Handed::parse(&line);
     let stage = Command::new("/proc/self/exe")
         .arg0(NAME)
         .args([stage::RESTORE, &begun.to_string()])
         .spawn();
-    match stage {
-        Ok(child) => wait(child),
-        Err(error) => say(&format!("The restore cannot be started: {error}")),
+    let failure = match stage {
+        Ok(child) => wait(child, handed.deadlines),
+        Err(error) => Some(format!("The restore cannot be started: {error}")),
+    };
+    if let Some(failure) = failure {
+        say(&failure);
+        tell(failure);
     }
-    become_init(arguments)
+    become_init(&handed, arguments)
 }
 
-/// Waits for the stage, or ends it.
-fn wait(mut child: Child) {
+/// Leaves a report, unless the stage has left a better one.
+fn tell(failure: String) {
+    if matches!(UpdateReport::read(), Ok(Some(_))) {
+        return;
+    }
+    let report = UpdateReport {
+        warnings: vec![failure],
+        ..UpdateReport::default()
+    };
+    if let Err(error) = report.write() {
+        say(&format!("The report cannot be written: {error}"));
+    }
+}
+
+/// Waits for the stage, or ends it; returns what is wrong with how it ended.
+fn wait(mut child: Child, deadlines: Deadlines) -> Option<String> {
     let pid = i32::try_from(child.id()).map(crate::model::ids::Pid);
     let in_time = pid.is_ok_and(|pid| match pidfd_open(pid) {
         Ok(pidfd) => {
             let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-            let deadline = PollTimeout::try_from(STAGE_DEADLINE).unwrap_or(PollTimeout::MAX);
-            poll(&mut fds, deadline) == Ok(1)
+            poll(&mut fds, milliseconds(deadlines.all)) == Ok(1)
         }
         Err(_) => true,
     });
     if !in_time {
-        say("The restore does not end; the machine boots without it");
         let _ = child.kill();
     }
     match child.wait() {
-        Ok(status) if status.success() => {}
-        Ok(status) => say(&format!("The restore ended with {status}")),
-        Err(error) => say(&format!("wait: {error}")),
+        _ if !in_time => Some(format!(
+            "The restore was not done after {} s and was ended; the machine boots without it",
+            deadlines.all
+        )),
+        Ok(status) if status.success() => None,
+        Ok(status) => Some(format!("The restore ended with {status}")),
+        Err(error) => Some(format!("Wait for the restore: {error}")),
     }
+}
+
+/// Seconds for poll(2); for ever when they are too many for it.
+pub(super) fn milliseconds(seconds: u32) -> PollTimeout {
+    PollTimeout::try_from(seconds.saturating_mul(1000)).unwrap_or(PollTimeout::NONE)
 }
 
 /// Executes the real init. With none left to try, PID 1 ends and the kernel panics, as it
 /// does without us.
-fn become_init(arguments: &[OsString]) -> ! {
-    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    let handed = Handed::parse(&line).init;
-    for path in handed.iter().map(String::as_str).chain(INITS) {
+fn become_init(handed: &Handed, arguments: &[OsString]) -> ! {
+    for path in handed.init.iter().map(String::as_str).chain(INITS) {
         let error = Command::new(path).args(arguments).exec();
         say(&format!("exec {path}: {error}"));
     }

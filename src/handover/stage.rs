@@ -6,19 +6,21 @@
 
 use super::arena::{Arena, ArenaError};
 use super::cmdline::Handed;
-use super::early::say;
+use super::early::{milliseconds, say};
 use super::report::{ApplicationReport, ApplicationStatus, Status, UpdateReport, continued, step};
 use super::{mounts, network, sysctl};
 use crate::applications::{NamedApplication, RunRecord};
 use crate::bpf::features::cgroup2_mount;
 use crate::bpf::netlock::{LockError, NetLock};
+use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, ImageError, RangeStore, Store, StoreError, decode};
 use crate::model::frozen::{Application, FileKind, Milestone, Origin, SocketState, System};
 use crate::model::ids::Pid;
 use crate::restore::{self, RestoreOptions};
 use crate::sys::clock;
 use crate::sys::process::pidfd_open;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::Signal;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
@@ -33,9 +35,6 @@ pub(super) const RESTORE: &str = "--restore";
 /// First argument of a worker; the second is the application's number in the image.
 const APPLICATION: &str = "--application";
 
-/// How long one application may take, in milliseconds.
-const APPLICATION_DEADLINE: u32 = 60_000;
-
 /// Why there is nothing to restore from.
 #[derive(Debug, thiserror::Error)]
 enum StageError {
@@ -49,6 +48,8 @@ enum StageError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error(transparent)]
+    Fault(#[from] FaultHit),
 }
 
 /// Runs the stage or a worker.
@@ -64,9 +65,13 @@ pub(super) fn main(arguments: &[OsString]) -> ExitCode {
     }
 }
 
-fn open_image() -> Result<(RangeStore, Image), StageError> {
+fn handed() -> Result<Handed, StageError> {
     let line = fs::read_to_string("/proc/cmdline").map_err(StageError::Cmdline)?;
-    let address = Handed::parse(&line).arena.ok_or(StageError::NotHanded)?;
+    Ok(Handed::parse(&line))
+}
+
+fn open_image() -> Result<(RangeStore, Image), StageError> {
+    let address = handed()?.arena.ok_or(StageError::NotHanded)?;
     let arena = Arena::at(address)?;
     let store = RangeStore::open(&arena.device)?;
     let image = decode(&store.metadata()?)?;
@@ -79,7 +84,8 @@ fn restore(begun: u64) -> ExitCode {
         warnings: mounts::prepare(),
         ..UpdateReport::default()
     };
-    let result = open_image();
+    let fault = Fault::Stage.point();
+    let result = fault.map_err(StageError::from).and_then(|()| open_image());
     let status = match result {
         Ok((store, image)) => {
             restore_image(&image, begun, &mut report);
@@ -280,8 +286,8 @@ fn run_worker(index: usize) -> Result<(), String> {
     let pid = i32::try_from(child.id()).map_err(|e| e.to_string())?;
     let pidfd = pidfd_open(Pid(pid)).map_err(|e| e.to_string())?;
     let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    let deadline = PollTimeout::try_from(APPLICATION_DEADLINE).unwrap_or(PollTimeout::MAX);
-    let ended = poll(&mut fds, deadline) == Ok(1);
+    let deadline = handed().map_err(|e| e.to_string())?.deadlines.application;
+    let ended = poll(&mut fds, milliseconds(deadline)) == Ok(1);
     if !ended {
         let _ = child.kill();
     }
@@ -289,7 +295,7 @@ fn run_worker(index: usize) -> Result<(), String> {
     let text = fs::read_to_string(&path).unwrap_or_default();
     let _ = fs::remove_file(&path);
     match (ended, status.success(), text.trim()) {
-        (false, _, _) => Err(format!("not done after {APPLICATION_DEADLINE} ms")),
+        (false, _, _) => Err(format!("not done after {deadline} s")),
         (true, true, _) => Ok(()),
         (true, false, "") => Err(format!("the worker ended with {status}")),
         (true, false, text) => Err(text.to_owned()),
@@ -328,6 +334,9 @@ fn worker(index: usize) -> ExitCode {
 }
 
 fn restore_one(index: usize) -> Result<(), String> {
+    // Ended with the stage: nobody may restore behind the back of the real init.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
+        .map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
     let (store, image) = open_image().map_err(|e| e.to_string())?;
     let app = image.applications.get(index);
     let app = app.ok_or_else(|| format!("The image has no application {index}"))?;

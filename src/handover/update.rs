@@ -5,7 +5,7 @@
 //! back: each step is a guard whose drop undoes it.
 
 use super::arena::{Arena, ArenaError};
-use super::cmdline::{self, EARLY, TooLong};
+use super::cmdline::{self, Deadlines, EARLY, TooLong};
 use super::eligible;
 use super::filesystems::{FilesystemError, Filesystems};
 use super::kexec::{self, KexecError};
@@ -14,10 +14,9 @@ use super::report::{TscRate, step};
 use super::sysctl;
 use crate::applications::{ApplicationError, NamedApplication};
 use crate::bpf::netlock::{LockError, NetLock};
-use crate::capture::{
-    Capture, CheckpointError, Fault, FaultHit, Options, Selection, Slots, load_iterators,
-};
+use crate::capture::{Capture, CheckpointError, Options, Selection, Slots, load_iterators};
 use crate::error::{ExitCode, HasExitCode};
+use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
 use crate::model::frozen::{Milestone, Origin, System};
 use crate::sys::{clock, kexec as sys};
@@ -42,6 +41,8 @@ pub struct Request {
     pub append: String,
     /// Roll back rather than have the applications stand still for longer before the kexec.
     pub max_freeze: Option<Duration>,
+    /// Seconds after which the next kernel gives up restoring one application.
+    pub restore_deadline: u32,
 }
 
 /// Why an update did not happen.
@@ -218,8 +219,9 @@ impl Update {
         access(EARLY, AccessFlags::X_OK).map_err(UpdateError::NoStage)?;
         let arena = Arena::largest()?;
         let running = std::fs::read_to_string("/proc/cmdline").map_err(UpdateError::Cmdline)?;
-        let command_line = cmdline::next(&running, arena.range, &request.append)?;
         let applications = running_applications()?;
+        let deadlines = Deadlines::of(request.restore_deadline, applications.len());
+        let command_line = cmdline::next(&running, arena.range, deadlines, &request.append)?;
         check_size(&applications, &arena)?;
         let captures = prepare_captures(&applications)?;
         check_blockers(&applications, &captures)?;

@@ -4,6 +4,7 @@ use super::files::FilesError;
 use super::tape::Refusal;
 use super::vdso::VdsoError;
 use crate::error::{ExitCode, HasExitCode};
+use crate::fault::FaultHit;
 use crate::image::{ImageError, StoreError};
 use crate::model::ids::{Pid, Tid};
 use crate::model::plan::PlanError;
@@ -20,6 +21,9 @@ pub enum RestoreError {
     /// The image is damaged.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A test made it fail.
+    #[error(transparent)]
+    Fault(#[from] FaultHit),
     /// The image holds something else than one application.
     #[error(
         "The image holds {0} applications and one was expected; it was made for tracker update"

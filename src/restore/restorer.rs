@@ -12,6 +12,7 @@ use super::time::RestoredClocks;
 use super::tree::Births;
 use crate::bpf::netlock::NetLock;
 use crate::error::{ExitCode, HasExitCode};
+use crate::fault::Fault;
 use crate::image::Store;
 use crate::model::frozen::Application;
 use crate::model::ids::Pid;
@@ -138,6 +139,7 @@ fn run(
     // The clocks run from here on: timers armed after it may be late by them, never early.
     let clocks = RestoredClocks::start(&app.header.clocks)?;
     let opened = files::open_all(app, store)?;
+    Fault::RestoreFiles.point_of(&app.header.name)?;
 
     let children = steps.iter().filter_map(|step| match step {
         Step::Fork { child, .. } => Some(*child),
@@ -188,7 +190,9 @@ fn run(
     };
     supervisor.regroup_and_bury(&steps)?;
     supervisor.rebuild_all()?;
+    Fault::RestoreMemory.point_of(&app.header.name)?;
     supervisor.make_ready()?;
+    Fault::RestoreRelease.point_of(&app.header.name)?;
     files::go_live(app, &opened)?;
     if let Some(lock) = &mut lock {
         lock.release()

@@ -11,6 +11,7 @@ mod harness;
 mod kernel;
 mod services;
 mod tracking;
+mod way_back;
 
 /// One scenario.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +35,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         services::SCENARIOS,
         faults::SCENARIOS,
         tracking::SCENARIOS,
+        way_back::SCENARIOS,
     ]
     .into_iter()
     .flatten()
