@@ -92,11 +92,11 @@ fn render(status: &Status) -> String {
         "kind",
         anomalies,
     );
-    gauge(
+    single(
         &mut registry,
         "lag_events",
         "Events not applied yet",
-        [(vec![], status.lag)],
+        status.lag,
     );
     let suspects = status
         .suspects
@@ -176,17 +176,19 @@ fn last_update(registry: &mut Registry, report: &UpdateReport) {
         counts,
     );
     let done = u64::from(report.status == UpdateStatus::Done);
-    gauge(
-        registry,
-        "update_done",
-        "Whether the last update restored everything",
-        [(vec![], done)],
-    );
+    let help = "Whether the last update restored everything";
+    single(registry, "update_done", help, done);
 }
 
 fn counter(registry: &mut Registry, name: &str, help: &str, value: u64) {
     let metric = Counter::<u64>::default();
     metric.inc_by(value);
+    registry.register(name, help, metric);
+}
+
+fn single(registry: &mut Registry, name: &str, help: &str, value: u64) {
+    let metric = Gauge::<i64>::default();
+    metric.set(i64::try_from(value).unwrap_or(i64::MAX));
     registry.register(name, help, metric);
 }
 
