@@ -1,10 +1,13 @@
 //! What keeps an application from being checkpointed, found before anything is touched.
 
-use super::mm;
+use super::error::CheckpointError;
+use super::freeze::PAUSE;
+use super::{files, mm};
 use crate::bpf::events::{RestartKind, ThreadRec, VmaRec};
-use crate::bpf::iter::Tasks;
+use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::Blocker;
 use crate::model::ids::Pid;
+use crate::sys::cgroup::Cgroup;
 use std::collections::{BTreeMap, HashMap};
 
 /// Inode numbers of the namespaces tracker itself is in: those an application must share,
@@ -54,6 +57,52 @@ impl Namespaces {
         let differ = pairs.iter().filter(|(_, ours, theirs)| ours != theirs);
         differ.map(|(name, ..)| *name).collect()
     }
+}
+
+/// How often the running application is looked at for objects that are not carried: those that
+/// it holds for a moment only, as a program that reads a file of /proc does, block nothing.
+const LOOKS: u32 = 4;
+
+/// What of a running application cannot be carried.
+///
+/// # Errors
+/// The iterators or the cgroup cannot be read.
+pub fn survey(
+    iterators: &mut Iterators,
+    cgroup: &Cgroup,
+    ours: &Namespaces,
+) -> Result<Vec<Blocker>, CheckpointError> {
+    let mut found = look(iterators, cgroup, ours)?;
+    for _ in 1..LOOKS {
+        if found.is_empty() {
+            break;
+        }
+        std::thread::sleep(PAUSE);
+        let still = look(iterators, cgroup, ours)?;
+        found.retain(|blocker| still.contains(blocker));
+    }
+    Ok(found)
+}
+
+fn look(
+    iterators: &mut Iterators,
+    cgroup: &Cgroup,
+    ours: &Namespaces,
+) -> Result<Vec<Blocker>, CheckpointError> {
+    let scope = Scope::Cgroup(cgroup.id());
+    let tasks = iterators.tasks(scope)?;
+    let vmas = iterators.vmas(scope)?;
+    let mut found = blockers(&tasks, &vmas, ours);
+    if let Some(first) = tasks.processes.first() {
+        found.extend(cgroup.children()?.into_iter().map(|child| Blocker {
+            pid: Pid(first.pid.cast_signed()),
+            fd: None,
+            object: format!("cgroup {child} below that of the application"),
+            reason: "nested cgroups are not carried yet".to_owned(),
+        }));
+    }
+    found.extend(files::blockers(&iterators.files(scope)?));
+    Ok(found)
 }
 
 /// Everything about tasks and mappings that is not carried. Descriptors are looked at

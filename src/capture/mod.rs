@@ -31,7 +31,7 @@ use crate::fault::Fault;
 use crate::image::Store;
 use crate::model::frozen::{Application, ApplicationHeader, Blocker, Clocks};
 use crate::model::ids::Pid;
-use crate::sys::cgroup::Event;
+use crate::sys::cgroup::{Cgroup, Event};
 use clocks::Offsets;
 use eligibility::Namespaces;
 use files::Repaired;
@@ -60,9 +60,14 @@ pub fn load_iterators() -> Result<SharedIterators, CheckpointError> {
     Ok(Rc::new(RefCell::new(Iterators::load()?)))
 }
 
-/// How often the running application is looked at for objects that are not carried: those that
-/// it holds for a moment only, as a program that reads a file of /proc does, block nothing.
-const LOOKS: u32 = 4;
+/// What of the processes in a cgroup cannot be carried. Nothing is touched.
+///
+/// # Errors
+/// The kernel lacks something, or there is no such cgroup.
+pub fn survey(cgroup: &Path) -> Result<Vec<Blocker>, CheckpointError> {
+    let mut iterators = Iterators::load()?;
+    eligibility::survey(&mut iterators, &Cgroup::open(cgroup)?, &Namespaces::ours())
+}
 
 /// How a capture goes about it.
 #[derive(Clone, Copy, Debug)]
@@ -197,36 +202,9 @@ impl Capture {
             return Err(CheckpointError::Ourselves(Pid(ourselves.cast_signed())));
         }
         self.offsets = Offsets::of(Pid(first.pid.cast_signed()));
-        let first = Pid(first.pid.cast_signed());
-        self.blockers = self.look(&tasks, first)?;
-        for _ in 1..LOOKS {
-            if self.blockers.is_empty() {
-                break;
-            }
-            std::thread::sleep(freeze::PAUSE);
-            let tasks = self.iterators.borrow_mut().tasks(scope)?;
-            let still = self.look(&tasks, first)?;
-            self.blockers.retain(|blocker| still.contains(blocker));
-        }
-        Ok(())
-    }
-
-    /// What cannot be carried at this moment.
-    fn look(&self, tasks: &Tasks, first: Pid) -> Result<Vec<Blocker>, CheckpointError> {
-        let scope = self.scope();
         let mut iterators = self.iterators.borrow_mut();
-        let vmas = iterators.vmas(scope)?;
-        let mut blockers = eligibility::blockers(tasks, &vmas, &self.ours);
-        for child in self.target.cgroup.children()? {
-            blockers.push(Blocker {
-                pid: first,
-                fd: None,
-                object: format!("cgroup {child} below that of the application"),
-                reason: "nested cgroups are not carried yet".to_owned(),
-            });
-        }
-        blockers.extend(files::blockers(&iterators.files(scope)?));
-        Ok(blockers)
+        self.blockers = eligibility::survey(&mut iterators, &self.target.cgroup, &self.ours)?;
+        Ok(())
     }
 
     /// What cannot be carried.

@@ -1,14 +1,20 @@
-//! `tracker check`.
+//! `tracker check`: what the kernel can do, or what keeps an application from an update.
 
+use crate::applications::NamedApplication;
 use crate::bpf::features::{Features, Probe};
 use crate::bpf::track::{HookSet, Hooks, Options};
+use crate::capture::{CheckpointError, survey};
 use crate::error::ExitCode;
+use crate::handover::eligible;
 use clap::Args;
 use serde::Serialize;
 
 /// Arguments of `tracker check`.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
+    /// Only whether this application can be updated under: its name, or the PID of a process
+    #[arg(value_name = "NAME|PID")]
+    application: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -26,9 +32,57 @@ struct Found {
     refused: Option<String>,
 }
 
-/// Prints what the kernel can do for tracker; ends with 4 if it lacks what tracking needs.
-#[must_use]
-pub fn run(args: &CheckArgs) -> ExitCode {
+/// Prints what the kernel can do for tracker; ends with 4 if it lacks what tracking needs. Of
+/// an application, prints every object that cannot be carried; ends with 3 if there is one.
+///
+/// # Errors
+/// There is no such application, or it cannot be looked at.
+pub fn run(args: &CheckArgs) -> Result<ExitCode, CheckpointError> {
+    match &args.application {
+        Some(wanted) => eligibility(wanted, args.json),
+        None => Ok(kernel(args)),
+    }
+}
+
+fn eligibility(wanted: &str, json: bool) -> Result<ExitCode, CheckpointError> {
+    let application = find(wanted)?;
+    let pids = application.pids()?;
+    if pids.is_empty() {
+        return Err(CheckpointError::NotRunning(wanted.to_owned()));
+    }
+    let mut blockers = survey(application.cgroup())?;
+    blockers.extend(eligible::blockers(&pids));
+    let name = application.name();
+    if json {
+        super::print_json(&serde_json::json!({ "name": name, "blockers": blockers }));
+    } else if blockers.is_empty() {
+        println!("{name}: everything it uses can be carried");
+    } else {
+        println!("{name}: {} objects cannot be carried", blockers.len());
+        for blocker in &blockers {
+            println!("  {blocker}");
+        }
+    }
+    Ok(match blockers.is_empty() {
+        true => ExitCode::Done,
+        false => ExitCode::NotEligible,
+    })
+}
+
+/// The application of this name, or the one that the process of this PID belongs to.
+fn find(wanted: &str) -> Result<NamedApplication, CheckpointError> {
+    let Ok(pid) = wanted.parse::<i32>() else {
+        return Ok(NamedApplication::new(wanted)?);
+    };
+    for application in NamedApplication::all()? {
+        if application.pids()?.contains(&pid) {
+            return Ok(application);
+        }
+    }
+    Err(CheckpointError::NotRunning(format!("PID {pid}")))
+}
+
+fn kernel(args: &CheckArgs) -> ExitCode {
     let features = Features::probe();
     // Loaded and attached without any cgroup to track, and detached at once.
     let (hook_set, hooks, refused) = match Hooks::load(&Options::default()) {

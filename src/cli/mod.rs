@@ -90,7 +90,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Run(args) => Ok(run::run(&args)?),
         Command::Agent(args) => Ok(agent::run(args)?),
         Command::Audit(args) => Ok(audit::run(&args)?),
-        Command::Check(args) => Ok(check::run(&args)),
+        Command::Check(args) => Ok(check::run(&args)?),
         Command::Status(args) => Ok(status::run(&args)?),
         Command::Update(args) => Ok(update::run(&args)?),
         Command::Restore(args) => Ok(restore::run(&args)?),
