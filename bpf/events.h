@@ -524,6 +524,7 @@ TRK_ASSERT_SIZE(struct lock_port_key, 20);
 enum lock_mode {
 	LOCK_ALL_TCP = 1,
 	LOCK_ALL_UDP = 2, /* and the ICMP errors UDP draws */
+	LOCK_NEW = 4,     /* of what is locked, only what brings something new in */
 };
 
 struct lock_control {

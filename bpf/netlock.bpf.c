@@ -21,6 +21,9 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #define ICMP_DEST_UNREACH 3
 #define ICMPV6_DEST_UNREACH 1
 
+#define TCP_SYN 0x02
+#define TCP_ACK 0x10
+
 #define DROP 0
 #define PASS 1
 
@@ -62,8 +65,11 @@ struct {
 	__type(value, u64);
 } drops SEC(".maps");
 
-/* Reads addresses, protocol and ports; local and remote as a receiver sees them. */
-static __always_inline bool parse(struct __sk_buff *skb, struct lock_flow_key *key, u8 *type)
+/*
+ * Reads addresses, protocol and ports; local and remote as a receiver sees them. Of ICMP the
+ * type, of TCP the flags go to `detail`.
+ */
+static __always_inline bool parse(struct __sk_buff *skb, struct lock_flow_key *key, u8 *detail)
 {
 	u32 l4;
 
@@ -97,7 +103,9 @@ static __always_inline bool parse(struct __sk_buff *skb, struct lock_flow_key *k
 			return false;
 		key->remote_port = __builtin_bswap16(port[0]);
 		key->local_port = __builtin_bswap16(port[1]);
-	} else if (bpf_skb_load_bytes(skb, l4, type, 1)) {
+		if (key->protocol == IPPROTO_TCP && bpf_skb_load_bytes(skb, l4 + 13, detail, 1))
+			return false;
+	} else if (bpf_skb_load_bytes(skb, l4, detail, 1)) {
 		return false;
 	}
 	return true;
@@ -143,19 +151,32 @@ static __always_inline bool cgroup_is_locked(struct __sk_buff *skb)
 	return false;
 }
 
+/* A connection attempt, or a datagram. */
+static __always_inline bool is_new(const struct lock_flow_key *key, u8 flags)
+{
+	return key->protocol == IPPROTO_UDP || (flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
 static __always_inline bool is_locked(struct __sk_buff *skb, u32 direction)
 {
 	struct lock_flow_key key = {};
 	struct lock_control *how;
 	u32 zero = 0;
-	u8 type = 0;
+	u8 detail = 0;
 
 	how = bpf_map_lookup_elem(&control, &zero);
 	if (!how)
 		return false;
+	if (how->mode & LOCK_NEW) {
+		if (direction == DIRECTION_EGRESS || !parse(skb, &key, &detail))
+			return false;
+		if (key.protocol != IPPROTO_TCP && key.protocol != IPPROTO_UDP)
+			return false;
+		return is_new(&key, detail) && port_is_locked(&key);
+	}
 	if (how->cgroups && cgroup_is_locked(skb))
 		return true;
-	if (!parse(skb, &key, &type))
+	if (!parse(skb, &key, &detail))
 		return false;
 	if (direction == DIRECTION_EGRESS)
 		swap_ends(&key);
@@ -165,10 +186,10 @@ static __always_inline bool is_locked(struct __sk_buff *skb, u32 direction)
 		if (key.protocol == IPPROTO_UDP)
 			return true;
 		if (direction == DIRECTION_EGRESS && key.version == 4 &&
-		    key.protocol == IPPROTO_ICMP && type == ICMP_DEST_UNREACH)
+		    key.protocol == IPPROTO_ICMP && detail == ICMP_DEST_UNREACH)
 			return true;
 		if (direction == DIRECTION_EGRESS && key.version == 6 &&
-		    key.protocol == IPPROTO_ICMPV6 && type == ICMPV6_DEST_UNREACH)
+		    key.protocol == IPPROTO_ICMPV6 && detail == ICMPV6_DEST_UNREACH)
 			return true;
 	}
 	if (key.protocol != IPPROTO_TCP && key.protocol != IPPROTO_UDP)

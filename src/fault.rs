@@ -17,7 +17,7 @@ pub enum Fault {
     Prepare,
     /// Pages were copied while the application ran.
     Precopy,
-    /// The network is locked.
+    /// New connections are held off.
     Lock,
     /// The application is frozen.
     Freeze,
@@ -25,6 +25,8 @@ pub enum Fault {
     Threads,
     /// Its processes were read.
     Tasks,
+    /// Its network is silent.
+    Silence,
     /// Its descriptors and sockets were read.
     Files,
     /// Page selection is done.
@@ -100,6 +102,7 @@ impl Fault {
             Self::Freeze => "freeze",
             Self::Threads => "threads",
             Self::Tasks => "tasks",
+            Self::Silence => "silence",
             Self::Files => "files",
             Self::Memory => "memory",
             Self::PageWrite => "page-write",

@@ -1,9 +1,11 @@
 //! The network lock: nothing of a locked application leaves the machine or reaches it.
 //!
 //! Two `cgroup_skb` programs on the root cgroup drop the packets of chosen connections, ports and
-//! cgroups. In the old kernel the lock is engaged just before the freeze; in the next one before
-//! any interface comes up, in the mode that drops all TCP, until the sockets are back. Peers see a
-//! few lost packets and retransmit. The root cgroup covers also what the kernel sends by itself
+//! cgroups. In the old kernel the lock holds off new connections from just before the freeze, and
+//! everything from when the first socket is read: what a peer sends in between is acknowledged,
+//! and in the image, so that it need not be sent again after the peer's timeout. In the next
+//! kernel it is engaged before any interface comes up, in the mode that drops all TCP, until the
+//! sockets are back. Peers see a few lost packets and retransmit. The root cgroup covers also what the kernel sends by itself
 //! (a RST for a socket that is not there) and sockets older than their process' cgroup.
 
 use std::fs::{self, File};
@@ -231,6 +233,27 @@ impl NetLock {
     /// [`LockError::Add`].
     pub fn add_all_udp(&mut self) -> Result<(), LockError> {
         self.control.mode |= LockMode::ALL_UDP;
+        self.write_control()
+    }
+
+    /// Holds off only what brings the application something new: connection attempts and
+    /// datagrams. What it has goes on, until [`Self::silence`].
+    ///
+    /// # Errors
+    ///
+    /// [`LockError::Add`].
+    pub fn hold_new(&mut self) -> Result<(), LockError> {
+        self.control.mode |= LockMode::NEW;
+        self.write_control()
+    }
+
+    /// Ends [`Self::hold_new`]: from here on every packet is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`LockError::Add`].
+    pub fn silence(&mut self) -> Result<(), LockError> {
+        self.control.mode &= !LockMode::NEW;
         self.write_control()
     }
 

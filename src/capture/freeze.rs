@@ -10,6 +10,7 @@ use crate::bpf::events::{ThreadFlag, ThreadRec};
 use crate::fault::Fault;
 use crate::model::frozen::Blocker;
 use crate::sys::cgroup::{Event, Waited};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How often a freeze is repeated for a thread that stands in the vDSO, or for an object that
@@ -99,6 +100,8 @@ impl Capture {
             repaired: Repaired::default(),
             now,
             clocks,
+            processes: Vec::new(),
+            mms: BTreeMap::new(),
         });
         Ok(self.not_64_bit())
     }

@@ -31,6 +31,8 @@ struct Precopied {
 pub struct Memory {
     precopied: HashMap<Key, Precopied>,
     zero_frame: Option<u64>,
+    /// What frozen processes map that only memory keeps.
+    shown: Contents,
     stats: MemoryStats,
 }
 
@@ -40,6 +42,7 @@ impl Memory {
         Self {
             precopied: HashMap::new(),
             zero_frame: zero_frame(),
+            shown: Contents::default(),
             stats: MemoryStats {
                 dirty_tracking: soft_dirty_works(),
                 ..MemoryStats::default()
@@ -103,20 +106,20 @@ impl Memory {
         Ok(())
     }
 
-    /// Reads all address spaces of the frozen application.
+    /// Reads all address spaces of the frozen application; [`Memory::copy_shown`] follows once
+    /// it is known what is open as well.
     pub fn collect(
         &mut self,
         tasks: &Tasks,
         vmas: &[VmaRec],
         store: &dyn Store,
         slots: &mut Slots,
-        contents: &mut BTreeMap<ContentId, Content>,
         wakeups: &Wakeups,
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
         let by_mm = grouped(vmas);
         let mut copier = Copier::new(store);
         let mut mapper = Mapper::default();
-        let mut shown = Contents::default();
+        self.shown = Contents::default();
         let mut found = BTreeMap::new();
         for rec in address_spaces(tasks) {
             wakeups.check()?;
@@ -133,7 +136,7 @@ impl Memory {
             self.stats.pages += copied.runs.iter().map(|run| run.pages).sum::<u64>();
             let vmas = vmas
                 .iter()
-                .map(|vma| mapper.convert(vma, &mut shown))
+                .map(|vma| mapper.convert(vma, &mut self.shown))
                 .collect::<Result<Vec<_>, _>>()?;
             let mm = Mm {
                 bounds: mm::bounds(rec),
@@ -145,8 +148,17 @@ impl Memory {
             };
             found.insert(MmId(rec.mm), mm);
         }
-        shown.copy(store, slots, contents)?;
         Ok(found)
+    }
+
+    /// Copies what is mapped and exists only in memory, but for what is in `contents` already.
+    pub fn copy_shown(
+        &mut self,
+        store: &dyn Store,
+        slots: &mut Slots,
+        contents: &mut BTreeMap<ContentId, Content>,
+    ) -> Result<(), CheckpointError> {
+        std::mem::take(&mut self.shown).copy(store, slots, contents)
     }
 }
 

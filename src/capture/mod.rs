@@ -29,8 +29,8 @@ use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
 use crate::image::Store;
-use crate::model::frozen::{Application, ApplicationHeader, Blocker, Clocks};
-use crate::model::ids::Pid;
+use crate::model::frozen::{Application, ApplicationHeader, Blocker, Clocks, Mm, Process};
+use crate::model::ids::{MmId, Pid};
 use crate::sys::cgroup::{Cgroup, Event};
 use clocks::Offsets;
 use eligibility::Namespaces;
@@ -39,6 +39,7 @@ use guard::{Guard, Watch};
 use memory::Memory;
 use restart::Now;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -104,6 +105,9 @@ struct Frozen {
     repaired: Repaired,
     now: Now,
     clocks: Clocks,
+    /// As the image carries them, once read.
+    processes: Vec<Process>,
+    mms: BTreeMap<MmId, Mm>,
 }
 
 /// One application under capture. All calls must come from one thread: a tracee belongs to the
@@ -250,7 +254,7 @@ impl Capture {
         Ok(())
     }
 
-    /// Adds all sockets of the application to a network lock; returns how many there are.
+    /// Adds all sockets of the running application to a network lock; returns how many there are.
     ///
     /// # Errors
     /// The lock takes no more entries.
@@ -261,18 +265,46 @@ impl Capture {
         Ok(count)
     }
 
-    /// Locks the application's network, if it has any.
+    /// Adds the sockets that it has now that it is frozen.
+    ///
+    /// # Errors
+    /// The lock takes no more entries.
+    pub fn add_frozen_to_lock(&self, lock: &mut NetLock) -> Result<(), CheckpointError> {
+        if let Some(frozen) = &self.frozen {
+            lock::add_sockets(lock, &frozen.open.files)?;
+        }
+        Ok(())
+    }
+
+    /// Holds off new connections to the application, if it has any sockets.
     ///
     /// # Errors
     /// The lock cannot be loaded or attached.
     pub fn lock_network(&mut self) -> Result<(), CheckpointError> {
         let mut lock = NetLock::load()?;
         if self.add_to_lock(&mut lock)? > 0 {
+            lock.hold_new()?;
             lock.engage()?;
             self.lock = Some(lock);
         }
         self.timeline.done("lock");
         Fault::Lock.point()?;
+        Ok(())
+    }
+
+    /// From here on nothing of the frozen application sends or receives.
+    ///
+    /// # Errors
+    /// The lock takes no more entries.
+    pub fn silence(&mut self) -> Result<(), CheckpointError> {
+        if let Some(mut lock) = self.lock.take() {
+            let silenced = self
+                .add_frozen_to_lock(&mut lock)
+                .and_then(|()| Ok(lock.silence()?));
+            self.lock = Some(lock);
+            silenced?;
+        }
+        Fault::Silence.point()?;
         Ok(())
     }
 
@@ -282,27 +314,46 @@ impl Capture {
         self.lock.is_some() || self.lock_left
     }
 
-    /// Reads everything. The application stays frozen, its TCP connections in repair mode.
+    /// Reads processes and memory. The application stays frozen; what its peers send is taken
+    /// in and acknowledged until [`Capture::silence`].
     ///
     /// # Errors
     /// Something cannot be read or carried, or tracker was asked to stop.
-    pub fn collect(
+    pub fn collect_memory(
         &mut self,
         store: &dyn Store,
         slots: &mut Slots,
-    ) -> Result<Application, CheckpointError> {
+    ) -> Result<(), CheckpointError> {
         let scope = self.scope();
         let Some(frozen) = &mut self.frozen else {
             return Err(CheckpointError::Unstable("It is not frozen".into()));
         };
-        let processes = tasks::processes(&frozen.tasks, &frozen.tracees, &frozen.now)?;
+        frozen.processes = tasks::processes(&frozen.tasks, &frozen.tracees, &frozen.now)?;
         self.timeline.done("tasks");
         Fault::Tasks.point()?;
         self.wakeups.check()?;
 
-        if let Some(lock) = &mut self.lock {
-            lock::add_sockets(lock, &frozen.open.files)?;
-        }
+        let vmas = self.iterators.borrow_mut().vmas(scope)?;
+        frozen.mms = self
+            .memory
+            .collect(&frozen.tasks, &vmas, store, slots, &self.wakeups)?;
+        self.timeline.done("memory");
+        Ok(())
+    }
+
+    /// Reads the descriptors, with the network silent, and returns all there is. The
+    /// application stays frozen, its TCP connections in repair mode.
+    ///
+    /// # Errors
+    /// Something cannot be read or carried, or tracker was asked to stop.
+    pub fn collect_files(
+        &mut self,
+        store: &dyn Store,
+        slots: &mut Slots,
+    ) -> Result<Application, CheckpointError> {
+        let Some(frozen) = &mut self.frozen else {
+            return Err(CheckpointError::Unstable("It is not frozen".into()));
+        };
         let read = files::collect(
             &frozen.open,
             &mut self.iterators.borrow_mut(),
@@ -316,17 +367,9 @@ impl Capture {
         Fault::Files.point()?;
         self.wakeups.check()?;
 
-        let vmas = self.iterators.borrow_mut().vmas(scope)?;
         let mut contents = read.contents;
-        let mms = self.memory.collect(
-            &frozen.tasks,
-            &vmas,
-            store,
-            slots,
-            &mut contents,
-            &self.wakeups,
-        )?;
-        self.timeline.done("memory");
+        self.memory.copy_shown(store, slots, &mut contents)?;
+        self.timeline.done("contents");
 
         let release = nix::sys::utsname::uname().map(|u| u.release().to_owned());
         Ok(Application {
@@ -335,8 +378,8 @@ impl Capture {
                 clocks: frozen.clocks,
                 ..self.target.header.clone()
             },
-            processes,
-            mms,
+            processes: std::mem::take(&mut frozen.processes),
+            mms: std::mem::take(&mut frozen.mms),
             files: read.files,
             ofds: read.ofds,
             contents,

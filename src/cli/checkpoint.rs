@@ -102,7 +102,9 @@ fn take(
     capture.precopy(store, &mut slots)?;
     capture.lock_network()?;
     capture.freeze()?;
-    let application = capture.collect(store, &mut slots)?;
+    capture.collect_memory(store, &mut slots)?;
+    capture.silence()?;
+    let application = capture.collect_files(store, &mut slots)?;
     if leave_running {
         capture.thaw();
     }

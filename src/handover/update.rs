@@ -284,8 +284,8 @@ impl Update {
         self.abort.check()?;
 
         let mut lock = self.engage_lock()?;
-        self.clock.reached("network locked");
-        let result = self.leave(&mut store, &mut slots, system);
+        self.clock.reached("new connections held off");
+        let result = self.leave(&mut store, &mut slots, &mut lock, system);
         // It failed, or it would not have returned: first let the applications run.
         for capture in &mut self.captures {
             capture.thaw();
@@ -303,6 +303,7 @@ impl Update {
         for capture in &mut self.captures {
             on(capture, |capture| capture.add_to_lock(&mut lock))?;
         }
+        lock.hold_new()?;
         lock.engage()?;
         Fault::Lock.point()?;
         Ok(lock)
@@ -313,6 +314,7 @@ impl Update {
         &mut self,
         store: &mut RangeStore,
         slots: &mut Slots,
+        lock: &mut NetLock,
         mut system: System,
     ) -> Result<Infallible, UpdateError> {
         self.clock.reached(step::FROZEN);
@@ -327,12 +329,22 @@ impl Update {
         }
         in_time()?;
         self.clock.reached("all stopped");
-        let mut applications = Vec::new();
         for capture in &mut self.captures {
-            applications.push(on(capture, |capture| capture.collect(store, slots))?);
+            on(capture, |capture| capture.collect_memory(store, slots))?;
             in_time()?;
         }
-        self.clock.reached("state read");
+        self.clock.reached("memory read");
+        for capture in &mut self.captures {
+            on(capture, |capture| capture.add_frozen_to_lock(lock))?;
+        }
+        lock.silence()?;
+        Fault::Silence.point()?;
+        let mut applications = Vec::new();
+        for capture in &mut self.captures {
+            applications.push(on(capture, |capture| capture.collect_files(store, slots))?);
+            in_time()?;
+        }
+        self.clock.reached("descriptors read");
 
         // From here on nothing may be printed: stderr may be on a frozen filesystem.
         let _frozen = self.filesystems.freeze()?;

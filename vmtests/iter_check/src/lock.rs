@@ -108,6 +108,45 @@ pub fn listener() -> Result<()> {
     Ok(())
 }
 
+/// New connections are held off while old ones go on; then nothing goes on.
+pub fn new_only() -> Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let mut client = TcpStream::connect(address)?;
+    let (mut server, _) = listener.accept()?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    let mut lock = NetLock::load()?;
+    lock.add_listener(address)?;
+    lock.add_connection(server.local_addr()?, server.peer_addr()?)?;
+    lock.hold_new()?;
+    lock.engage()?;
+    let start = lock.drops()?;
+    let connecting = std::thread::spawn(move || TcpStream::connect_timeout(&address, PATIENCE));
+    let start = wait_for_drops(&lock, start)?;
+    ensure!(start.egress == 0, "something else was dropped: {start:?}");
+    let mut buffer = [0; 6];
+    client.write_all(b"during")?;
+    server
+        .read_exact(&mut buffer)
+        .context("a connection that is there already")?;
+    server.write_all(b"answer")?;
+    client.read_exact(&mut buffer)?;
+    lock.silence()?;
+    let start = lock.drops()?;
+    client.write_all(b"x")?;
+    wait_for_drops(&lock, start).context("silence")?;
+    ensure!(nothing_to_read(&server)?, "data came through the lock");
+    lock.release()?;
+    server
+        .read_exact(&mut [0])
+        .context("retransmission after the lock")?;
+    let result = connecting
+        .join()
+        .map_err(|_| anyhow::anyhow!("connect panicked"))?;
+    result.context("a new connection after the lock")?;
+    Ok(())
+}
+
 pub fn addresses() -> Result<()> {
     // IPv6, a port locked by [::] for both versions, and UDP
     let Ok(listener) = TcpListener::bind("[::1]:0") else {

@@ -58,6 +58,7 @@ fn main() -> Result<()> {
     let locks: &[(&str, LockCheck, bool)] = &[
         ("a connection", lock::connection, true),
         ("a listener", lock::listener, true),
+        ("new connections", lock::new_only, true),
         ("IPv6 and UDP", lock::addresses, true),
         ("a cgroup", lock::cgroup, true),
         ("what was pinned", lock::pinned, true),

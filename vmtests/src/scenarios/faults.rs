@@ -39,9 +39,10 @@ const BOTH: &[&str] = &[
     "freeze",
     "threads",
     "tasks",
-    "files",
     "memory",
     "page-write",
+    "silence",
+    "files",
     "encode",
     "commit",
 ];
