@@ -149,8 +149,9 @@ impl Load {
     /// If a client gets no answers.
     pub fn progress(&self, answers: u64, timeout: Duration) -> Result<()> {
         let begun = Instant::now();
-        for client in &self.clients {
-            let wanted = client.shared.answers.load(Ordering::Relaxed) + answers;
+        let had = |client: &Client| client.shared.answers.load(Ordering::Relaxed);
+        let wanted: Vec<u64> = self.clients.iter().map(|c| had(c) + answers).collect();
+        for (client, wanted) in self.clients.iter().zip(wanted) {
             while client.shared.answers.load(Ordering::Relaxed) < wanted {
                 if client.thread.is_finished() {
                     break;

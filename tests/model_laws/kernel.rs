@@ -1,18 +1,16 @@
-//! Laws of the live model, over random histories that a kernel could produce.
+//! A kernel in miniature, which random steps drive.
 
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
-use tracker::model::apply::{Anomaly, apply};
 use tracker::model::check::check;
-use tracker::model::diff::{diff, patch};
 use tracker::model::event::{Body, Event, FileKind, OfdInfo, TaskInfo};
 use tracker::model::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, TaskId, Tid};
-use tracker::model::snapshot::{Snapshot, absorb, replay as repeat};
-use tracker::model::state::{State, Trust};
+use tracker::model::snapshot::Snapshot;
+use tracker::model::state::State;
 
 /// What a random step tries to do; the kernel below makes it something possible.
 #[derive(Clone, Copy, Debug)]
-enum Op {
+pub enum Op {
     Fork {
         who: u8,
         share_files: bool,
@@ -60,7 +58,7 @@ enum Op {
     },
 }
 
-fn op() -> impl Strategy<Value = Op> {
+pub fn op() -> impl Strategy<Value = Op> {
     let who = any::<u8>();
     prop_oneof![
         2 => (who, any::<bool>()).prop_map(|(who, share_files)| Op::Fork { who, share_files }),
@@ -81,26 +79,26 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 #[derive(Clone, Debug)]
-struct Thread {
-    task: TaskId,
-    files: FilesId,
-    mm: MmId,
-    pid: i32,
+pub struct Thread {
+    pub task: TaskId,
+    pub files: FilesId,
+    pub mm: MmId,
+    pub pid: i32,
 }
 
-type Items = BTreeMap<(OfdId, Fd), u32>;
+pub type Items = BTreeMap<(OfdId, Fd), u32>;
 
 /// A kernel in miniature: the truth the model must arrive at. Addresses of what
 /// died are used again at once, as slab caches do.
 #[derive(Clone, Debug, Default)]
-struct Kernel {
-    seq: u64,
-    events: Vec<Event>,
-    threads: Vec<Thread>,
-    tables: BTreeMap<FilesId, BTreeMap<Fd, (OfdId, bool)>>,
-    files: BTreeMap<OfdId, (FileKind, u64)>,
-    epolls: BTreeMap<OfdId, Items>,
-    serial: u64,
+pub struct Kernel {
+    pub seq: u64,
+    pub events: Vec<Event>,
+    pub threads: Vec<Thread>,
+    pub tables: BTreeMap<FilesId, BTreeMap<Fd, (OfdId, bool)>>,
+    pub files: BTreeMap<OfdId, (FileKind, u64)>,
+    pub epolls: BTreeMap<OfdId, Items>,
+    pub serial: u64,
 }
 
 fn free<K: Ord + Copy>(used: &BTreeSet<K>, make: impl Fn(u64) -> K) -> K {
@@ -111,7 +109,7 @@ fn free<K: Ord + Copy>(used: &BTreeSet<K>, make: impl Fn(u64) -> K) -> K {
 }
 
 impl Kernel {
-    fn boot() -> Self {
+    pub fn boot() -> Self {
         let mut kernel = Self::default();
         kernel.emit(Body::FilesNew { files: FilesId(64) });
         kernel.tables.insert(FilesId(64), BTreeMap::new());
@@ -228,7 +226,7 @@ impl Kernel {
             .copied()
     }
 
-    fn run(&mut self, op: Op) {
+    pub fn run(&mut self, op: Op) {
         let who = match op {
             Op::Fork { who, .. }
             | Op::Unshare { who }
@@ -406,7 +404,7 @@ impl Kernel {
         }
     }
 
-    fn snapshot(&self, all_tasks: bool) -> Snapshot {
+    pub fn snapshot(&self, all_tasks: bool) -> Snapshot {
         let table = |(id, fds): (&FilesId, &BTreeMap<Fd, (OfdId, bool)>)| {
             (
                 *id,
@@ -436,7 +434,7 @@ impl Kernel {
     }
 
     /// The model must say exactly this.
-    fn assert_model(&self, state: &State) {
+    pub fn assert_model(&self, state: &State) {
         assert_eq!(check(state), [], "contradictions");
         let model: BTreeMap<_, BTreeMap<_, _>> = state
             .tables
@@ -494,131 +492,10 @@ impl Kernel {
     }
 }
 
-fn history(ops: &[Op]) -> Kernel {
+pub fn history(ops: &[Op]) -> Kernel {
     let mut kernel = Kernel::boot();
     for op in ops {
         kernel.run(*op);
     }
     kernel
-}
-
-fn replay(state: &mut State, events: &[Event]) -> Vec<Anomaly> {
-    events
-        .iter()
-        .flat_map(|event| apply(state, event))
-        .collect()
-}
-
-proptest! {
-    /// Events alone, nothing lost: the model is the truth and needs no second look.
-    #[test]
-    fn events_rebuild_the_truth(ops in prop::collection::vec(op(), 0..200)) {
-        let kernel = history(&ops);
-        let mut state = State::default();
-        let anomalies = replay(&mut state, &kernel.events);
-        kernel.assert_model(&state);
-        prop_assert_eq!(anomalies, vec![]);
-        prop_assert!(state.tables.values().all(|table| table.trust == Trust::Verified));
-        prop_assert!(state.epolls.values().all(|epoll| epoll.trust == Trust::Verified));
-    }
-
-    /// Applying any end of a history again changes nothing.
-    #[test]
-    fn late_repetition_converges(
-        ops in prop::collection::vec(op(), 0..150),
-        from in any::<prop::sample::Index>(),
-    ) {
-        let kernel = history(&ops);
-        let mut state = State::default();
-        replay(&mut state, &kernel.events);
-        let once = state.clone();
-        repeat(&mut state, &kernel.events[from.index(kernel.events.len())..]);
-        kernel.assert_model(&state);
-        prop_assert_eq!(&once.tables, &state.tables);
-        let held = |state: &State| {
-            let held = state.ofds.iter().filter(|(_, ofd)| ofd.refs > 0);
-            held.map(|(id, ofd)| (*id, ofd.kind, ofd.inode)).collect::<Vec<_>>()
-        };
-        prop_assert_eq!(held(&once), held(&state));
-        prop_assert_eq!(&once.tasks, &state.tasks);
-    }
-
-    /// Starting in the middle: events from `attach` on are seen, the kernel is
-    /// read at `read`, and the reading is merged only at `merge`.
-    #[test]
-    fn bootstrap_meets_the_events(
-        ops in prop::collection::vec(op(), 3..150),
-        mut cuts in prop::array::uniform3(any::<prop::sample::Index>()),
-    ) {
-        cuts.sort_by_key(|cut| cut.index(ops.len()));
-        let [attach, read, merge] = cuts.map(|cut| cut.index(ops.len()));
-        let mut kernel = Kernel::boot();
-        let (mut first, mut snapshot, mut merged) = (0, Snapshot::default(), 0);
-        for (n, op) in ops.iter().enumerate() {
-            if n == attach {
-                first = kernel.events.len();
-            }
-            if n == read {
-                snapshot = kernel.snapshot(true);
-            }
-            if n == merge {
-                merged = kernel.events.len();
-            }
-            kernel.run(*op);
-        }
-        let mut state = State::default();
-        replay(&mut state, &kernel.events[first..merged]);
-        absorb(&mut state, &snapshot);
-        let applied = &kernel.events[first..merged];
-        repeat(&mut state, &applied[applied.partition_point(|event| event.seq <= snapshot.seq)..]);
-        replay(&mut state, &kernel.events[merged..]);
-        let used = state.tables.iter().filter(|(_, table)| !table.users.is_empty());
-        for (id, table) in used.filter(|(_, table)| table.trust == Trust::Verified) {
-            let fds: BTreeMap<_, _> =
-                table.fds.iter().map(|(fd, slot)| (*fd, (slot.ofd, slot.cloexec))).collect();
-            prop_assert_eq!(Some(&fds), kernel.tables.get(id), "verified and wrong");
-        }
-        // What was copied from a table not yet known is suspect, and is read once more.
-        absorb(&mut state, &kernel.snapshot(true));
-        kernel.assert_model(&state);
-    }
-
-    /// Reading a state that was right leaves it right.
-    #[test]
-    fn resync_is_harmless(ops in prop::collection::vec(op(), 0..150)) {
-        let kernel = history(&ops);
-        let mut state = State::default();
-        replay(&mut state, &kernel.events);
-        absorb(&mut state, &kernel.snapshot(false));
-        kernel.assert_model(&state);
-    }
-
-    /// Whatever is lost, a full reading heals it.
-    #[test]
-    fn losses_heal(
-        ops in prop::collection::vec(op(), 0..150),
-        lost in prop::collection::vec(prop::bool::weighted(0.2), 2000),
-    ) {
-        let kernel = history(&ops);
-        let mut state = State::default();
-        for (event, _) in kernel.events.iter().zip(&lost).filter(|(_, lost)| !**lost) {
-            apply(&mut state, event);
-        }
-        absorb(&mut state, &kernel.snapshot(true));
-        kernel.assert_model(&state);
-    }
-
-    #[test]
-    fn patch_undoes_diff(
-        a in prop::collection::vec(op(), 0..80),
-        b in prop::collection::vec(op(), 0..80),
-    ) {
-        let mut first = State::default();
-        replay(&mut first, &history(&a).events);
-        let mut second = State::default();
-        replay(&mut second, &history(&b).events);
-        let change = diff(&first, &second);
-        prop_assert_eq!(patch(first, change), second.clone());
-        prop_assert!(diff(&second, &second).is_empty());
-    }
 }
