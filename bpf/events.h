@@ -380,6 +380,7 @@ enum sock_flag {
 	SOCK_REUSEPORT = 2,
 	SOCK_V6ONLY = 4,
 	SOCK_HAS_FILTER = 8,
+	SOCK_MULTICAST = 16, /* member of a group, IPv4 or IPv6 */
 };
 
 struct sock_rec {

@@ -36,7 +36,12 @@ static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 
 static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 {
+	struct inet_sock *inet = (void *)sk;
 	u16 dport = sk->__sk_common.skc_dport;
+
+	if (BPF_CORE_READ(inet, mc_list) ||
+	    (r->family == AF_INET6 && BPF_CORE_READ(inet, pinet6, ipv6_mc_list)))
+		r->flags |= SOCK_MULTICAST;
 
 	r->local_port = sk->__sk_common.skc_num;
 	r->remote_port = dport >> 8 | dport << 8;

@@ -62,6 +62,13 @@ struct socket {
 	struct file *file;
 	struct sock *sk;
 };
+struct ipv6_pinfo {
+	void *ipv6_mc_list;
+};
+struct inet_sock {
+	struct ipv6_pinfo *pinet6;
+	void *mc_list;
+};
 struct scm_stat {
 	atomic_t nr_fds;
 };

@@ -3,11 +3,13 @@
 use super::protocol::{Answer, Request, receive, send};
 use super::status::Status;
 use crate::error::{ExitCode, HasExitCode};
+use crate::model::diff::patch;
 use crate::model::state::State;
 use crate::track::audit::Report;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The agent gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -36,14 +38,28 @@ impl HasExitCode for ClientError {
     }
 }
 
-fn ask(socket: &Path, request: Request) -> Result<Answer, ClientError> {
-    let failed = |source| ClientError::Socket {
+/// Where an agent listens unless it is told otherwise.
+pub const SOCKET: &str = "/run/tracker/agent.sock";
+
+fn failed(socket: &Path) -> impl Fn(io::Error) -> ClientError {
+    move |source| ClientError::Socket {
         socket: socket.to_owned(),
         source,
-    };
-    let mut stream = UnixStream::connect(socket).map_err(failed)?;
-    send(&mut stream, &request).map_err(failed)?;
-    match receive(&mut stream).map_err(failed)? {
+    }
+}
+
+fn ask(socket: &Path, request: Request) -> Result<Answer, ClientError> {
+    let mut stream = UnixStream::connect(socket).map_err(failed(socket))?;
+    ask_over(&mut stream, socket, request)
+}
+
+fn ask_over(
+    stream: &mut UnixStream,
+    socket: &Path,
+    request: Request,
+) -> Result<Answer, ClientError> {
+    send(stream, &request).map_err(failed(socket))?;
+    match receive(stream).map_err(failed(socket))? {
         Answer::Error(message) => Err(ClientError::Refused {
             socket: socket.to_owned(),
             message,
@@ -84,24 +100,55 @@ pub fn audit(socket: &Path) -> Result<Report, ClientError> {
     }
 }
 
-/// The model, complete up to the call; `None` where no agent listens.
-///
-/// # Errors
-///
-/// There is an agent, and it failed.
-pub fn fetch_model(socket: &Path) -> Result<Option<State>, ClientError> {
-    match ask(socket, Request::Model) {
-        Ok(Answer::Model(state)) => Ok(Some(*state)),
-        Ok(_) => Err(unexpected(socket)),
-        Err(ClientError::Socket { source, .. })
-            if matches!(
-                source.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            Ok(None)
+/// A connection that keeps a copy of the agent's model, so that its last changes come quickly.
+#[derive(Debug)]
+pub struct Follower {
+    socket: PathBuf,
+    stream: UnixStream,
+    state: State,
+}
+
+impl Follower {
+    /// Fetches the model, complete up to the call; `None` where no agent listens.
+    ///
+    /// # Errors
+    ///
+    /// There is an agent, and it failed.
+    pub fn start(socket: &Path) -> Result<Option<Self>, ClientError> {
+        let mut stream = match UnixStream::connect(socket) {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                return Ok(None);
+            }
+            stream => stream.map_err(failed(socket))?,
+        };
+        match ask_over(&mut stream, socket, Request::Model)? {
+            Answer::Model(state) => Ok(Some(Self {
+                socket: socket.to_owned(),
+                stream,
+                state: *state,
+            })),
+            _ => Err(unexpected(socket)),
         }
-        Err(error) => Err(error),
+    }
+
+    /// The model with everything that has happened by now, if the agent says so in time.
+    ///
+    /// # Errors
+    ///
+    /// The agent failed or took too long; the connection is of no use any more.
+    pub fn catch_up(mut self, patience: Duration) -> Result<State, ClientError> {
+        let socket = &self.socket;
+        let limited = self.stream.set_read_timeout(Some(patience));
+        limited.map_err(failed(socket))?;
+        match ask_over(&mut self.stream, socket, Request::Delta)? {
+            Answer::Delta(delta) => Ok(patch(self.state, *delta)),
+            _ => Err(unexpected(socket)),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use super::AgentError;
 use super::status::{Sizes, Status};
 use crate::handover::report::{ApplicationStatus, Status as UpdateStatus, UpdateReport};
-use crate::track::Tracking;
+use crate::track::{Settle, Tracking};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -24,7 +24,7 @@ pub(super) fn listen(address: SocketAddr) -> Result<Server, AgentError> {
 
 pub(super) fn serve(server: &Server, tracking: &Tracking) {
     for request in server.incoming_requests() {
-        let response = match (request.url(), tracking.view(false)) {
+        let response = match (request.url(), tracking.view(Settle::No)) {
             ("/metrics", Ok(view)) => {
                 Response::from_string(render(&Status::now(&view, &tracking.roots)))
             }

@@ -9,7 +9,7 @@ pub mod status;
 use crate::bpf::track::Options;
 use crate::error::{ExitCode, HasExitCode};
 use crate::track::roots::{Root, RootError};
-use crate::track::{StartError, Tracking};
+use crate::track::{Settle, StartError, Tracking};
 use crossbeam_channel::bounded;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
@@ -110,7 +110,7 @@ pub fn run(config: &Config) -> Result<(), AgentError> {
     let tracking = Arc::new(Tracking::start(&config.hooks, roots)?);
     // The first reading is in the model before anyone is told that the agent is ready.
     tracking
-        .view(true)
+        .view(Settle::Suspects)
         .map_err(|gone| AgentError::System("Reading the applications", io::Error::other(gone)))?;
 
     let (stop, stopped) = bounded(1);

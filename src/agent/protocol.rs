@@ -1,6 +1,7 @@
-//! What goes over the control socket: one framed CBOR request, one framed CBOR answer.
+//! What goes over the control socket: framed CBOR requests, each with a framed CBOR answer.
 
 use super::status::Status;
+use crate::model::diff::Diff;
 use crate::model::state::State;
 use crate::track::audit::Report;
 use serde::de::DeserializeOwned;
@@ -16,6 +17,9 @@ pub enum Request {
     Audit,
     /// The model after everything up to now is applied and suspects were read again.
     Model,
+    /// What has changed in the model since it was last sent over this connection, by
+    /// everything up to now; suspects are not read.
+    Delta,
     /// End the agent.
     Shutdown,
 }
@@ -29,6 +33,8 @@ pub enum Answer {
     Audit(Report),
     /// To `Model`.
     Model(Box<State>),
+    /// To `Delta`.
+    Delta(Box<Diff>),
     /// To `Shutdown`.
     Done,
     /// The request could not be served.

@@ -3,8 +3,10 @@
 use super::AgentError;
 use super::protocol::{Answer, Request, receive, send};
 use super::status::Status;
-use crate::track::Tracking;
+use crate::model::diff::diff;
+use crate::model::state::State;
 use crate::track::audit::audit;
+use crate::track::{Settle, Tracking};
 use crossbeam_channel::Sender;
 use std::fs::{self, Permissions};
 use std::io;
@@ -54,27 +56,39 @@ pub(super) fn serve(listener: &UnixListener, tracking: &Arc<Tracking>, stop: &Se
     }
 }
 
+/// Answers one client until it goes away.
 fn answer(mut client: UnixStream, tracking: &Tracking, stop: &Sender<()>) -> io::Result<()> {
     client.set_read_timeout(Some(CLIENT_PATIENCE))?;
     client.set_write_timeout(Some(CLIENT_PATIENCE))?;
-    let request = receive(&mut client)?;
-    let reply = match request {
-        Request::Status => tracking
-            .view(false)
-            .map(|view| Answer::Status(Box::new(Status::now(&view, &tracking.roots)))),
-        Request::Audit => audit(tracking).map(Answer::Audit),
-        Request::Model => tracking
-            .view(true)
-            .map(|view| Answer::Model(Box::new(view.state))),
-        Request::Shutdown => Ok(Answer::Done),
-    };
-    send(
-        &mut client,
-        &reply.unwrap_or_else(|error| Answer::Error(error.to_string())),
-    )?;
-    if request == Request::Shutdown {
-        // If the channel is full, it stops already.
-        let _ = stop.try_send(());
+    // The model as this client has it.
+    let mut sent = State::default();
+    loop {
+        let request = match receive(&mut client) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            request => request?,
+        };
+        let reply = match request {
+            Request::Status => tracking
+                .view(Settle::No)
+                .map(|view| Answer::Status(Box::new(Status::now(&view, &tracking.roots)))),
+            Request::Audit => audit(tracking).map(Answer::Audit),
+            Request::Model => tracking.view(Settle::Suspects).map(|view| {
+                sent.clone_from(&view.state);
+                Answer::Model(Box::new(view.state))
+            }),
+            Request::Delta => tracking.view(Settle::Events).map(|view| {
+                let delta = diff(&sent, &view.state);
+                sent = view.state;
+                Answer::Delta(Box::new(delta))
+            }),
+            Request::Shutdown => Ok(Answer::Done),
+        };
+        let reply = reply.unwrap_or_else(|error| Answer::Error(error.to_string()));
+        send(&mut client, &reply)?;
+        if request == Request::Shutdown {
+            // If the channel is full, it stops already.
+            let _ = stop.try_send(());
+            return Ok(());
+        }
     }
-    Ok(())
 }

@@ -6,6 +6,7 @@ pub mod features;
 pub mod iter;
 pub mod netlock;
 mod pass;
+pub mod reading;
 pub mod record;
 mod skeleton;
 pub mod track;

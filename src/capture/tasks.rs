@@ -11,7 +11,7 @@ use crate::model::frozen::{
     Thread,
 };
 use crate::model::ids::{FilesId, MmId, Pid, Tid};
-use crate::sys::task::affinity;
+use crate::sys::task::{affinity, ioprio};
 use nix::libc;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -134,6 +134,7 @@ impl Assembly<'_> {
             child_subreaper: rec.flags & ProcessFlag::CHILD_SUBREAPER != 0,
             thp_disable: flags & MMF_DISABLE_THP != 0,
             oom_score_adj: i16::try_from(rec.oom_score_adj).unwrap_or(0),
+            coredump_filter: mm.map(|_| dump_filter(flags)),
             rlimits: rec.rlimits.iter().map(|l| (l.cur, l.max)).collect(),
             sigactions: actions.map(sigactions).unwrap_or_default(),
             itimers: itimers(rec, self.now),
@@ -196,6 +197,7 @@ impl Assembly<'_> {
             },
             pdeathsig: rec.pdeath_signal,
             timer_slack: rec.timer_slack_ns,
+            ioprio: own_ioprio(ioprio(tid)?, rec.static_prio - 120),
         })
     }
 
@@ -206,6 +208,24 @@ impl Assembly<'_> {
             .collect();
         timers.sort_by_key(|timer| timer.id);
         timers
+    }
+}
+
+/// `MMF_DUMP_FILTER_MASK` (include/linux/sched/coredump.h), as /proc shows it.
+fn dump_filter(flags: u64) -> u32 {
+    u32::try_from(flags >> 2 & 0x1ff).unwrap_or(0)
+}
+
+/// An I/O priority that was set: the kernel also reports the one that it makes of the nice value
+/// (task_nice_ioprio()), which is to follow that value further on.
+fn own_ioprio(value: u16, nice: i32) -> u16 {
+    const CLASS_SHIFT: u32 = 13;
+    const BEST_EFFORT: u16 = 2;
+    let level = u16::try_from((nice + 20) / 5).unwrap_or(0);
+    let class = value >> CLASS_SHIFT;
+    match class == 0 || value == BEST_EFFORT << CLASS_SHIFT | level {
+        true => 0,
+        false => value,
     }
 }
 
@@ -402,5 +422,13 @@ mod tests {
         assert_eq!(left(50, 100), 1);
         assert_eq!(left(150, 100), 50);
         assert_eq!(left(0, 100), 0);
+    }
+
+    #[test]
+    fn an_io_priority_that_follows_from_nice_is_none() {
+        assert_eq!(own_ioprio(0, 0), 0);
+        assert_eq!(own_ioprio(2 << 13 | 4, 0), 0);
+        assert_eq!(own_ioprio(2 << 13 | 4, 10), 2 << 13 | 4);
+        assert_eq!(own_ioprio(3 << 13, 0), 3 << 13);
     }
 }

@@ -85,6 +85,6 @@ pub fn run(args: AgentArgs) -> Result<ExitCode, AgentError> {
 #[derive(Debug, Args)]
 pub struct SocketArgs {
     /// Control socket of the agent
-    #[arg(long, value_name = "PATH", default_value = concat!("/run/tracker", "/agent.sock"))]
+    #[arg(long, value_name = "PATH", default_value = crate::agent::client::SOCKET)]
     pub socket: PathBuf,
 }

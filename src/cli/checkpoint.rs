@@ -9,6 +9,7 @@ use crate::fault::Fault;
 use crate::image::{DirectoryStore, Image, Store, encode};
 use crate::model::frozen::Application;
 use crate::model::ids::Pid;
+use crate::model::verify::Verification;
 use clap::Args;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -57,6 +58,7 @@ struct Outcome<'a> {
     descriptors: usize,
     mappings: usize,
     memory: MemoryStats,
+    verification: Option<&'a Verification>,
     network_locked: bool,
     left_running: bool,
     #[serde(flatten)]
@@ -100,6 +102,7 @@ fn take(
 ) -> Result<Application, CheckpointError> {
     let mut slots = Slots::default();
     capture.precopy(store, &mut slots)?;
+    capture.follow();
     capture.lock_network()?;
     capture.freeze()?;
     capture.collect_memory(store, &mut slots)?;
@@ -132,6 +135,7 @@ fn report(args: &CheckpointArgs, capture: &Capture, application: &Application) {
         descriptors: application.files.values().map(|t| t.fds.len()).sum(),
         mappings: application.mms.values().map(|mm| mm.vmas.len()).sum(),
         memory: capture.memory(),
+        verification: capture.verification(),
         network_locked: capture.is_locked(),
         left_running: args.leave_running,
         durations,
@@ -149,12 +153,25 @@ fn report(args: &CheckpointArgs, capture: &Capture, application: &Application) {
         outcome.mappings,
         outcome.memory.pages / 256,
     );
+    if let Some(verification) = outcome.verification {
+        println!("{}", verified(verification));
+    }
     println!(
         "frozen for {} ms of {} ms; the image is {}",
         millis(outcome.durations.frozen_us),
         millis(outcome.durations.total_us),
         outcome.image.display(),
     );
+}
+
+fn verified(verification: &Verification) -> String {
+    let Verification {
+        objects,
+        differing,
+        suspect,
+        ..
+    } = verification;
+    format!("the agent knew {objects} objects, {differing} of them otherwise, {suspect} suspect")
 }
 
 /// Microseconds as milliseconds with one decimal.

@@ -2,6 +2,7 @@
 
 use crate::applications::STATE_DIR;
 use crate::model::frozen::{Milestone, Origin};
+use crate::model::verify::Verification;
 use crate::sys::clock;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -46,6 +47,8 @@ pub struct UpdateReport {
     pub restore: u64,
     /// All of it: how long the applications stood still.
     pub total: u64,
+    /// How the agent's model compared with the frozen applications; `None` without an agent.
+    pub verification: Option<Verification>,
     /// What went wrong without ending the update.
     pub warnings: Vec<String>,
 }

@@ -142,6 +142,7 @@ fn restore_image(image: &Image, begun: u64, report: &mut UpdateReport) {
     report
         .kernel_before
         .clone_from(&system.origin.kernel_release);
+    report.verification.clone_from(&system.verification);
     let mut milestones = system.origin.timeline.clone();
     let mut timeline = Timeline {
         origin: &system.origin,

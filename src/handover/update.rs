@@ -19,6 +19,7 @@ use crate::error::{ExitCode, HasExitCode};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
 use crate::model::frozen::{Milestone, Origin, System};
+use crate::model::verify::Verification;
 use crate::sys::{clock, kexec as sys};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -280,6 +281,10 @@ impl Update {
         self.clock.reached("memory copied");
         self.filesystems.flush()?;
         self.clock.reached("filesystems flushed");
+        for capture in &mut self.captures {
+            capture.follow();
+        }
+        self.clock.reached("model fetched");
         sys::lock_memory().map_err(UpdateError::Memory)?;
         self.abort.check()?;
 
@@ -353,6 +358,8 @@ impl Update {
         Fault::Encode.point()?;
         self.clock.reached(step::KEXEC);
         system.origin = self.clock.origin();
+        let verifications = self.captures.iter().filter_map(Capture::verification);
+        system.verification = verifications.cloned().reduce(Verification::and);
         let metadata = encode(&Image {
             system: Some(system),
             applications,

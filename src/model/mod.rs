@@ -13,3 +13,4 @@ pub mod event;
 pub mod plan;
 pub mod snapshot;
 pub mod state;
+pub mod verify;

@@ -161,6 +161,12 @@ impl Supervisor<'_> {
         self.run(pid, pid.leader(), &script)?;
         let path = format!("/proc/{pid}/oom_score_adj");
         std::fs::write(&path, process.oom_score_adj.to_string())
+            .map_err(RestoreError::io(format!("write {path}")))?;
+        let Some(filter) = process.coredump_filter else {
+            return Ok(());
+        };
+        let path = format!("/proc/{pid}/coredump_filter");
+        std::fs::write(&path, format!("{filter:#x}"))
             .map_err(RestoreError::io(format!("write {path}")))
     }
 

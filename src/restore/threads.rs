@@ -87,6 +87,11 @@ pub fn settle(
         let args = [option(libc::PR_SET_TIMERSLACK), thread.timer_slack];
         script.zero(libc::SYS_prctl, &args);
     }
+    if thread.ioprio > 0 {
+        const WHO_PROCESS: u64 = 1;
+        let args = [WHO_PROCESS, 0, thread.ioprio.into()];
+        script.zero(libc::SYS_ioprio_set, &args);
+    }
     creds::restore(script, tape, &thread.creds, rights)?;
     // Changing ids clears it. The restorer set one too: it would kill the tree when it leaves.
     let pdeathsig = if process.parent.is_some() {

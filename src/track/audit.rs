@@ -1,7 +1,7 @@
 //! Compares the model with the kernel's truth, taken from /proc.
 
 use super::proc::{self, ProcFd, ProcItem, ProcSocket};
-use super::{Gone, Tracking};
+use super::{Gone, Settle, Tracking};
 use crate::model::event::FileKind;
 use crate::model::ids::{Fd, OfdId, Pid, TaskId};
 use crate::model::state::{Ofd, Socket, State, Task};
@@ -61,7 +61,7 @@ pub fn audit(tracking: &Tracking) -> Result<Report, Gone> {
     let mut report = Report::default();
     let mut before = BTreeMap::new();
     for round in 1..=ROUNDS {
-        let view = tracking.view(true)?;
+        let view = tracking.view(Settle::Suspects)?;
         let cgroups = tracking.roots.iter().flat_map(|root| {
             let path = |below: PathBuf| root.path.join(below);
             root.subtree().into_values().map(path).collect::<Vec<_>>()

@@ -3,7 +3,7 @@
 use super::order::Order;
 use super::reader::{self, Reading};
 use super::roots::Root;
-use super::{Counters, Request, View};
+use super::{Counters, Request, Settle, View};
 use crate::bpf::iter::{Iterators, Scope};
 use crate::bpf::track::{HookSet, Hooks};
 use crate::bpf::wire;
@@ -129,8 +129,10 @@ impl Engine {
             },
             recv(requests) -> request => match request {
                 Ok(Request::View { settle, reply }) => {
-                    if settle {
-                        self.settle();
+                    match settle {
+                        Settle::No => {}
+                        Settle::Events => self.catch_up(),
+                        Settle::Suspects => self.settle(),
                     }
                     // Whoever asked may have gone.
                     let _ = reply.send(self.view());

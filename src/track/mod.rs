@@ -74,8 +74,19 @@ pub struct View {
     pub last_seq: u64,
 }
 
+/// How far the model is to come before it is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settle {
+    /// As it is.
+    No,
+    /// Everything that happened before is applied; nothing is read.
+    Events,
+    /// And what is suspect was read again.
+    Suspects,
+}
+
 enum Request {
-    View { settle: bool, reply: Sender<View> },
+    View { settle: Settle, reply: Sender<View> },
     Stop,
 }
 
@@ -142,13 +153,12 @@ impl Tracking {
         })
     }
 
-    /// The model as it is; with `settle`, after everything that happened before the
-    /// call is applied and what is suspect was read again.
+    /// The model, with regard to what happened before the call.
     ///
     /// # Errors
     ///
     /// The model's thread is gone.
-    pub fn view(&self, settle: bool) -> Result<View, Gone> {
+    pub fn view(&self, settle: Settle) -> Result<View, Gone> {
         let (reply, answer) = bounded(1);
         self.requests
             .send(Request::View { settle, reply })

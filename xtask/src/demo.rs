@@ -207,7 +207,16 @@ struct Record {
     boot: u64,
     restore: u64,
     total: u64,
+    verification: Option<Verification>,
     warnings: Vec<String>,
+}
+
+/// How the agent's model compared with the frozen applications.
+#[derive(Debug, Deserialize)]
+struct Verification {
+    objects: u64,
+    differing: u64,
+    suspect: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -228,6 +237,11 @@ fn print_record(vm: &Vm) -> Result<bool> {
     line("  until kexec", &nanoseconds(record.frozen_until_kexec));
     line("  kexec and boot", &nanoseconds(record.boot));
     line("  restore", &nanoseconds(record.restore));
+    if let Some(known) = &record.verification {
+        line("Objects the agent knew", &known.objects.to_string());
+        line("  of them otherwise", &known.differing.to_string());
+        line("  of them suspect", &known.suspect.to_string());
+    }
     line("The update's own verdict", &record.status);
     for warning in &record.warnings {
         println!("    {warning}");

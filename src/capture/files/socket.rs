@@ -117,6 +117,12 @@ pub fn refusal(rec: &SockRec) -> Option<String> {
     if rec.flags & SockFlag::HAS_FILTER != 0 {
         return Some("its attached filter is not carried yet; detach it before the update".into());
     }
+    if rec.flags & SockFlag::MULTICAST != 0 {
+        return Some(
+            "its multicast memberships are not carried yet; leave the groups before the update"
+                .into(),
+        );
+    }
     let (family, kind) = (i32::from(rec.family), i32::from(rec.type_));
     let tcp = matches!(family, libc::AF_INET | libc::AF_INET6)
         && kind == libc::SOCK_STREAM

@@ -1,5 +1,6 @@
 //! The part of the machine's own state that restored applications need.
 
+use crate::model::verify::Verification;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
@@ -18,6 +19,8 @@ pub struct System {
     pub sysctls: Vec<(String, String)>,
     /// The update as the old kernel knew it.
     pub origin: Origin,
+    /// How the agent's model compared with the frozen applications.
+    pub verification: Option<Verification>,
 }
 
 /// What the early-boot stage tells of the update's first half.

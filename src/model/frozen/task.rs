@@ -40,6 +40,9 @@ pub struct Process {
     pub thp_disable: bool,
     /// `/proc/PID/oom_score_adj`.
     pub oom_score_adj: i16,
+    /// `/proc/PID/coredump_filter`; `None` in images from before it was carried.
+    #[serde(default)]
+    pub coredump_filter: Option<u32>,
     /// getrlimit(2) pairs (soft, hard), indexed by resource number.
     pub rlimits: Vec<(u64, u64)>,
     /// Signal actions, index 0 is signal 1.
@@ -149,6 +152,9 @@ pub struct Thread {
     pub pdeathsig: i32,
     /// `PR_SET_TIMERSLACK` in nanoseconds.
     pub timer_slack: u64,
+    /// ioprio_set(2) value; 0 where it follows from the nice value.
+    #[serde(default)]
+    pub ioprio: u16,
 }
 
 /// `struct user_regs_struct` of x86-64, in its order.

@@ -367,6 +367,18 @@ fn ask(name: &str, option: i32) -> Result<i32> {
 /// umask, working directory, priority, OOM score, name, affinity and flags of
 /// prctl.
 fn attributes(case: &Case) -> Result<()> {
+    /// `IOPRIO_CLASS_IDLE` with a level, which it ignores.
+    const IDLE: i64 = 3 << 13 | 5;
+    let ioprio = |value: Option<i64>| -> i64 {
+        const WHO_PROCESS: i64 = 1;
+        // SAFETY: takes integers.
+        unsafe {
+            match value {
+                Some(value) => libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0i64, value),
+                None => libc::syscall(libc::SYS_ioprio_get, WHO_PROCESS, 0i64),
+            }
+        }
+    };
     let inside = case.dir().join("here");
     fs::create_dir_all(&inside)?;
     let dir = case.dir().to_owned();
@@ -375,6 +387,8 @@ fn attributes(case: &Case) -> Result<()> {
         umask(Mode::from_bits_truncate(0o137));
         std::env::set_current_dir(&inside)?;
         fs::write("/proc/self/oom_score_adj", "321")?;
+        fs::write("/proc/self/coredump_filter", "0x6b")?;
+        sys("ioprio_set", ioprio(Some(IDLE)))?;
         let mut first = CpuSet::new();
         let lowest = (0..CpuSet::count())
             .find(|&cpu| cpus.is_set(cpu).unwrap_or(false))
@@ -421,6 +435,10 @@ fn attributes(case: &Case) -> Result<()> {
         }
         turn.wait();
         ensure!(umask(Mode::empty()).bits() == 0o137, "The umask differs");
+        let filter = fs::read_to_string("/proc/self/coredump_filter")?;
+        ensure!(filter.trim() == "0000006b", "The core filter is {filter}");
+        let priority = sys("ioprio_get", ioprio(None))?;
+        ensure!(priority == IDLE, "The I/O priority is {priority:#x}");
         ensure!(
             std::env::current_dir()? == inside,
             "In {}",

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -19,6 +20,7 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_io_uring", "io_uring", io_uring),
     Entry::refused("refused_userfaultfd", "userfaultfd", userfaultfd),
     Entry::refused("refused_pty", "character device", pty),
+    Entry::refused("refused_multicast", "multicast memberships", multicast),
     Entry::refused("refused_proc_mem", "it shows an address space", proc_mem),
     Entry::refused(
         "refused_unix_outside",
@@ -97,6 +99,16 @@ fn pty(case: &Case) -> Result<()> {
     let mut text = [0; 13];
     master.read_exact(&mut text)?;
     ensure!(&text == b"to the master", "Received {text:?}");
+    Ok(())
+}
+
+/// A member of a group on the loopback device.
+fn multicast(case: &Case) -> Result<()> {
+    let group = Ipv4Addr::new(239, 1, 2, 3);
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.join_multicast_v4(&group, &Ipv4Addr::LOCALHOST)?;
+    case.ready()?;
+    socket.leave_multicast_v4(&group, &Ipv4Addr::LOCALHOST)?;
     Ok(())
 }
 

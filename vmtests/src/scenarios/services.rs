@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use super::Scenario;
 use crate::apps;
@@ -81,8 +82,10 @@ fn clients_notice(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// A checkpoint that leaves the program running is a pause to its clients.
+/// A checkpoint that leaves the program running is a pause to its clients, and finds what the
+/// agent knew.
 fn leave_running(vm: &Vm) -> Result<()> {
+    apps::start_agent(vm)?;
     let load = start(vm)?;
     for name in ["redis", "memcached"] {
         let pids = apps::pids(vm, name)?;
@@ -95,8 +98,19 @@ fn leave_running(vm: &Vm) -> Result<()> {
             "--image",
             &image,
             "--leave-running",
+            "--json",
         ];
-        vm.exec(Exec::new(checkpoint).timeout(PATIENCE))?.check()?;
+        let output = vm
+            .exec(Exec::new(checkpoint).timeout(PATIENCE))?
+            .check()?
+            .text();
+        let outcome: Value = serde_json::from_str(&output).context(output)?;
+        let known = &outcome["verification"];
+        let connections = if name == "redis" { 20 } else { 10 };
+        ensure!(
+            known["objects"].as_u64() > Some(connections) && known["differing"] == 0,
+            "The agent's model of {name}: {known}"
+        );
         ensure!(apps::pids(vm, name)? == pids, "The PIDs have changed");
         load.progress(10, PATIENCE)?;
     }

@@ -92,6 +92,7 @@ fn told(vm: &Vm) -> Result<(String, String)> {
 
 /// Redis is not restored: it is started afresh, and the clients of memcached notice nothing.
 fn one_is_lost(vm: &Vm, fault: &str, reason: &str) -> Result<()> {
+    apps::start_agent(vm)?;
     apps::start_redis(vm, 5)?;
     apps::start_memcached(vm)?;
     let load = Load::start(&apps::targets(vm, 0, 10))?;
@@ -103,6 +104,7 @@ fn one_is_lost(vm: &Vm, fault: &str, reason: &str) -> Result<()> {
     let report = update(vm, &["--restore-deadline", "20", "--append", &fault])?;
 
     ensure!(report["status"] == "partial", "{report}");
+    ensure!(report["verification"]["differing"] == 0, "{report}");
     let lost = entry(&report, "redis")?;
     ensure!(lost["status"] == "restarted", "{report}");
     let said = lost["error"].as_str().unwrap_or_default();
