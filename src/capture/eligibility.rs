@@ -3,12 +3,12 @@
 use super::error::CheckpointError;
 use super::freeze::PAUSE;
 use super::{files, mm};
-use crate::bpf::events::{RestartKind, ThreadRec, VmaRec};
+use crate::bpf::events::{FileKind, RestartKind, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::Blocker;
-use crate::model::ids::Pid;
+use crate::model::ids::{Fd, Pid};
 use crate::sys::cgroup::Cgroup;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Inode numbers of the namespaces tracker itself is in: those an application must share,
 /// the time namespace excepted.
@@ -102,6 +102,44 @@ fn look(
         }));
     }
     found.extend(files::blockers(&iterators.files(scope)?));
+    Ok(found)
+}
+
+/// Named files that are open or mapped on one of these devices (major << 20 | minor).
+///
+/// # Errors
+/// The iterators cannot be read.
+pub fn on_devices(
+    iterators: &mut Iterators,
+    cgroup: &Cgroup,
+    devices: &BTreeSet<u32>,
+) -> Result<Vec<Blocker>, CheckpointError> {
+    const REASON: &str = "it lives in memory alone (tmpfs) and would be gone after the update; \
+                          keep it on a disk, or close it before";
+    let scope = Scope::Cgroup(cgroup.id());
+    let open = iterators.files(scope)?.files;
+    let named = |kind| [FileKind::REGULAR, FileKind::DIRECTORY, FileKind::FIFO].contains(&kind);
+    let held = open.iter().filter(|file| {
+        named(file.rec.kind) && file.rec.nlink > 0 && devices.contains(&file.rec.dev)
+    });
+    let mut found: Vec<_> = held
+        .map(|file| Blocker {
+            pid: Pid(file.rec.tgid.cast_signed()),
+            fd: Some(Fd(file.rec.fd.cast_signed())),
+            object: format!("file {}", file.rec.name()),
+            reason: REASON.to_owned(),
+        })
+        .collect();
+    let mapped = iterators.vmas(scope)?;
+    let mapped = mapped
+        .iter()
+        .filter(|vma| vma.file != 0 && vma.nlink > 0 && devices.contains(&vma.dev));
+    found.extend(mapped.map(|vma| Blocker {
+        pid: Pid(vma.tgid.cast_signed()),
+        fd: None,
+        object: format!("mapping {:x}-{:x} of {}", vma.start, vma.end, vma.name()),
+        reason: REASON.to_owned(),
+    }));
     Ok(found)
 }
 

@@ -16,9 +16,13 @@ use crate::sys::cgroup::{Event, Waited};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// How often a freeze is repeated for a thread that stands in the vDSO, or for an object that
-/// is not carried and that the application holds for a moment only.
-const FREEZE_ATTEMPTS: u32 = 12;
+/// How often a freeze is repeated for an object that is not carried and that the application
+/// holds for a moment only.
+const BLOCKED_ATTEMPTS: u32 = 12;
+
+/// How often for a thread that stands in the vDSO. Some threads do little else than read clocks:
+/// half of their time is spent there, and all of them must be outside at once.
+const VDSO_ATTEMPTS: u32 = 100;
 
 /// Between two attempts: long enough for a thread to return from a clock function.
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
@@ -30,34 +34,23 @@ impl Capture {
     /// It does not freeze before the deadline, or something that cannot be carried has
     /// appeared. Drop or [`Capture::thaw`] lets it go on.
     pub fn freeze(&mut self) -> Result<(), CheckpointError> {
-        for attempt in 1..=FREEZE_ATTEMPTS {
+        for attempt in 1.. {
             let blockers = self.freeze_once()?;
-            let last = attempt == FREEZE_ATTEMPTS;
-            if !blockers.is_empty() {
-                self.let_run();
-                if last {
-                    self.thaw();
-                    return Err(CheckpointError::Blocked(blockers));
-                }
-                std::thread::sleep(PAUSE);
-                continue;
+            if blockers.is_empty() && self.worst_standing() == Standing::Outside {
+                break;
             }
-            match self.worst_standing() {
-                Standing::Outside => break,
-                Standing::Inside if last => break,
-                _ if last => {
-                    self.thaw();
-                    return Err(CheckpointError::Unstable(
-                        "A thread stands in the first bytes of a vDSO function each time it is \
-                         frozen"
-                            .into(),
-                    ));
-                }
-                _ => {
-                    self.let_run();
-                    std::thread::sleep(PAUSE);
-                }
+            self.let_run();
+            if !blockers.is_empty() && attempt >= BLOCKED_ATTEMPTS {
+                self.thaw();
+                return Err(CheckpointError::Blocked(blockers));
             }
+            if attempt >= VDSO_ATTEMPTS {
+                self.thaw();
+                return Err(CheckpointError::Unstable(
+                    "A thread stands in a vDSO function each time it is frozen".into(),
+                ));
+            }
+            std::thread::sleep(PAUSE);
         }
         self.timeline.done("freeze");
         self.verify();

@@ -41,7 +41,7 @@ use guard::{Guard, Watch};
 use memory::Memory;
 use restart::Now;
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -63,13 +63,17 @@ pub fn load_iterators() -> Result<SharedIterators, CheckpointError> {
     Ok(Rc::new(RefCell::new(Iterators::load()?)))
 }
 
-/// What of the processes in a cgroup cannot be carried. Nothing is touched.
+/// What of the processes in a cgroup cannot be carried, named files on these devices
+/// (major << 20 | minor) included. Nothing is touched.
 ///
 /// # Errors
 /// The kernel lacks something, or there is no such cgroup.
-pub fn survey(cgroup: &Path) -> Result<Vec<Blocker>, CheckpointError> {
+pub fn survey(cgroup: &Path, devices: &BTreeSet<u32>) -> Result<Vec<Blocker>, CheckpointError> {
     let mut iterators = Iterators::load()?;
-    eligibility::survey(&mut iterators, &Cgroup::open(cgroup)?, &Namespaces::ours())
+    let cgroup = Cgroup::open(cgroup)?;
+    let mut found = eligibility::survey(&mut iterators, &cgroup, &Namespaces::ours())?;
+    found.extend(eligibility::on_devices(&mut iterators, &cgroup, devices)?);
+    Ok(found)
 }
 
 /// How a capture goes about it.
@@ -215,6 +219,17 @@ impl Capture {
         self.offsets = Offsets::of(Pid(first.pid.cast_signed()));
         let mut iterators = self.iterators.borrow_mut();
         self.blockers = eligibility::survey(&mut iterators, &self.target.cgroup, &self.ours)?;
+        Ok(())
+    }
+
+    /// Adds named files on these devices (major << 20 | minor) to what cannot be carried.
+    ///
+    /// # Errors
+    /// The iterators cannot be read.
+    pub fn refuse_devices(&mut self, devices: &BTreeSet<u32>) -> Result<(), CheckpointError> {
+        let mut iterators = self.iterators.borrow_mut();
+        let more = eligibility::on_devices(&mut iterators, &self.target.cgroup, devices)?;
+        self.blockers.extend(more);
         Ok(())
     }
 

@@ -1,32 +1,27 @@
 //! Threads that stand in the vDSO.
 //!
 //! On another kernel the old vDSO's functions are overwritten with jumps to the new one. A
-//! thread between the bytes of such a jump would crash, one deeper inside goes on in old code
-//! over zeroed data, which falls back to the system call except for the coarse clocks.
+//! thread between the bytes of such a jump would crash; one deeper inside would go on in old code
+//! over zeroed data, which falls back to the system call but for the coarse clocks: those would
+//! show zero. So nobody may stand there.
 
 use object::{Object, ObjectSymbol};
-use std::ops::Range;
-
-/// Bytes a jump to the new vDSO takes (`jmp [rip+0]` and the address).
-const JUMP: u64 = 14;
 
 /// Where a thread stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Standing {
     /// Not in the vDSO.
     Outside,
-    /// In it, where it can go on on another kernel, if not by choice.
+    /// In it.
     Inside,
-    /// Between bytes that may be overwritten.
-    Overwritten,
 }
 
 /// The running kernel's vDSO: the same in all processes but for its address.
 #[derive(Clone, Debug, Default)]
 pub struct Code {
     len: u64,
-    /// First bytes of functions that may be overwritten, as offsets.
-    entries: Vec<Range<u64>>,
+    /// First bytes of functions, as offsets.
+    entries: Vec<u64>,
 }
 
 impl Code {
@@ -55,7 +50,7 @@ impl Code {
             .map(|elf| {
                 elf.dynamic_symbols()
                     .filter(|symbol| symbol.name().is_ok_and(|n| n.starts_with("__vdso_")))
-                    .map(|symbol| symbol.address()..symbol.address() + JUMP)
+                    .map(|symbol| symbol.address())
                     .collect()
             })
             .unwrap_or_default();
@@ -68,18 +63,16 @@ impl Code {
     /// Where an instruction pointer stands, with the vDSO at `base`.
     #[must_use]
     pub fn standing(&self, base: u64, rip: u64) -> Standing {
-        let Some(offset) = rip
-            .checked_sub(base)
-            .filter(|at| base != 0 && *at < self.len)
-        else {
-            return Standing::Outside;
-        };
-        let torn = |entry: &Range<u64>| entry.start < offset && offset < entry.end;
-        if self.entries.iter().any(torn) {
-            Standing::Overwritten
-        } else {
-            Standing::Inside
+        let inside = base != 0 && (base..base + self.len).contains(&rip);
+        match inside && !self.is_entry(rip - base) {
+            true => Standing::Inside,
+            false => Standing::Outside,
         }
+    }
+
+    /// At its first byte a function has not begun: the jump that may stand there is taken whole.
+    fn is_entry(&self, offset: u64) -> bool {
+        self.entries.contains(&offset)
     }
 }
 
@@ -95,16 +88,15 @@ mod tests {
     }
 
     #[test]
-    fn only_the_bytes_behind_the_first_are_torn() {
+    fn whoever_has_not_begun_is_outside() {
         let code = Code {
             len: 8192,
-            entries: vec![100..114, 300..314],
+            entries: vec![100, 300],
         };
         let at = |offset: u64| code.standing(0x7000, 0x7000 + offset);
         assert_eq!(at(99), Standing::Inside);
-        assert_eq!(at(100), Standing::Inside);
-        assert_eq!(at(101), Standing::Overwritten);
-        assert_eq!(at(114), Standing::Inside);
+        assert_eq!(at(100), Standing::Outside);
+        assert_eq!(at(101), Standing::Inside);
         assert_eq!(at(8192), Standing::Outside);
         assert_eq!(code.standing(0, 50), Standing::Outside);
     }

@@ -4,8 +4,9 @@ use crate::applications::NamedApplication;
 use crate::bpf::features::{Features, Probe};
 use crate::bpf::track::{HookSet, Hooks, Options};
 use crate::capture::{CheckpointError, survey};
-use crate::error::ExitCode;
+use crate::error::{ExitCode, HasExitCode};
 use crate::handover::eligible;
+use crate::handover::filesystems::{FilesystemError, volatile};
 use clap::Args;
 use serde::Serialize;
 
@@ -18,6 +19,26 @@ pub struct CheckArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+/// An application could not be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// It is not there, or what it has cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The machine's mounts.
+    #[error(transparent)]
+    Filesystem(#[from] FilesystemError),
+}
+
+impl HasExitCode for CheckError {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Checkpoint(error) => error.exit_code(),
+            Self::Filesystem(_) => ExitCode::Unsupported,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -37,20 +58,20 @@ struct Found {
 ///
 /// # Errors
 /// There is no such application, or it cannot be looked at.
-pub fn run(args: &CheckArgs) -> Result<ExitCode, CheckpointError> {
+pub fn run(args: &CheckArgs) -> Result<ExitCode, CheckError> {
     match &args.application {
         Some(wanted) => eligibility(wanted, args.json),
         None => Ok(kernel(args)),
     }
 }
 
-fn eligibility(wanted: &str, json: bool) -> Result<ExitCode, CheckpointError> {
+fn eligibility(wanted: &str, json: bool) -> Result<ExitCode, CheckError> {
     let application = find(wanted)?;
-    let pids = application.pids()?;
+    let pids = application.pids().map_err(CheckpointError::from)?;
     if pids.is_empty() {
-        return Err(CheckpointError::NotRunning(wanted.to_owned()));
+        return Err(CheckpointError::NotRunning(wanted.to_owned()).into());
     }
-    let mut blockers = survey(application.cgroup())?;
+    let mut blockers = survey(application.cgroup(), &volatile()?)?;
     blockers.extend(eligible::blockers(&pids));
     let name = application.name();
     if json {

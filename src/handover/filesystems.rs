@@ -94,6 +94,34 @@ impl Filesystems {
     }
 }
 
+/// Devices (major << 20 | minor) of mounted filesystems whose files live in memory alone and are
+/// gone with the kernel.
+///
+/// # Errors
+/// /proc/self/mountinfo cannot be read.
+pub fn volatile() -> Result<BTreeSet<u32>, FilesystemError> {
+    let mounts = Process::myself().and_then(|this| this.mountinfo());
+    let mounts = mounts.map_err(|error| FilesystemError {
+        operation: "read",
+        path: "/proc/self/mountinfo".into(),
+        source: io::Error::other(error),
+    })?;
+    Ok(in_memory(&mounts.0))
+}
+
+fn in_memory(mounts: &[MountInfo]) -> BTreeSet<u32> {
+    let kinds = ["tmpfs", "ramfs", "hugetlbfs"];
+    let those = mounts
+        .iter()
+        .filter(|mount| kinds.contains(&mount.fs_type.as_str()));
+    those
+        .filter_map(|mount| {
+            let (major, minor) = mount.majmin.split_once(':')?;
+            Some(major.parse::<u32>().ok()? << 20 | minor.parse::<u32>().ok()?)
+        })
+        .collect()
+}
+
 /// Mount points of the writable filesystems on block devices.
 fn writable(mounts: &[MountInfo]) -> Vec<PathBuf> {
     let mut seen = BTreeSet::new();
@@ -129,6 +157,20 @@ impl Drop for Frozen<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn filesystems_in_memory_are_found() {
+        let lines = [
+            "21 1 254:1 / / rw - ext4 /dev/vda1 rw",
+            "23 21 0:21 / /run rw - tmpfs tmpfs rw",
+            "24 21 0:6 / /dev rw - devtmpfs udev rw",
+        ];
+        let mounts: Vec<_> = lines
+            .iter()
+            .map(|line| MountInfo::from_line(line).unwrap())
+            .collect();
+        assert_eq!(in_memory(&mounts), BTreeSet::from([21]));
+    }
 
     #[test]
     fn writable_block_filesystems_are_found_once_and_last_first() {

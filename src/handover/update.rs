@@ -7,7 +7,7 @@
 use super::arena::{Arena, ArenaError};
 use super::cmdline::{self, Deadlines, EARLY, TooLong};
 use super::eligible;
-use super::filesystems::{FilesystemError, Filesystems};
+use super::filesystems::{self, FilesystemError, Filesystems};
 use super::kexec::{self, KexecError};
 use super::network::{self, NetworkError};
 use super::report::{TscRate, step};
@@ -224,7 +224,11 @@ impl Update {
         let deadlines = Deadlines::of(request.restore_deadline, applications.len());
         let command_line = cmdline::next(&running, arena.range, deadlines, &request.append)?;
         check_size(&applications, &arena)?;
-        let captures = prepare_captures(&applications)?;
+        let mut captures = prepare_captures(&applications)?;
+        let volatile = filesystems::volatile()?;
+        for capture in &mut captures {
+            on(capture, |capture| capture.refuse_devices(&volatile))?;
+        }
         check_blockers(&applications, &captures)?;
         let filesystems = Filesystems::find()?;
         Fault::KexecLoad.point()?;

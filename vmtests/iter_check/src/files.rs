@@ -428,7 +428,15 @@ pub fn inet_sockets(iterators: &mut Iterators) -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
     let client = TcpStream::connect(address)?;
-    let rec = socket(iterators, &listener)?;
+    let mut rec = socket(iterators, &listener)?;
+    // The last packet of the handshake may still be on its way to the listener.
+    for _ in 0..1000 {
+        if rec.ack_backlog > 0 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        rec = socket(iterators, &listener)?;
+    }
     ensure!(
         rec.state == 10 && rec.ack_backlog == 1 && rec.protocol == 6,
         "{rec:?}"

@@ -44,6 +44,7 @@ fn machine(vm: &Vm) -> Result<()> {
         Ok(())
     };
     refused("/boot/missing", 3)?;
+    volatile_file(vm, &kernel, &initrd)?;
     refused("/bin/ls", 4)?;
     let dry = [&update(&kernel, &initrd)[..], &["--dry-run", "--json"]].concat();
     let plan = vm.exec(Exec::new(dry))?.check()?;
@@ -85,6 +86,29 @@ fn machine(vm: &Vm) -> Result<()> {
     ] {
         vm.sh(after)?.check().with_context(|| after.to_owned())?;
     }
+    Ok(())
+}
+
+/// A file that would be gone afterwards is named before anything happens, also by `check`.
+fn volatile_file(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
+    let hold = "tracker run --name holder -- sh -c 'exec 5>/run/volatile; exec sleep 1000'";
+    let pid = vm.spawn(Exec::new(["sh", "-c", hold]), None)?;
+    let there = vm.await_file("/run/volatile", std::time::Duration::from_secs(60))?;
+    ensure!(there, "The holder does not run");
+    for words in [&update(kernel, initrd)[..], &["tracker", "check", "holder"]] {
+        let output = vm.exec(Exec::new(words.iter().copied()))?;
+        let said = output.text() + &output.error_text();
+        ensure!(
+            output.status == Status::Exited(3)
+                && said.contains("fd 5: file volatile")
+                && said.contains("tmpfs"),
+            "{words:?}: {} {said}",
+            output.status
+        );
+    }
+    vm.kill(pid, libc::SIGKILL)?;
+    vm.sh("echo 1 >/sys/fs/cgroup/tracker/holder/cgroup.kill")?;
+    vm.wait(pid, std::time::Duration::from_secs(10))?;
     Ok(())
 }
 
