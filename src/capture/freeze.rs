@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How often a freeze is repeated for an object that is not carried and that the application
-/// holds for a moment only.
+/// holds for a moment only; it gets more time after each.
 const BLOCKED_ATTEMPTS: u32 = 12;
 
 /// How often for a thread that stands in the vDSO. Some threads do little else than read clocks:
@@ -50,7 +50,8 @@ impl Capture {
                     "A thread stands in a vDSO function each time it is frozen".into(),
                 ));
             }
-            std::thread::sleep(PAUSE);
+            let longer = if blockers.is_empty() { 1 } else { attempt };
+            std::thread::sleep(PAUSE * longer);
         }
         self.timeline.done("freeze");
         self.verify();
@@ -105,6 +106,7 @@ impl Capture {
         let open = self.iterators.borrow_mut().files(self.scope())?;
         let mut blockers = eligibility::blockers(&tasks, &[], &self.ours);
         blockers.extend(files::blockers(&open));
+        blockers.extend(files::unaccepted(&open));
         if !blockers.is_empty() {
             return Ok(blockers);
         }

@@ -26,6 +26,36 @@ pub fn blockers(found: &Files) -> Vec<Blocker> {
         .collect()
 }
 
+/// Listeners of a frozen application with connections that it has not accepted: they can be
+/// neither read nor carried. With new ones held off, one that runs on accepts them soon.
+#[must_use]
+pub fn unaccepted(found: &Files) -> Vec<Blocker> {
+    const LISTEN: u8 = 10;
+    let waiting = |file: &File| match &file.detail {
+        Detail::Socket(sock) if sock.state == LISTEN && sock.ack_backlog > 0 => {
+            let internet = [nix::libc::AF_INET, nix::libc::AF_INET6];
+            internet
+                .contains(&i32::from(sock.family))
+                .then_some(sock.ack_backlog)
+        }
+        _ => None,
+    };
+    let blocker = |file: &File| {
+        let connections = waiting(file)?;
+        let (pid, fd) = place(file);
+        Some(Blocker {
+            pid,
+            fd: Some(fd),
+            object: "TCP listener".to_owned(),
+            reason: format!(
+                "it has {connections} connections that were not accepted, which are not carried \
+                 yet; try again when the application keeps up"
+            ),
+        })
+    };
+    found.files.iter().filter_map(blocker).collect()
+}
+
 /// What one pass tells about relations between open files.
 pub(super) struct Survey {
     /// Which description each `struct sock` belongs to.

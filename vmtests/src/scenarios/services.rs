@@ -1,14 +1,15 @@
 //! Redis and memcached with connected clients.
 
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 
 use super::Scenario;
 use crate::apps;
 use crate::image::Kernel;
-use crate::load::Load;
+use crate::load::{Connection, Load, Protocol};
 use crate::vm::{Exec, Vm};
 
 /// The scenarios of this file.
@@ -24,6 +25,12 @@ pub const SCENARIOS: &[Scenario] = &[
         kernels: &Kernel::ALL,
         configure: apps::forwarded,
         run: leave_running,
+    },
+    Scenario {
+        name: "services_accepting",
+        kernels: &[Kernel::V6_12],
+        configure: apps::forwarded,
+        run: accepting,
     },
     Scenario {
         name: "services_checkpoint_restore",
@@ -142,4 +149,56 @@ fn checkpoint_restore(vm: &Vm) -> Result<()> {
         ensure!(lost.is_empty(), "Restore {round} of {name} lost {lost:?}");
     }
     all_well(vm, load)
+}
+
+/// Clients that come and go all the time: a checkpoint finds a moment in which all of them are
+/// accepted, and none is turned away.
+fn accepting(vm: &Vm) -> Result<()> {
+    apps::start_redis(vm, 1)?;
+    let port = vm.port(apps::REDIS);
+    let stop = AtomicBool::new(false);
+    let came = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let client = || -> Result<()> {
+            while !stop.load(Ordering::Relaxed) {
+                let mut connection = Connection::open(Protocol::Redis, port)?;
+                let answer = connection.call(&[b"PING"])?;
+                ensure!(answer == "+PONG", "Redis says {answer:?}");
+                came.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        let clients: Vec<_> = (0..8).map(|_| scope.spawn(client)).collect();
+        let checkpoints = || -> Result<()> {
+            for number in 1..=10 {
+                let before = came.load(Ordering::Relaxed);
+                let image = format!("/root/image.{number}");
+                let words = [
+                    "tracker",
+                    "checkpoint",
+                    "--name",
+                    "redis",
+                    "--image",
+                    &image,
+                    "--leave-running",
+                ];
+                vm.exec(Exec::new(words).timeout(PATIENCE))?
+                    .check()
+                    .with_context(|| format!("Checkpoint {number}"))?;
+                let begun = Instant::now();
+                while came.load(Ordering::Relaxed) < before + 20 {
+                    ensure!(begun.elapsed() < PATIENCE, "Nobody comes any more");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+            Ok(())
+        };
+        let result = checkpoints();
+        stop.store(true, Ordering::Relaxed);
+        for client in clients {
+            let ended = client.join().map_err(|_| anyhow!("A client panicked"))?;
+            ended.context("A client")?;
+        }
+        result
+    })
 }
