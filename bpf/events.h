@@ -417,7 +417,7 @@ struct sock_rec {
 	__u32 inflight; /* descriptors queued in SCM_RIGHTS messages */
 	__u32 path_len; /* bytes of path; starts with NUL if abstract */
 	char path[TRK_SUN_PATH_LEN];
-	__u32 pad;
+	__u32 syn_backlog; /* handshakes of a TCP listener that are under way */
 };
 TRK_ASSERT_SIZE(struct sock_rec, 272);
 

@@ -4,6 +4,8 @@
 #define AF_UNIX 1
 #define AF_INET 2
 #define AF_INET6 10
+#define IPPROTO_TCP 6
+#define TCP_LISTEN 10
 
 struct sock_rec out_sock;
 
@@ -37,8 +39,11 @@ static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 {
 	struct inet_sock *inet = (void *)sk;
+	struct inet_connection_sock *icsk = (void *)sk;
 	u16 dport = sk->__sk_common.skc_dport;
 
+	if (r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
+		r->syn_backlog = BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter);
 	if (BPF_CORE_READ(inet, mc_list) ||
 	    (r->family == AF_INET6 && BPF_CORE_READ(inet, pinet6, ipv6_mc_list)))
 		r->flags |= SOCK_MULTICAST;

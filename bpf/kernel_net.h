@@ -69,6 +69,12 @@ struct inet_sock {
 	struct ipv6_pinfo *pinet6;
 	void *mc_list;
 };
+struct request_sock_queue {
+	atomic_t qlen;
+};
+struct inet_connection_sock {
+	struct request_sock_queue icsk_accept_queue;
+};
 struct scm_stat {
 	atomic_t nr_fds;
 };

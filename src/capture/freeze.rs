@@ -36,7 +36,8 @@ impl Capture {
     pub fn freeze(&mut self) -> Result<(), CheckpointError> {
         for attempt in 1.. {
             let blockers = self.freeze_once()?;
-            if blockers.is_empty() && self.worst_standing() == Standing::Outside {
+            let settled = !self.handshakes() || attempt >= BLOCKED_ATTEMPTS;
+            if blockers.is_empty() && settled && self.worst_standing() == Standing::Outside {
                 break;
             }
             self.let_run();
@@ -50,7 +51,7 @@ impl Capture {
                     "A thread stands in a vDSO function each time it is frozen".into(),
                 ));
             }
-            let longer = if blockers.is_empty() { 1 } else { attempt };
+            let longer = attempt.min(BLOCKED_ATTEMPTS);
             std::thread::sleep(PAUSE * longer);
         }
         self.timeline.done("freeze");
@@ -58,6 +59,13 @@ impl Capture {
         Fault::Threads.point()?;
         self.wakeups.check()?;
         Ok(())
+    }
+
+    /// A handshake that ends while memory is read would leave a connection to accept, when it is
+    /// too late. One that does not end soon has nobody behind it.
+    fn handshakes(&self) -> bool {
+        let frozen = self.frozen.as_ref();
+        frozen.is_some_and(|frozen| files::handshakes(&frozen.open))
     }
 
     /// Has the agent send what happened since its model was fetched, and compares the whole with

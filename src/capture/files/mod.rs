@@ -17,7 +17,7 @@ mod tcp;
 mod unix;
 
 pub use error::CollectError;
-pub use refuse::{blockers, unaccepted};
+pub use refuse::{blockers, handshakes, unaccepted};
 
 use crate::bpf::iter::{Files, Iterators};
 use crate::capture::restart::Now;

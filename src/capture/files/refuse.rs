@@ -56,6 +56,15 @@ pub fn unaccepted(found: &Files) -> Vec<Blocker> {
     found.files.iter().filter_map(blocker).collect()
 }
 
+/// Whether some TCP handshake is under way: its connection would be one to accept.
+#[must_use]
+pub fn handshakes(found: &Files) -> bool {
+    found.files.iter().any(|file| match &file.detail {
+        Detail::Socket(sock) => sock.syn_backlog > 0,
+        _ => false,
+    })
+}
+
 /// What one pass tells about relations between open files.
 pub(super) struct Survey {
     /// Which description each `struct sock` belongs to.
