@@ -5,8 +5,9 @@
 //! everything from when the first socket is read: what a peer sends in between is acknowledged,
 //! and in the image, so that it need not be sent again after the peer's timeout. In the next
 //! kernel it is engaged before any interface comes up, in the mode that drops all TCP, until the
-//! sockets are back. Peers see a few lost packets and retransmit. The root cgroup covers also what the kernel sends by itself
-//! (a RST for a socket that is not there) and sockets older than their process' cgroup.
+//! sockets are back. Peers see a few lost packets and retransmit. The root cgroup covers also what
+//! the kernel sends by itself (a RST for a socket that is not there) and sockets older than their
+//! process' cgroup.
 
 use std::fs::{self, File};
 use std::io;

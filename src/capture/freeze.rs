@@ -7,11 +7,8 @@ use super::threads::{Stopped, Tracees};
 use super::vdso::Standing;
 use super::{Capture, Frozen, clocks};
 use crate::bpf::events::{ThreadFlag, ThreadRec};
-use crate::bpf::reading::{add_files, add_tasks};
 use crate::fault::Fault;
 use crate::model::frozen::Blocker;
-use crate::model::snapshot::Snapshot;
-use crate::model::verify::verify;
 use crate::sys::cgroup::{Event, Waited};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -55,7 +52,6 @@ impl Capture {
             std::thread::sleep(PAUSE * longer);
         }
         self.timeline.done("freeze");
-        self.verify();
         Fault::Threads.point()?;
         self.wakeups.check()?;
         Ok(())
@@ -66,30 +62,6 @@ impl Capture {
     fn handshakes(&self) -> bool {
         let frozen = self.frozen.as_ref();
         frozen.is_some_and(|frozen| files::handshakes(&frozen.open))
-    }
-
-    /// Has the agent send what happened since its model was fetched, and compares the whole with
-    /// what was found standing still. What was found is what is carried, whatever comes of it.
-    fn verify(&mut self) {
-        /// The application stands still meanwhile.
-        const PATIENCE: Duration = Duration::from_millis(100);
-        let (Some(follower), Some(frozen)) = (self.follower.take(), &self.frozen) else {
-            return;
-        };
-        match follower.catch_up(PATIENCE) {
-            Ok(state) => {
-                let mut found = Snapshot::default();
-                add_tasks(&mut found, &frozen.tasks);
-                add_files(&mut found, &frozen.open);
-                let verification = verify(&state, &found);
-                if verification.differing > 0 {
-                    tracing::warn!("The agent's model differs: {:?}", verification.examples);
-                }
-                self.verification = Some(verification);
-            }
-            Err(error) => tracing::warn!("The model is not verified: {error}"),
-        }
-        self.timeline.done("verify");
     }
 
     /// Freezes and stops it; returns what is not carried and has appeared since it was examined.

@@ -8,6 +8,7 @@ mod error;
 pub mod files;
 mod freeze;
 mod guard;
+mod known;
 mod lock;
 mod memory;
 mod mm;
@@ -22,17 +23,16 @@ mod wakeups;
 
 pub use error::CheckpointError;
 pub use files::Slots;
+pub use known::Known;
 pub use target::Selection;
 pub use timeline::{Durations, Timeline};
 
-use crate::agent::client::{self, Follower};
 use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
 use crate::image::Store;
 use crate::model::frozen::{Application, ApplicationHeader, Blocker, Clocks, Mm, Process};
 use crate::model::ids::{MmId, Pid};
-use crate::model::verify::Verification;
 use crate::sys::cgroup::{Cgroup, Event};
 use clocks::Offsets;
 use eligibility::Namespaces;
@@ -132,9 +132,6 @@ pub struct Capture {
     offsets: Offsets,
     blockers: Vec<Blocker>,
     memory: Memory,
-    /// The agent's model, where there is an agent.
-    follower: Option<Follower>,
-    verification: Option<Verification>,
     frozen: Option<Frozen>,
     freezing: bool,
     timeline: Timeline,
@@ -182,8 +179,6 @@ impl Capture {
             offsets: Offsets::default(),
             blockers: Vec::new(),
             memory: Memory::new(),
-            follower: None,
-            verification: None,
             frozen: None,
             freezing: false,
             timeline,
@@ -251,6 +246,11 @@ impl Capture {
         &self.timeline
     }
 
+    /// Notes that a step of the caller's own has ended.
+    pub fn reached(&mut self, step: &'static str) {
+        self.timeline.done(step);
+    }
+
     /// How much memory was copied.
     #[must_use]
     pub fn memory(&self) -> MemoryStats {
@@ -274,22 +274,6 @@ impl Capture {
         self.timeline.done("precopy");
         Fault::Precopy.point()?;
         Ok(())
-    }
-
-    /// Fetches the agent's model, if there is an agent, for [`Capture::freeze`] to verify. An
-    /// agent that fails costs the checkpoint nothing.
-    pub fn follow(&mut self) {
-        match Follower::start(Path::new(client::SOCKET)) {
-            Ok(follower) => self.follower = follower,
-            Err(error) => tracing::warn!("The model is not verified: {error}"),
-        }
-        self.timeline.done("model");
-    }
-
-    /// How the agent's model compared with the frozen application; `None` without an agent.
-    #[must_use]
-    pub fn verification(&self) -> Option<&Verification> {
-        self.verification.as_ref()
     }
 
     /// Adds all sockets of the running application to a network lock; returns how many there are.

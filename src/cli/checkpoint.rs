@@ -2,7 +2,7 @@
 
 use crate::capture::Slots;
 use crate::capture::{
-    Capture, CheckpointError, Durations, MemoryStats, Options, Selection, load_iterators,
+    Capture, CheckpointError, Durations, Known, MemoryStats, Options, Selection, load_iterators,
 };
 use crate::error::ExitCode;
 use crate::fault::Fault;
@@ -82,8 +82,8 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode, CheckpointError> {
         return Err(CheckpointError::Blocked(capture.blockers().to_vec()));
     }
     let mut store = DirectoryStore::create(&args.image)?;
-    let application = match take(&mut capture, &mut store, args.leave_running) {
-        Ok(application) => application,
+    let (application, verification) = match take(&mut capture, &mut store, args.leave_running) {
+        Ok(taken) => taken,
         Err(error) => {
             // The application first: removing an image may take its time.
             capture.thaw();
@@ -91,7 +91,7 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode, CheckpointError> {
             return Err(error);
         }
     };
-    report(args, &capture, &application);
+    report(args, &capture, &application, verification.as_ref());
     Ok(ExitCode::Done)
 }
 
@@ -99,12 +99,16 @@ fn take(
     capture: &mut Capture,
     store: &mut DirectoryStore,
     leave_running: bool,
-) -> Result<Application, CheckpointError> {
+) -> Result<(Application, Option<Verification>), CheckpointError> {
     let mut slots = Slots::default();
     capture.precopy(store, &mut slots)?;
-    capture.follow();
+    let known = Known::fetch();
+    capture.reached("model");
     capture.lock_network()?;
     capture.freeze()?;
+    let state = known.catch_up();
+    let verification = state.and_then(|state| capture.verify(&state));
+    capture.reached("verify");
     capture.collect_memory(store, &mut slots)?;
     capture.silence()?;
     let application = capture.collect_files(store, &mut slots)?;
@@ -122,10 +126,16 @@ fn take(
     if !leave_running {
         capture.commit_and_kill()?;
     }
-    Ok(image.applications.into_iter().next().unwrap_or_default())
+    let application = image.applications.into_iter().next().unwrap_or_default();
+    Ok((application, verification))
 }
 
-fn report(args: &CheckpointArgs, capture: &Capture, application: &Application) {
+fn report(
+    args: &CheckpointArgs,
+    capture: &Capture,
+    application: &Application,
+    verification: Option<&Verification>,
+) {
     let durations = capture.timeline().durations();
     let outcome = Outcome {
         name: &application.header.name,
@@ -135,7 +145,7 @@ fn report(args: &CheckpointArgs, capture: &Capture, application: &Application) {
         descriptors: application.files.values().map(|t| t.fds.len()).sum(),
         mappings: application.mms.values().map(|mm| mm.vmas.len()).sum(),
         memory: capture.memory(),
-        verification: capture.verification(),
+        verification,
         network_locked: capture.is_locked(),
         left_running: args.leave_running,
         durations,

@@ -146,7 +146,8 @@ pub fn next(
 ) -> Result<String, TooLong> {
     let (mut kernel, init) = halves(running);
     let (more, more_init) = halves(append);
-    let appended = kernel.len();
+    // A test's fault is for one update.
+    kernel.retain(|word| !word.starts_with("TRACKER_FAULT="));
     kernel.extend(more);
     let real_init = last_value(&kernel, "init=")
         .filter(|path| *path != EARLY)
@@ -158,17 +159,12 @@ pub fn next(
         INIT_WORD,
         IMAGE_WORD,
         DEADLINE_WORD,
-        // A test's fault is for one update.
-        "TRACKER_FAULT=",
     ];
-    let is_dropped = |at: usize, word: &str| {
-        let fault = at >= appended && word.starts_with("TRACKER_FAULT=");
-        !fault && (matches!(word, "ro" | "rw") || dropped.iter().any(|key| word.starts_with(key)))
-    };
-    let all = kernel.iter().enumerate();
-    let kept = all.filter(|(at, word)| !is_dropped(*at, word));
+    let kept = kernel.iter().filter(|word| {
+        !matches!(**word, "ro" | "rw") && !dropped.iter().any(|key| word.starts_with(key))
+    });
     let mut line = String::new();
-    for (_, word) in kept {
+    for word in kept {
         line.push_str(word);
         line.push(' ');
     }

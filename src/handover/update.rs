@@ -14,7 +14,7 @@ use super::report::{TscRate, step};
 use super::sysctl;
 use crate::applications::{ApplicationError, NamedApplication};
 use crate::bpf::netlock::{LockError, NetLock};
-use crate::capture::{Capture, CheckpointError, Options, Selection, Slots, load_iterators};
+use crate::capture::{Capture, CheckpointError, Known, Options, Selection, Slots, load_iterators};
 use crate::error::{ExitCode, HasExitCode};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
@@ -285,16 +285,14 @@ impl Update {
         self.clock.reached("memory copied");
         self.filesystems.flush()?;
         self.clock.reached("filesystems flushed");
-        for capture in &mut self.captures {
-            capture.follow();
-        }
+        let known = Known::fetch();
         self.clock.reached("model fetched");
         sys::lock_memory().map_err(UpdateError::Memory)?;
         self.abort.check()?;
 
         let mut lock = self.engage_lock()?;
         self.clock.reached("new connections held off");
-        let result = self.leave(&mut store, &mut slots, &mut lock, system);
+        let result = self.leave(&mut store, &mut slots, &mut lock, known, system);
         // It failed, or it would not have returned: first let the applications run.
         for capture in &mut self.captures {
             capture.thaw();
@@ -324,6 +322,7 @@ impl Update {
         store: &mut RangeStore,
         slots: &mut Slots,
         lock: &mut NetLock,
+        known: Known,
         mut system: System,
     ) -> Result<Infallible, UpdateError> {
         self.clock.reached(step::FROZEN);
@@ -338,6 +337,10 @@ impl Update {
         }
         in_time()?;
         self.clock.reached("all stopped");
+        if let Some(state) = known.catch_up() {
+            let verifications = self.captures.iter().filter_map(|c| c.verify(&state));
+            system.verification = verifications.reduce(Verification::and);
+        }
         for capture in &mut self.captures {
             on(capture, |capture| capture.collect_memory(store, slots))?;
             in_time()?;
@@ -362,8 +365,6 @@ impl Update {
         Fault::Encode.point()?;
         self.clock.reached(step::KEXEC);
         system.origin = self.clock.origin();
-        let verifications = self.captures.iter().filter_map(Capture::verification);
-        system.verification = verifications.cloned().reduce(Verification::and);
         let metadata = encode(&Image {
             system: Some(system),
             applications,

@@ -153,6 +153,13 @@ pub fn check_redis_data(vm: &Vm, megabytes: usize) -> Result<()> {
     Ok(())
 }
 
+/// `tracker checkpoint` of an application, with more options.
+#[must_use]
+pub fn checkpoint(name: &str, image: &str, more: &[&str]) -> Exec {
+    let words = ["tracker", "checkpoint", "--name", name, "--image", image];
+    Exec::new([&words[..], more].concat())
+}
+
 /// The targets for this many clients of each server.
 pub fn targets(vm: &Vm, redis: usize, memcached: usize) -> Vec<Target> {
     let target = |protocol, port, clients| Target {

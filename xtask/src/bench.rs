@@ -170,17 +170,8 @@ fn heard(vm: &Vm, load: &Load, work: impl FnOnce() -> Result<f64>) -> Result<(f6
 /// `tracker checkpoint` with its pre-copy.
 fn tracker(vm: &Vm) -> Result<f64> {
     let image = format!("{IMAGES}/tracker");
-    let command = [
-        "tracker",
-        "checkpoint",
-        "--name",
-        "redis",
-        "--image",
-        &image,
-        "--leave-running",
-        "--json",
-    ];
-    let output = vm.exec(Exec::new(command).timeout(PATIENCE))?.check()?;
+    let command = apps::checkpoint("redis", &image, &["--leave-running", "--json"]);
+    let output = vm.exec(command.timeout(PATIENCE))?.check()?;
     let json: serde_json::Value =
         serde_json::from_slice(&output.stdout).with_context(|| output.text())?;
     let frozen = find(&json, "frozen_us").and_then(serde_json::Value::as_f64);

@@ -60,23 +60,13 @@ pub fn refusal(path: &[u8], rec: &FileRec) -> Option<&'static str> {
         return Some("it has been read in part; close it before the update");
     }
     let rest = text.splitn(4, '/').nth(3).unwrap_or_default();
-    let mut parts = rest.split('/');
-    match parts.next() {
-        Some("task") => {
-            // The thread does not exist yet when its process opens its files.
-            let thread = parts.next().filter(|tid| !tid.is_empty());
-            let other = thread.is_some_and(|tid| tid.parse() != Ok(rec.tgid));
-            if other {
-                return Some("it shows a thread; close it before the update");
-            }
-        }
-        Some(name) if OF_ADDRESS_SPACE.contains(&name) => {
-            return Some("it shows an address space; close it before the update");
-        }
-        _ => {}
+    if rest.split('/').any(|part| OF_ADDRESS_SPACE.contains(&part)) {
+        return Some("it shows an address space; close it before the update");
     }
-    let shows_space = OF_ADDRESS_SPACE.contains(&last);
-    shows_space.then_some("it shows an address space; close it before the update")
+    // Another thread does not exist yet when the process opens its files.
+    let thread = rest.strip_prefix("task/")?.split('/').next()?;
+    let own = thread.is_empty() || thread.parse() == Ok(rec.tgid);
+    (!own).then_some("it shows a thread; close it before the update")
 }
 
 #[cfg(test)]

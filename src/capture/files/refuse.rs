@@ -30,20 +30,14 @@ pub fn blockers(found: &Files) -> Vec<Blocker> {
 /// neither read nor carried. With new ones held off, one that runs on accepts them soon.
 #[must_use]
 pub fn unaccepted(found: &Files) -> Vec<Blocker> {
-    const LISTEN: u8 = 10;
-    let waiting = |file: &File| match &file.detail {
-        Detail::Socket(sock) if sock.state == LISTEN && sock.ack_backlog > 0 => {
-            let internet = [nix::libc::AF_INET, nix::libc::AF_INET6];
-            internet
-                .contains(&i32::from(sock.family))
-                .then_some(sock.ack_backlog)
-        }
-        _ => None,
-    };
     let blocker = |file: &File| {
-        let connections = waiting(file)?;
+        let Detail::Socket(sock) = &file.detail else {
+            return None;
+        };
+        let tcp = i32::from(sock.protocol) == nix::libc::IPPROTO_TCP;
+        let connections = sock.ack_backlog;
         let (pid, fd) = place(file);
-        Some(Blocker {
+        (tcp && sock.state == socket::LISTEN && connections > 0).then(|| Blocker {
             pid,
             fd: Some(fd),
             object: "TCP listener".to_owned(),

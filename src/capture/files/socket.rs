@@ -15,7 +15,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 /// `TCP_ESTABLISHED` of include/net/tcp_states.h.
 const ESTABLISHED: u8 = 1;
 const CLOSE: u8 = 7;
-const LISTEN: u8 = 10;
+/// `TCP_LISTEN`, which Unix sockets use too.
+pub(super) const LISTEN: u8 = 10;
 
 /// Connections: established, or with one or both directions closed: `FIN_WAIT1`,
 /// `FIN_WAIT2`, `CLOSE_WAIT`, `LAST_ACK`, `CLOSING`.

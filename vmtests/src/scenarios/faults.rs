@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Scenario;
+use super::handover::update as update_to;
 use super::services::{PATIENCE, all_well, start};
 use crate::apps;
 use crate::image::Kernel;
@@ -56,15 +57,7 @@ const UPDATE: &[&str] = &["kexec-load", "before-kexec"];
 fn checkpoint(vm: &Vm) -> Result<()> {
     every_fault(vm, &[BOTH, CHECKPOINT].concat(), |fault| {
         let image = format!("/root/image.{fault}");
-        let words = [
-            "tracker",
-            "checkpoint",
-            "--name",
-            "redis",
-            "--image",
-            &image,
-        ];
-        let command = Exec::new(words).env("TRACKER_FAULT", fault);
+        let command = apps::checkpoint("redis", &image, &[]).env("TRACKER_FAULT", fault);
         let output = vm.exec(command.timeout(PATIENCE))?;
         if output.code() == Some(ROLLED_BACK) {
             let inspect = vm.exec(Exec::new(["tracker", "inspect", &image]))?;
@@ -77,9 +70,7 @@ fn checkpoint(vm: &Vm) -> Result<()> {
 fn update(vm: &Vm) -> Result<()> {
     let next = Kernel::V6_12;
     let (kernel, initrd) = (next.guest_vmlinuz()?, next.guest_initrd()?);
-    let words = [
-        "tracker", "update", "--kernel", &kernel, "--initrd", &initrd,
-    ];
+    let words = update_to(&kernel, &initrd);
     every_fault(vm, &[BOTH, UPDATE].concat(), |fault| {
         let command = Exec::new(words).env("TRACKER_FAULT", fault);
         match vm.exec_or_reboot(command.timeout(PATIENCE))? {

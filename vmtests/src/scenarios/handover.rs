@@ -25,7 +25,8 @@ pub const SCENARIOS: &[Scenario] = &[
 
 const UPDATED: Kernel = Kernel::V6_12;
 
-fn update<'a>(kernel: &'a str, initrd: &'a str) -> [&'a str; 6] {
+/// The command.
+pub(super) fn update<'a>(kernel: &'a str, initrd: &'a str) -> [&'a str; 6] {
     ["tracker", "update", "--kernel", kernel, "--initrd", initrd]
 }
 

@@ -97,20 +97,8 @@ fn leave_running(vm: &Vm) -> Result<()> {
     for name in ["redis", "memcached"] {
         let pids = apps::pids(vm, name)?;
         let image = format!("/root/image.{name}");
-        let checkpoint = [
-            "tracker",
-            "checkpoint",
-            "--name",
-            name,
-            "--image",
-            &image,
-            "--leave-running",
-            "--json",
-        ];
-        let output = vm
-            .exec(Exec::new(checkpoint).timeout(PATIENCE))?
-            .check()?
-            .text();
+        let checkpoint = apps::checkpoint(name, &image, &["--leave-running", "--json"]);
+        let output = vm.exec(checkpoint.timeout(PATIENCE))?.check()?.text();
         let outcome: Value = serde_json::from_str(&output).context(output)?;
         let known = &outcome["verification"];
         let connections = if name == "redis" { 20 } else { 10 };
@@ -131,8 +119,8 @@ fn checkpoint_restore(vm: &Vm) -> Result<()> {
     for (round, name) in rounds {
         let pids = apps::pids(vm, name)?;
         let image = format!("/root/image.{name}.{round}");
-        let checkpoint = ["tracker", "checkpoint", "--name", name, "--image", &image];
-        vm.exec(Exec::new(checkpoint).timeout(PATIENCE))?.check()?;
+        let checkpoint = apps::checkpoint(name, &image, &[]);
+        vm.exec(checkpoint.timeout(PATIENCE))?.check()?;
         ensure!(
             apps::pids(vm, name).is_err(),
             "{name} still runs after the checkpoint"
@@ -173,16 +161,8 @@ fn accepting(vm: &Vm) -> Result<()> {
             for number in 1..=10 {
                 let before = came.load(Ordering::Relaxed);
                 let image = format!("/root/image.{number}");
-                let words = [
-                    "tracker",
-                    "checkpoint",
-                    "--name",
-                    "redis",
-                    "--image",
-                    &image,
-                    "--leave-running",
-                ];
-                vm.exec(Exec::new(words).timeout(PATIENCE))?
+                let checkpoint = apps::checkpoint("redis", &image, &["--leave-running"]);
+                vm.exec(checkpoint.timeout(PATIENCE))?
                     .check()
                     .with_context(|| format!("Checkpoint {number}"))?;
                 let begun = Instant::now();

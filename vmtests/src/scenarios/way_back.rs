@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::Scenario;
+use super::handover::update as update_to;
 use super::services::PATIENCE;
 use crate::apps;
 use crate::image::Kernel;
@@ -49,12 +50,7 @@ const ARENA: &str = "/dev/pmem0";
 /// Updates; whatever becomes of the applications, the machine must be there.
 fn update(vm: &Vm, more: &[&str]) -> Result<Value> {
     let (kernel, initrd) = (NEXT.guest_vmlinuz()?, NEXT.guest_initrd()?);
-    let words = [
-        &[
-            "tracker", "update", "--kernel", &kernel, "--initrd", &initrd,
-        ][..],
-        more,
-    ];
+    let words = [&update_to(&kernel, &initrd)[..], more];
     match vm.exec_or_reboot(Exec::new(words.concat()).timeout(PATIENCE))? {
         Outcome::Rebooted(hello) => ensure!(
             hello.release == NEXT.release()?,
