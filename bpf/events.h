@@ -383,6 +383,36 @@ enum sock_flag {
 	SOCK_MULTICAST = 16, /* member of a group, IPv4 or IPv6 */
 };
 
+/* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted
+ * out of the way of enum sock_flag */
+#define TRK_SK_FLAGS_SHIFT 16
+#define TRK_SK_FLAGS_MASK 0x5c /* OOBINLINE, KEEPALIVE, LINGER, BROADCAST */
+
+/* What setsockopt(2) set and listen(2) was told. A buffer size that the kernel may still
+ * change by itself is 0. */
+struct sock_opts {
+	__u64 rcvtimeo; /* jiffies */
+	__u64 sndtimeo;
+	__u32 flags; /* enum sock_flag, and sk_flags */
+	__u32 bound_ifindex;
+	__u32 mark;
+	__u32 priority;
+	__u32 rcvbuf;
+	__u32 sndbuf;
+	__u32 rcvlowat;
+	__u32 linger; /* jiffies */
+	__u32 backlog;
+	__u32 keepidle; /* jiffies, as is keepintvl; 0 is the default of the system */
+	__u32 keepintvl;
+	__u32 user_timeout; /* ms */
+	__u8 tos;
+	__u8 ttl;
+	__u8 nonagle; /* TCP_NAGLE_* */
+	__u8 keepcnt;
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct sock_opts, 72);
+
 struct sock_rec {
 	struct rec_hdr hdr;
 	__u64 sock; /* struct sock */
@@ -418,8 +448,9 @@ struct sock_rec {
 	__u32 path_len; /* bytes of path; starts with NUL if abstract */
 	char path[TRK_SUN_PATH_LEN];
 	__u32 syn_backlog; /* handshakes of a TCP listener that are under way */
+	struct sock_opts opts;
 };
-TRK_ASSERT_SIZE(struct sock_rec, 272);
+TRK_ASSERT_SIZE(struct sock_rec, 344);
 
 /* One file watched by an epoll instance. */
 struct epoll_item_rec {

@@ -1,11 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
 /* Sockets, as the descriptor iterator reports them. */
 
-#define AF_UNIX 1
-#define AF_INET 2
-#define AF_INET6 10
-#define IPPROTO_TCP 6
-#define TCP_LISTEN 10
+#include "socket.bpf.h"
 
 struct sock_rec out_sock;
 
@@ -103,6 +99,7 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	r->net_ns = sk->__sk_common.skc_net.net->ns.inum;
 	if (bpf_core_field_exists(sk->sk_cgrp_data))
 		r->cgroup_id = sk->sk_cgrp_data.cgroup->kn->id;
+	fill_opts(&r->opts, sk, r->family, r->protocol);
 	if (r->family == AF_UNIX)
 		fill_unix(r, sk);
 	else if (r->family == AF_INET || r->family == AF_INET6)

@@ -122,10 +122,19 @@ struct epitem {
 	struct rb_node rbn;
 	struct list_head rdllink;
 	struct epoll_filefd ffd;
+	struct eventpoll *ep;
 	struct epoll_event event;
 };
 struct eventpoll {
 	struct rb_root_cached rbr;
+	struct file *file;
+};
+struct poll_table_struct {
+	unsigned long _key;
+};
+struct ep_pqueue {
+	struct poll_table_struct pt;
+	struct epitem *epi;
 };
 struct fsnotify_group {
 	struct list_head marks_list;

@@ -26,6 +26,7 @@ struct sock_common {
 	unsigned char skc_ipv6only : 1;
 	int skc_bound_dev_if;
 	possible_net_t skc_net;
+	unsigned long skc_flags;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
@@ -54,6 +55,11 @@ struct sock {
 	u32 sk_ack_backlog;
 	u32 sk_max_ack_backlog;
 	u8 sk_shutdown;
+	u8 sk_userlocks : 4;
+	long sk_rcvtimeo;
+	long sk_sndtimeo;
+	int sk_rcvlowat;
+	u32 sk_lingertime;
 	struct socket *sk_socket;
 	struct sock_cgroup_data sk_cgrp_data;
 };
@@ -67,6 +73,8 @@ struct ipv6_pinfo {
 };
 struct inet_sock {
 	struct ipv6_pinfo *pinet6;
+	u8 tos;
+	u8 uc_ttl;
 	void *mc_list;
 };
 struct request_sock_queue {
@@ -74,6 +82,13 @@ struct request_sock_queue {
 };
 struct inet_connection_sock {
 	struct request_sock_queue icsk_accept_queue;
+	u32 icsk_user_timeout;
+};
+struct tcp_sock {
+	u8 nonagle : 4;
+	u8 keepalive_probes;
+	u32 keepalive_time;
+	u32 keepalive_intvl;
 };
 struct scm_stat {
 	atomic_t nr_fds;

@@ -21,7 +21,6 @@ static long introduce_fd(u64 index, void *ctx)
 	if (!file)
 		return 0;
 	send_install(files, index, file, -1);
-	send_socket_file(file);
 	return 0;
 }
 
@@ -35,7 +34,7 @@ static __always_inline void introduce(struct task_struct *task)
 	if (files && fds <= MAX_INTRODUCED) {
 		to.files = files;
 		to.fdt = fdt;
-		send_fd(EVENT_FILES_NEW, files, 0, 0, 0);
+		send_fd(EVENT_FILES_NEW, files, 0);
 		bpf_loop(fds, introduce_fd, &to, 0);
 	}
 	send_task(task, EVENT_TASK_NEW, NULL);

@@ -1,8 +1,84 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
-/* Epoll interest lists. do_epoll_ctl is hooked outside its lock: what each call found
- * when it began lets user space see that two calls overlapped. */
+/*
+ * Epoll interest lists. Items come and go under the mutex of their instance, and so do
+ * the hooks that say it: ep_ptable_queue_proc is what ep_insert() has the watched file
+ * call back (a pointer is taken of it, so it is never inlined), ep_remove takes items out
+ * for whatever reason. Only a change of an item has no function of its own: it is looked
+ * up when epoll_ctl(2) returns, after its number is taken.
+ */
 
+#define EPOLL_CTL_ADD 1
 #define EPOLL_CTL_DEL 2
+#define EPOLL_CTL_MOD 3
+/* more levels than a red-black tree of all possible items has */
+#define EPOLL_TREE_DEPTH 48
+
+static __always_inline void send_item(u32 kind, struct file *epoll, struct file *target, u32 fd,
+				      struct epitem *item)
+{
+	struct epoll_ctl_event *e = EVENT(struct epoll_ctl_event, kind, epoll, CLASS_EPOLL);
+
+	if (!e)
+		return;
+	e->epoll = (u64)epoll;
+	e->target = (u64)target;
+	e->fd = fd;
+	e->events = 0;
+	e->data = 0;
+	if (kind == EVENT_EPOLL_SET) {
+		e->events = BPF_CORE_READ(item, event.events);
+		e->data = BPF_CORE_READ(item, event.data);
+	}
+	bpf_ringbuf_submit(e, 0);
+}
+
+SEC("fentry/ep_ptable_queue_proc")
+int BPF_PROG(epoll_insert, struct file *file, void *whead, struct poll_table_struct *pt)
+{
+	struct ep_pqueue *queue = (void *)pt;
+	struct epitem *item;
+	struct call *call;
+	u64 id;
+
+	if (!current_tracked())
+		return 0;
+	item = BPF_CORE_READ(queue, epi);
+	if (!item)
+		return 0;
+	send_item(EVENT_EPOLL_SET, BPF_CORE_READ(item, ep, file), BPF_CORE_READ(item, ffd.file),
+		  BPF_CORE_READ(item, ffd.fd), item);
+	id = bpf_get_current_pid_tgid();
+	call = bpf_map_lookup_elem(&calls, &id);
+	if (call)
+		call->target = 0;
+	return 0;
+}
+
+/* Not limited to tracked tasks, since a delayed fput runs in a kernel thread. */
+static __always_inline int item_removed(struct eventpoll *ep, struct epitem *item)
+{
+	struct file *epoll = BPF_CORE_READ(ep, file);
+
+	/* an instance that dies drops all its items: nobody asks for them any more */
+	if (bpf_core_field_exists(epoll->f_count) && !BPF_CORE_READ(epoll, f_count.counter))
+		return 0;
+	send_item(EVENT_EPOLL_DEL, epoll, BPF_CORE_READ(item, ffd.file),
+		  BPF_CORE_READ(item, ffd.fd), item);
+	return 0;
+}
+
+/* up to 6.3 */
+SEC("fentry/ep_remove")
+int BPF_PROG(epoll_remove, struct eventpoll *ep, struct epitem *item)
+{
+	return item_removed(ep, item);
+}
+
+SEC("fentry/__ep_remove")
+int BPF_PROG(epoll_remove_forced, struct eventpoll *ep, struct epitem *item)
+{
+	return item_removed(ep, item);
+}
 
 SEC("fentry/do_epoll_ctl")
 int BPF_PROG(epoll_ctl, int epfd, int op, int fd)
@@ -10,75 +86,74 @@ int BPF_PROG(epoll_ctl, int epfd, int op, int fd)
 	struct files_struct *files;
 	struct call *call;
 
-	if (!current_tracked())
+	if (op == EPOLL_CTL_DEL || !current_tracked())
 		return 0;
 	call = begin_call();
 	if (!call)
 		return 0;
-	call->since = last_seq;
 	files = current_files();
 	call->epoll = (u64)file_at(files, epfd);
 	call->target = (u64)file_at(files, fd);
 	return 0;
 }
 
+/* Says an item as it is, if there is one. */
+static __always_inline void say_item(struct file *epoll, struct file *target, int fd)
+{
+	struct eventpoll *ep;
+	struct rb_node *node;
+
+	if (!epoll || !target)
+		return;
+	if (anon_name8(epoll) != NAME8('[', 'e', 'v', 'e', 'n', 't', 'p', 'o'))
+		return;
+	ep = BPF_CORE_READ(epoll, private_data);
+	node = BPF_CORE_READ(ep, rbr.rb_root.rb_node);
+	for (int level = 0; level < EPOLL_TREE_DEPTH && node; level++) {
+		struct epitem *item = (void *)node - bpf_core_field_offset(struct epitem, rbn);
+		u64 file = (u64)BPF_CORE_READ(item, ffd.file);
+		int number = BPF_CORE_READ(item, ffd.fd);
+
+		if (file == (u64)target && number == fd) {
+			send_item(EVENT_EPOLL_SET, epoll, target, fd, item);
+			return;
+		}
+		if ((u64)target > file || ((u64)target == file && fd > number))
+			node = BPF_CORE_READ(node, rb_right);
+		else
+			node = BPF_CORE_READ(node, rb_left);
+	}
+}
+
+/* A change, or an addition whose file does not queue. Another thread may have replaced
+ * the descriptors meanwhile: what they meant before and after is both said. */
 SEC("fexit/do_epoll_ctl")
 int BPF_PROG(epoll_ctl_exit, int epfd, int op, int fd, struct epoll_event *event, bool nonblock,
 	     int ret)
 {
-	u64 id = bpf_get_current_pid_tgid();
-	struct epoll_ctl_event *e;
+	struct files_struct *files;
+	struct file *epoll, *target;
 	struct call *call;
-	u64 epoll;
+	u64 id;
 
-	if (!current_tracked())
+	if (op == EPOLL_CTL_DEL || !current_tracked())
 		return 0;
+	id = bpf_get_current_pid_tgid();
 	call = bpf_map_lookup_elem(&calls, &id);
+	files = current_files();
 	if (!call) {
-		epoll = (u64)file_at(current_files(), epfd);
+		epoll = file_at(files, epfd);
 		if (!ret && epoll)
-			say_stale(epoll, CLASS_EPOLL);
+			say_stale((u64)epoll, CLASS_EPOLL);
 		return 0;
 	}
-	if (ret)
-		goto out;
-	epoll = call->epoll;
-	e = EVENT(struct epoll_ctl_event, op == EPOLL_CTL_DEL ? EVENT_EPOLL_DEL : EVENT_EPOLL_SET,
-		  epoll, CLASS_EPOLL);
-	if (!e)
-		goto out;
-	e->epoll = epoll;
-	e->target = call->target;
-	e->files = (u64)current_files();
-	e->since = call->since;
-	e->epfd = epfd;
-	e->fd = fd;
-	e->events = 0;
-	e->data = 0;
-	e->pad = 0;
-	if (op != EPOLL_CTL_DEL) {
-		e->events = BPF_CORE_READ(event, events);
-		e->data = BPF_CORE_READ(event, data);
+	if (!ret && call->target) {
+		epoll = file_at(files, epfd);
+		target = file_at(files, fd);
+		say_item((struct file *)call->epoll, (struct file *)call->target, fd);
+		if ((u64)epoll != call->epoll || (u64)target != call->target)
+			say_item(epoll, target, fd);
 	}
-	bpf_ringbuf_submit(e, 0);
-out:
 	bpf_map_delete_elem(&calls, &id);
-	return 0;
-}
-
-/* A watched file dies: only files in some interest list come here. Not limited to
- * tracked tasks, since a delayed fput runs in a kernel thread. */
-SEC("fentry/eventpoll_release_file")
-int BPF_PROG(eventpoll_release, struct file *file)
-{
-	struct object_event *e;
-
-	e = EVENT(struct object_event, EVENT_EPOLL_RELEASE, file, CLASS_EPOLL);
-	if (!e)
-		return 0;
-	e->object = (u64)file;
-	e->class = CLASS_EPOLL;
-	e->pad = 0;
-	bpf_ringbuf_submit(e, 0);
 	return 0;
 }

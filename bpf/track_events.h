@@ -24,14 +24,15 @@ enum event_kind {
 	EVENT_FD_INSTALL = 73,
 	EVENT_FD_CLOSE = 74,
 	EVENT_FD_CLOEXEC = 75,
-	EVENT_RANGE_CLOEXEC = 76,
+	EVENT_CLOEXEC_WORD = 76,
 	EVENT_EXEC_CLOSE = 77,
 	EVENT_SOCKET = 78,
 	EVENT_SOCKET_STATE = 79,
 	EVENT_EPOLL_SET = 80,
 	EVENT_EPOLL_DEL = 81,
-	EVENT_EPOLL_RELEASE = 82,
+	EVENT_FILES_GONE = 82,
 	EVENT_STALE = 83,
+	EVENT_FD_INSTALL_SOCKET = 84,
 };
 
 /* What an event is about; losses are counted by it. */
@@ -89,7 +90,7 @@ struct install_event {
 	__u64 files;
 	__u64 file;
 	__u64 ino;
-	__u64 sock; /* struct sock, for sockets */
+	__u64 sock; /* struct sock, for sockets; more follows in install_socket_event */
 	__u32 dev;
 	__u32 fd;
 	__u32 cloexec;
@@ -101,17 +102,15 @@ struct install_event {
 };
 TRK_ASSERT_SIZE(struct install_event, 80);
 
-/* EVENT_FILES_NEW, _FD_CLOSE, _FD_CLOEXEC, _RANGE_CLOEXEC, _EXEC_CLOSE */
+/* EVENT_FILES_NEW, _FILES_GONE, _FD_CLOSE, _FD_CLOEXEC, _CLOEXEC_WORD, _EXEC_CLOSE */
 struct fd_event {
 	struct event_hdr ev;
 	__u64 files;
-	__u64 since; /* last number when the call began */
+	__u64 cloexec; /* FD_CLOEXEC of fd; _CLOEXEC_WORD: of fd..fd+63, bit by bit */
 	__u32 fd;
-	__u32 last;
-	__u32 cloexec;
 	__u32 pad;
 };
-TRK_ASSERT_SIZE(struct fd_event, 48);
+TRK_ASSERT_SIZE(struct fd_event, 40);
 
 /* EVENT_FILES_WORD: the descriptors base..base+63 of a table that was just copied. */
 struct word_event {
@@ -125,9 +124,8 @@ struct word_event {
 };
 TRK_ASSERT_SIZE(struct word_event, 560);
 
-/* EVENT_SOCKET */
-struct socket_event {
-	struct event_hdr ev;
+/* A socket as it is. */
+struct sock_part {
 	__u64 sock;
 	__u64 ino;
 	__u64 peer; /* struct sock at the other end of a Unix connection */
@@ -143,8 +141,23 @@ struct socket_event {
 	__u8 remote_addr[16];
 	char path[TRK_SUN_PATH_LEN];
 	__u32 pad;
+	struct sock_opts opts;
 };
-TRK_ASSERT_SIZE(struct socket_event, 200);
+TRK_ASSERT_SIZE(struct sock_part, 256);
+
+/* EVENT_SOCKET */
+struct socket_event {
+	struct event_hdr ev;
+	struct sock_part socket;
+};
+TRK_ASSERT_SIZE(struct socket_event, 272);
+
+/* EVENT_FD_INSTALL_SOCKET */
+struct install_socket_event {
+	struct install_event install;
+	struct sock_part socket;
+};
+TRK_ASSERT_SIZE(struct install_socket_event, 336);
 
 /* EVENT_SOCKET_STATE */
 struct sock_state_event {
@@ -160,17 +173,13 @@ struct epoll_ctl_event {
 	struct event_hdr ev;
 	__u64 epoll;  /* struct file of the epoll instance */
 	__u64 target; /* struct file watched */
-	__u64 files;  /* table of the caller */
 	__u64 data;
-	__u64 since;
-	__u32 epfd;
-	__u32 fd;
+	__u32 fd; /* number it was added under */
 	__u32 events;
-	__u32 pad;
 };
-TRK_ASSERT_SIZE(struct epoll_ctl_event, 72);
+TRK_ASSERT_SIZE(struct epoll_ctl_event, 48);
 
-/* EVENT_EPOLL_RELEASE: object is the file that dies; EVENT_STALE: the object of that class */
+/* EVENT_STALE: the object of that class */
 struct object_event {
 	struct event_hdr ev;
 	__u64 object;

@@ -16,17 +16,11 @@ static __always_inline struct sock *sock_of(struct file *file)
 	return BPF_CORE_READ(socket, sk);
 }
 
-/* Reports what descriptor fd refers to from now on; cloexec < 0 says: as the table has it. */
-static __always_inline void send_install(struct files_struct *files, u32 fd, struct file *file,
-					 int cloexec)
+/* The first eight characters of a file's name, padded with zeroes. */
+static __always_inline u64 anon_name8(struct file *file)
 {
-	struct inode *inode = BPF_CORE_READ(file, f_inode);
-	u64 name8 = 0, magic = BPF_CORE_READ(inode, i_sb, s_magic);
-	struct install_event *e;
+	u64 name8 = 0;
 
-	e = EVENT(struct install_event, EVENT_FD_INSTALL, files, CLASS_FILES);
-	if (!e)
-		return;
 	bpf_probe_read_kernel(&name8, sizeof(name8),
 			      BPF_CORE_READ(file, f_path.dentry, d_name.name));
 	/* bytes behind the end of a short name */
@@ -36,21 +30,63 @@ static __always_inline void send_install(struct files_struct *files, u32 fd, str
 			break;
 		}
 	}
+	return name8;
+}
+
+/* Fills all but the header, after the number was taken. */
+static __always_inline void fill_install(struct install_event *e, struct files_struct *files,
+					 u32 fd, struct file *file, int cloexec)
+{
+	struct inode *inode = BPF_CORE_READ(file, f_inode);
+
 	e->files = (u64)files;
 	e->file = (u64)file;
 	e->ino = BPF_CORE_READ(inode, i_ino);
+	e->sock = 0;
 	e->dev = BPF_CORE_READ(inode, i_sb, s_dev);
 	e->fd = fd;
+	e->cloexec = cloexec < 0 ? cloexec_at(files, fd) : cloexec;
 	e->mode = BPF_CORE_READ(inode, i_mode);
 	e->flags = BPF_CORE_READ(file, f_flags);
-	e->kind = file_kind_of(magic, e->mode, BPF_CORE_READ(inode, i_nlink), name8);
-	e->cloexec = cloexec < 0 ? cloexec_at(files, fd) : cloexec;
-	e->sock = 0;
 	e->empty_epoll = 0;
 	e->pad = 0;
-	if (e->kind == FILE_SOCKET) {
-		e->sock = (u64)sock_of(file);
-	} else if (e->kind == FILE_EPOLL) {
+}
+
+static __always_inline void send_install_socket(struct files_struct *files, u32 fd,
+						struct file *file, int cloexec)
+{
+	struct install_socket_event *e;
+	struct sock *sk = sock_of(file);
+
+	e = reserve(address(files), CLASS_FILES, sizeof(*e));
+	if (!e)
+		return;
+	number(&e->install.ev, EVENT_FD_INSTALL_SOCKET, sizeof(*e));
+	fill_install(&e->install, files, fd, file, cloexec);
+	e->install.kind = FILE_SOCKET;
+	e->install.sock = (u64)sk;
+	fill_socket(&e->socket, sk, e->install.ino);
+	bpf_ringbuf_submit(e, 0);
+}
+
+/* Reports what descriptor fd refers to from now on; cloexec < 0 says: as the table has it. */
+static __always_inline void send_install(struct files_struct *files, u32 fd, struct file *file,
+					 int cloexec)
+{
+	struct inode *inode = BPF_CORE_READ(file, f_inode);
+	struct install_event *e;
+
+	if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) == S_IFSOCK && sock_of(file)) {
+		send_install_socket(files, fd, file, cloexec);
+		return;
+	}
+	e = EVENT(struct install_event, EVENT_FD_INSTALL, files, CLASS_FILES);
+	if (!e)
+		return;
+	fill_install(e, files, fd, file, cloexec);
+	e->kind = file_kind_of(BPF_CORE_READ(inode, i_sb, s_magic), e->mode,
+			       BPF_CORE_READ(inode, i_nlink), anon_name8(file));
+	if (e->kind == FILE_EPOLL) {
 		struct eventpoll *ep = BPF_CORE_READ(file, private_data);
 
 		e->empty_epoll = !BPF_CORE_READ(ep, rbr.rb_root.rb_node);
@@ -58,17 +94,14 @@ static __always_inline void send_install(struct files_struct *files, u32 fd, str
 	bpf_ringbuf_submit(e, 0);
 }
 
-static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd, u32 last,
-				    u64 since)
+static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd)
 {
 	struct fd_event *e = EVENT(struct fd_event, kind, files, CLASS_FILES);
 
 	if (!e)
 		return;
 	e->files = (u64)files;
-	e->since = since;
 	e->fd = fd;
-	e->last = last;
 	e->cloexec = kind == EVENT_FD_CLOEXEC ? cloexec_at(files, fd) : 0;
 	e->pad = 0;
 	bpf_ringbuf_submit(e, 0);
@@ -77,21 +110,15 @@ static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd
 SEC("fentry/fd_install")
 int BPF_PROG(fd_install, unsigned int fd, struct file *file)
 {
-	struct files_struct *files;
-
-	if (!current_tracked())
-		return 0;
-	files = current_files();
-	send_install(files, fd, file, -1);
-	if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) == S_IFSOCK)
-		send_socket(sock_of(file), BPF_CORE_READ(file, f_inode, i_ino));
+	if (current_tracked())
+		send_install(current_files(), fd, file, -1);
 	return 0;
 }
 
 static __always_inline int closed(struct files_struct *files, u32 fd, struct file *file)
 {
 	if (!IS_ERR_OR_NULL(file) && current_tracked())
-		send_fd(EVENT_FD_CLOSE, files, fd, fd, 0);
+		send_fd(EVENT_FD_CLOSE, files, fd);
 	return 0;
 }
 
@@ -108,30 +135,28 @@ int BPF_PROG(file_close_fd_locked, struct files_struct *files, unsigned int fd, 
 	return closed(files, fd, file);
 }
 
+/* Under files->file_lock, so what decides between success and -EBUSY can be seen: a
+ * number that an open() under way has reserved and not filled yet is left alone. */
 SEC("fentry/do_dup2")
 int BPF_PROG(do_dup2, struct files_struct *files, struct file *file, unsigned int fd,
 	     unsigned int flags)
 {
-	if (current_tracked()) {
-		send_install(files, fd, file, !!(flags & O_CLOEXEC));
-		if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) == S_IFSOCK)
-			send_socket(sock_of(file), BPF_CORE_READ(file, f_inode, i_ino));
-	}
+	if (!current_tracked())
+		return 0;
+	if (!file_at(files, fd) && bit_at(BPF_CORE_READ(files, fdt, open_fds), fd))
+		return 0;
+	send_install(files, fd, file, !!(flags & O_CLOEXEC));
 	return 0;
 }
 
-/* -EBUSY: the number was reserved by an open() under way. Else, the flag is said once
- * more: one set at the same time from another thread may have been read too early. */
+/* The flag is said once more: one set at the same time from another thread may have been
+ * read too early. */
 SEC("fexit/do_dup2")
 int BPF_PROG(do_dup2_exit, struct files_struct *files, struct file *file, unsigned int fd,
 	     unsigned int flags, int ret)
 {
-	if (!current_tracked())
-		return 0;
-	if (ret < 0)
-		say_stale((u64)files, CLASS_FILES);
-	else
-		send_fd(EVENT_FD_CLOEXEC, files, fd, fd, 0);
+	if (ret >= 0 && current_tracked())
+		send_fd(EVENT_FD_CLOEXEC, files, fd);
 	return 0;
 }
 
@@ -139,7 +164,7 @@ SEC("fexit/set_close_on_exec")
 int BPF_PROG(set_close_on_exec, unsigned int fd)
 {
 	if (current_tracked())
-		send_fd(EVENT_FD_CLOEXEC, current_files(), fd, fd, 0);
+		send_fd(EVENT_FD_CLOEXEC, current_files(), fd);
 	return 0;
 }
 
@@ -147,37 +172,54 @@ SEC("fentry/do_close_on_exec")
 int BPF_PROG(do_close_on_exec, struct files_struct *files)
 {
 	if (current_tracked())
-		send_fd(EVENT_EXEC_CLOSE, files, 0, 0, 0);
+		send_fd(EVENT_EXEC_CLOSE, files, 0);
 	return 0;
 }
 
-SEC("fentry/__close_range")
-int BPF_PROG(close_range, unsigned int fd, unsigned int last, unsigned int flags)
-{
-	struct call *call;
+struct flag_walk {
+	struct files_struct *files;
+	u32 first;
+	u32 pad;
+};
 
-	if (!(flags & CLOSE_RANGE_CLOEXEC) || !current_tracked())
+/* bpf_loop callback: says FD_CLOEXEC of 64 descriptors. */
+static long send_flags(u64 index, void *ctx)
+{
+	struct flag_walk *walk = ctx;
+	struct files_struct *files = walk->files;
+	u32 base = (walk->first / 64 + (u32)index) * 64;
+	struct fd_event *e;
+	u64 word = 0;
+
+	if (base >= BPF_CORE_READ(files, fdt, max_fds))
+		return 1;
+	e = EVENT(struct fd_event, EVENT_CLOEXEC_WORD, files, CLASS_FILES);
+	if (!e)
 		return 0;
-	call = begin_call();
-	if (call)
-		call->since = last_seq;
+	bpf_probe_read_kernel(&word, sizeof(word),
+			      BPF_CORE_READ(files, fdt, close_on_exec) + base / 64);
+	e->files = (u64)files;
+	e->cloexec = word;
+	e->fd = base;
+	e->pad = 0;
+	bpf_ringbuf_submit(e, 0);
 	return 0;
 }
 
 SEC("fexit/__close_range")
 int BPF_PROG(close_range_exit, unsigned int fd, unsigned int last, unsigned int flags, int ret)
 {
-	u64 id = bpf_get_current_pid_tgid();
-	struct call *call;
+	struct flag_walk walk;
 
 	if (!flags || ret || !current_tracked())
 		return 0;
 	if (flags & CLOSE_RANGE_UNSHARE)
 		files_switched();
-	if (flags & CLOSE_RANGE_CLOEXEC) {
-		call = bpf_map_lookup_elem(&calls, &id);
-		send_fd(EVENT_RANGE_CLOEXEC, current_files(), fd, last, call ? call->since : 0);
-		bpf_map_delete_elem(&calls, &id);
+	if (flags & CLOSE_RANGE_CLOEXEC && last >= fd) {
+		walk.files = current_files();
+		walk.first = fd;
+		walk.pad = 0;
+		bpf_loop(last / 64 - fd / 64 + 1, send_flags, &walk, 0);
 	}
 	return 0;
 }
@@ -230,7 +272,21 @@ int BPF_PROG(dup_fd)
 	fdt = BPF_CORE_READ(files, fdt);
 	walk.files = files;
 	walk.fdt = fdt;
-	send_fd(EVENT_FILES_NEW, files, 0, 0, 0);
+	send_fd(EVENT_FILES_NEW, files, 0);
 	bpf_loop((BPF_CORE_READ(fdt, max_fds) + 63) / 64, send_word, &walk, 0);
+	return 0;
+}
+
+/* A fork that fails after it copied the table drops the copy. */
+SEC("fentry/exit_files")
+int BPF_PROG(exit_files, struct task_struct *task)
+{
+	struct files_struct *files;
+
+	if (task == bpf_get_current_task_btf() || !current_tracked())
+		return 0;
+	files = BPF_CORE_READ(task, files);
+	if (files)
+		send_fd(EVENT_FILES_GONE, files, 0);
 	return 0;
 }

@@ -64,9 +64,9 @@ struct {
 	__type(value, u32);
 } dirty SEC(".maps");
 
-/* What a call that is reported when it returns found when it began. */
+/* What a call that is reported when it returns found when it began; target 0 if all
+ * is said already. */
 struct call {
-	u64 since;
 	u64 epoll;
 	u64 target;
 };
@@ -207,13 +207,17 @@ static __always_inline struct file *file_at(struct files_struct *files, u32 fd)
 	return file;
 }
 
-static __always_inline u32 cloexec_at(struct files_struct *files, u32 fd)
+static __always_inline u32 bit_at(unsigned long *bitmap, u32 fd)
 {
-	unsigned long *bitmap = BPF_CORE_READ(files, fdt, close_on_exec);
 	unsigned long word = 0;
 
 	bpf_probe_read_kernel(&word, sizeof(word), bitmap + fd / 64);
 	return word >> (fd % 64) & 1;
+}
+
+static __always_inline u32 cloexec_at(struct files_struct *files, u32 fd)
+{
+	return bit_at(BPF_CORE_READ(files, fdt, close_on_exec), fd);
 }
 
 static __always_inline struct files_struct *current_files(void)

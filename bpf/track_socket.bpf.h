@@ -2,11 +2,9 @@
 /* Sockets: their whole state is said when a descriptor is made and after each call
  * that changes it; TCP also changes state by itself. */
 
-#define AF_UNIX 1
-#define AF_INET 2
-#define AF_INET6 10
+#include "socket.bpf.h"
 
-static __always_inline void fill_event_inet(struct socket_event *e, struct sock *sk)
+static __always_inline void fill_event_inet(struct sock_part *e, struct sock *sk)
 {
 	u16 dport = BPF_CORE_READ(sk, __sk_common.skc_dport);
 
@@ -21,7 +19,7 @@ static __always_inline void fill_event_inet(struct socket_event *e, struct sock 
 	}
 }
 
-static __always_inline void fill_event_unix(struct socket_event *e, struct sock *sk)
+static __always_inline void fill_event_unix(struct sock_part *e, struct sock *sk)
 {
 	struct unix_sock *unix = (void *)sk;
 	struct unix_address *addr = BPF_CORE_READ(unix, addr);
@@ -40,17 +38,9 @@ static __always_inline void fill_event_unix(struct socket_event *e, struct sock 
 	}
 }
 
-static __always_inline void send_socket(struct sock *sk, u64 ino)
+static __always_inline void fill_socket(struct sock_part *e, struct sock *sk, u64 ino)
 {
-	struct socket_event *e;
-
-	if (!sk)
-		return;
-	e = reserve(address(sk), CLASS_SOCKET, sizeof(*e));
-	if (!e)
-		return;
 	__builtin_memset(e, 0, sizeof(*e));
-	number(&e->ev, EVENT_SOCKET, sizeof(*e));
 	e->sock = (u64)sk;
 	e->ino = ino;
 	e->family = BPF_CORE_READ(sk, __sk_common.skc_family);
@@ -58,10 +48,23 @@ static __always_inline void send_socket(struct sock *sk, u64 ino)
 	e->protocol = BPF_CORE_READ(sk, sk_protocol);
 	e->state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	e->shutdown = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_shutdown);
+	fill_opts(&e->opts, sk, e->family, e->protocol);
 	if (e->family == AF_UNIX)
 		fill_event_unix(e, sk);
 	else if (e->family == AF_INET || e->family == AF_INET6)
 		fill_event_inet(e, sk);
+}
+
+static __always_inline void send_socket(struct sock *sk, u64 ino)
+{
+	struct socket_event *e;
+
+	if (!sk)
+		return;
+	e = EVENT(struct socket_event, EVENT_SOCKET, sk, CLASS_SOCKET);
+	if (!e)
+		return;
+	fill_socket(&e->socket, sk, ino);
 	bpf_ringbuf_submit(e, 0);
 }
 
@@ -105,6 +108,13 @@ int BPF_PROG(sys_connect, struct file *file)
 
 SEC("fexit/__sys_shutdown")
 int BPF_PROG(sys_shutdown, int fd)
+{
+	socket_changed(fd);
+	return 0;
+}
+
+SEC("fexit/__sys_setsockopt")
+int BPF_PROG(sys_setsockopt, int fd)
 {
 	socket_changed(fd);
 	return 0;

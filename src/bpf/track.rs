@@ -125,20 +125,19 @@ const PROGRAMS: &[(&str, Target, When)] = &[
     ("do_dup2_exit", Function("do_dup2"), Fentry),
     ("set_close_on_exec", Function("set_close_on_exec"), Fentry),
     ("do_close_on_exec", Function("do_close_on_exec"), Fentry),
-    ("close_range", Function("__close_range"), Fentry),
     ("close_range_exit", Function("__close_range"), Fentry),
     ("dup_fd", Function("dup_fd"), Fentry),
+    ("exit_files", Function("exit_files"), Fentry),
+    ("sys_setsockopt", Function("__sys_setsockopt"), Fentry),
     ("sys_bind", Function("__sys_bind"), Fentry),
     ("sys_listen", Function("__sys_listen"), Fentry),
     ("sys_connect", Function("__sys_connect_file"), Fentry),
     ("sys_shutdown", Function("__sys_shutdown"), Fentry),
     ("epoll_ctl", Function("do_epoll_ctl"), Fentry),
     ("epoll_ctl_exit", Function("do_epoll_ctl"), Fentry),
-    (
-        "eventpoll_release",
-        Function("eventpoll_release_file"),
-        Fentry,
-    ),
+    ("epoll_insert", Function("ep_ptable_queue_proc"), Fentry),
+    ("epoll_remove", Function("ep_remove"), Fentry),
+    ("epoll_remove_forced", Function("__ep_remove"), Fentry),
 ];
 
 /// Without one of each of these groups the fentry set is not exact, and is not used.
@@ -154,7 +153,9 @@ const NEEDED: &[&[&str]] = &[
     &["ksys_unshare"],
     &["epoll_ctl"],
     &["epoll_ctl_exit"],
-    &["eventpoll_release"],
+    &["epoll_insert"],
+    &["epoll_remove", "epoll_remove_forced"],
+    &["exit_files"],
 ];
 
 /// The loaded and attached hooks. Dropping it detaches them.

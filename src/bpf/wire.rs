@@ -2,11 +2,11 @@
 
 use super::events::{self, EpollCtlEvent};
 use super::events::{
-    EventClass, EventKind, FdEvent, FileKind as Kind, InstallEvent, MoveEvent, ObjectEvent,
-    SockStateEvent, SocketEvent, TaskEvent, WordEvent,
+    EventClass, EventKind, FdEvent, FileKind as Kind, InstallEvent, InstallSocketEvent, MoveEvent,
+    ObjectEvent, SockOpts, SockPart, SockStateEvent, SocketEvent, TaskEvent, WordEvent,
 };
 use super::record::{Malformed, c_text};
-use crate::model::event::{Body, Event, FileKind, Object, OfdInfo, SockInfo, TaskInfo};
+use crate::model::event::{Body, Event, FileKind, Object, OfdInfo, SockInfo, SockOptions, TaskInfo};
 use crate::model::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid};
 
 /// Several event kinds share a layout, so the kind is checked where a layout is chosen.
@@ -29,6 +29,7 @@ events!(
     TaskEvent,
     MoveEvent,
     InstallEvent,
+    InstallSocketEvent,
     FdEvent,
     WordEvent,
     SocketEvent,
@@ -106,13 +107,21 @@ fn body(kind: u32, bytes: &[u8]) -> Option<Body> {
             }
         }
         EventKind::FILES_WORD => files_word(&read(bytes)?),
-        EventKind::FD_INSTALL => install(&read(bytes)?),
+        EventKind::FD_INSTALL => install(&read(bytes)?, None),
+        EventKind::FD_INSTALL_SOCKET => {
+            let e: InstallSocketEvent = read(bytes)?;
+            install(&e.install, Some(Box::new(socket(&e.socket))))
+        }
         EventKind::FILES_NEW
+        | EventKind::FILES_GONE
         | EventKind::FD_CLOSE
         | EventKind::FD_CLOEXEC
-        | EventKind::RANGE_CLOEXEC
+        | EventKind::CLOEXEC_WORD
         | EventKind::EXEC_CLOSE => descriptor(kind, &read(bytes)?),
-        EventKind::SOCKET => Body::Socket(socket(&read(bytes)?)),
+        EventKind::SOCKET => {
+            let e: SocketEvent = read(bytes)?;
+            Body::Socket(socket(&e.socket))
+        }
         EventKind::SOCKET_STATE => {
             let e: SockStateEvent = read(bytes)?;
             Body::SocketState {
@@ -121,12 +130,6 @@ fn body(kind: u32, bytes: &[u8]) -> Option<Body> {
             }
         }
         EventKind::EPOLL_SET | EventKind::EPOLL_DEL => epoll_ctl(kind, &read(bytes)?),
-        EventKind::EPOLL_RELEASE => {
-            let e: ObjectEvent = read(bytes)?;
-            Body::EpollRelease {
-                target: OfdId(e.object),
-            }
-        }
         EventKind::STALE => {
             let e: ObjectEvent = read(bytes)?;
             Body::Stale(object(e.class, e.object)?)
@@ -168,7 +171,7 @@ fn task(e: &TaskEvent) -> TaskInfo {
     }
 }
 
-fn install(e: &InstallEvent) -> Body {
+fn install(e: &InstallEvent, socket: Option<Box<SockInfo>>) -> Body {
     Body::FdInstall {
         files: FilesId(e.files),
         fd: Fd(e.fd.cast_signed()),
@@ -185,6 +188,7 @@ fn install(e: &InstallEvent) -> Body {
             sock: some(e.sock).map(SockId),
             empty_epoll: e.empty_epoll != 0,
         },
+        socket,
     }
 }
 
@@ -200,11 +204,11 @@ fn descriptor(kind: u32, e: &FdEvent) -> Body {
             cloexec: e.cloexec != 0,
         },
         EventKind::EXEC_CLOSE => Body::ExecClose { files },
-        _ => Body::RangeCloexec {
+        EventKind::FILES_GONE => Body::FilesGone { files },
+        _ => Body::CloexecWord {
             files,
-            first: Fd(e.fd.min(i32::MAX.cast_unsigned()).cast_signed()),
-            last: Fd(e.last.min(i32::MAX.cast_unsigned()).cast_signed()),
-            since: e.since,
+            base: fd,
+            bits: e.cloexec,
         },
     }
 }
@@ -228,32 +232,21 @@ fn files_word(e: &WordEvent) -> Body {
 }
 
 fn epoll_ctl(kind: u32, e: &EpollCtlEvent) -> Body {
-    let (epoll, files, target) = (OfdId(e.epoll), FilesId(e.files), OfdId(e.target));
-    let (epfd, fd, since) = (Fd(e.epfd.cast_signed()), Fd(e.fd.cast_signed()), e.since);
+    let (epoll, target, fd) = (OfdId(e.epoll), OfdId(e.target), Fd(e.fd.cast_signed()));
     if kind == EventKind::EPOLL_DEL {
-        return Body::EpollDel {
-            epoll,
-            files,
-            epfd,
-            target,
-            fd,
-            since,
-        };
+        return Body::EpollDel { epoll, target, fd };
     }
     let (events, data) = (e.events, e.data);
     Body::EpollSet {
         epoll,
-        files,
-        epfd,
         target,
         fd,
         events,
         data,
-        since,
     }
 }
 
-fn socket(e: &SocketEvent) -> SockInfo {
+fn socket(e: &SockPart) -> SockInfo {
     let len = usize::try_from(e.path_len).map_or(e.path.len(), |len| len.min(e.path.len()));
     SockInfo {
         sock: SockId(e.sock),
@@ -269,6 +262,30 @@ fn socket(e: &SocketEvent) -> SockInfo {
         remote_addr: e.remote_addr,
         peer: some(e.peer).map(SockId),
         name: e.path[..len].iter().map(|c| c.to_ne_bytes()[0]).collect(),
+        options: options(&e.opts),
+    }
+}
+
+fn options(opts: &SockOpts) -> SockOptions {
+    SockOptions {
+        rcvtimeo: opts.rcvtimeo,
+        sndtimeo: opts.sndtimeo,
+        flags: opts.flags,
+        bound_ifindex: opts.bound_ifindex,
+        mark: opts.mark,
+        priority: opts.priority,
+        rcvbuf: opts.rcvbuf,
+        sndbuf: opts.sndbuf,
+        rcvlowat: opts.rcvlowat,
+        linger: opts.linger,
+        backlog: opts.backlog,
+        keepidle: opts.keepidle,
+        keepintvl: opts.keepintvl,
+        keepcnt: opts.keepcnt,
+        user_timeout: opts.user_timeout,
+        tos: opts.tos,
+        ttl: opts.ttl,
+        nonagle: opts.nonagle,
     }
 }
 
@@ -289,6 +306,7 @@ pub fn sock_info(rec: &events::SockRec) -> SockInfo {
         remote_addr: rec.remote_addr,
         peer: some(rec.peer).map(SockId),
         name: rec.unix_path(),
+        options: options(&rec.opts),
     }
 }
 

@@ -6,7 +6,7 @@
 
 use super::event::{Body, Event, Object, OfdInfo, SockInfo, TaskInfo};
 use super::ids::{CgroupId, Fd, FilesId, MmId, OfdId, Pid, SockId, TaskId};
-use super::state::{EpollItem, Mm, Slot, Socket, State, Table, Task, Trust};
+use super::state::{EpollItem, Mm, Socket, State, Table, Task, Trust};
 
 /// Something an event says that the state cannot explain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,8 +21,6 @@ pub enum Anomaly {
     UnknownEpoll(OfdId),
     /// A description is not what it was, though descriptors still refer to it.
     Conflict(OfdId),
-    /// Calls overlapped in a way that their events cannot order.
-    Unordered(Object),
     /// An event said so.
     Stale(Object),
     /// An event could not be decoded.
@@ -53,16 +51,6 @@ pub(super) struct Step<'a> {
     pub(super) anomalies: Vec<Anomaly>,
 }
 
-/// One call of epoll_ctl(2), for judging whether its event can be ordered.
-struct EpollCall {
-    files: FilesId,
-    epfd: Fd,
-    epoll: OfdId,
-    target: OfdId,
-    fd: Fd,
-    since: u64,
-}
-
 impl Step<'_> {
     fn body(&mut self, body: &Body) {
         match *body {
@@ -82,15 +70,20 @@ impl Step<'_> {
             } => self.cgroup_move(tgid, cgroup, tracked),
             Body::TaskFiles { task, files } => self.task_files(task, files),
             Body::FilesNew { files } => self.files_new(files),
+            Body::FilesGone { files } => self.files_gone(files),
             Body::FilesWord { files, ref fds } => self.files_word(files, fds),
             Body::FdInstall {
                 files,
                 fd,
                 cloexec,
                 ref ofd,
+                ref socket,
             } => {
                 if self.table(files).is_some() {
                     self.set_slot(files, fd, ofd, cloexec);
+                    if let Some(info) = socket {
+                        self.socket(info);
+                    }
                 }
             }
             Body::FdClose { files, fd } => {
@@ -112,56 +105,18 @@ impl Step<'_> {
                     slot.seq = seq;
                 }
             }
-            Body::RangeCloexec {
-                files,
-                first,
-                last,
-                since,
-            } => {
-                self.range_cloexec(files, first, last, since);
-            }
+            Body::CloexecWord { files, base, bits } => self.cloexec_word(files, base, bits),
             Body::ExecClose { files } => self.exec_close(files),
             Body::Socket(ref info) => self.socket(info),
             Body::SocketState { sock, state } => self.socket_state(sock, state),
             Body::EpollSet {
                 epoll,
-                files,
-                epfd,
                 target,
                 fd,
                 events,
                 data,
-                since,
-            } => {
-                let call = EpollCall {
-                    files,
-                    epfd,
-                    epoll,
-                    target,
-                    fd,
-                    since,
-                };
-                self.epoll_ctl(&call, Some((events, data)));
-            }
-            Body::EpollDel {
-                epoll,
-                files,
-                epfd,
-                target,
-                fd,
-                since,
-            } => {
-                let call = EpollCall {
-                    files,
-                    epfd,
-                    epoll,
-                    target,
-                    fd,
-                    since,
-                };
-                self.epoll_ctl(&call, None);
-            }
-            Body::EpollRelease { target } => self.epoll_release(target),
+            } => self.epoll_item(epoll, (target, fd), Some((events, data))),
+            Body::EpollDel { epoll, target, fd } => self.epoll_item(epoll, (target, fd), None),
             Body::Stale(object) => {
                 self.anomalies.push(Anomaly::Stale(object));
                 self.suspect(object);
@@ -415,26 +370,25 @@ impl Step<'_> {
         }
     }
 
-    fn range_cloexec(&mut self, files: FilesId, first: Fd, last: Fd, since: u64) {
+    /// Unless a thread uses it: then it is not what the failing fork copied.
+    fn files_gone(&mut self, files: FilesId) {
+        let table = self.state.tables.get(&files);
+        if table.is_some_and(|table| table.users.is_empty() && table.seq < self.seq) {
+            self.forget_table(files);
+        }
+    }
+
+    fn cloexec_word(&mut self, files: FilesId, base: Fd, bits: u64) {
         let seq = self.seq;
         let Some(table) = self.table(files) else {
             return;
         };
-        if first > last {
-            return;
-        }
-        let mut unordered = false;
-        let slots = table.fds.range_mut(first..=last).map(|(_, slot)| slot);
-        for slot in slots.filter(|slot| slot.seq < seq) {
-            unordered |= slot.seq > since;
-            *slot = Slot {
-                cloexec: true,
-                seq,
-                ..*slot
-            };
-        }
-        if unordered {
-            self.unordered(Object::Files(files));
+        let last = Fd(base.0.saturating_add(63));
+        for (fd, slot) in table.fds.range_mut(base..=last) {
+            if slot.seq < seq {
+                slot.cloexec = bits >> (fd.0 - base.0) & 1 != 0;
+                slot.seq = seq;
+            }
         }
     }
 
@@ -455,7 +409,7 @@ impl Step<'_> {
     fn socket(&mut self, info: &SockInfo) {
         // A socket no descriptor refers to is described again when one does.
         if let Some(socket) = self.state.sockets.get_mut(&info.sock)
-            && socket.seq < self.seq
+            && socket.seq <= self.seq
         {
             *socket = Socket {
                 seq: self.seq,
@@ -474,54 +428,31 @@ impl Step<'_> {
         }
     }
 
-    fn epoll_ctl(&mut self, call: &EpollCall, value: Option<(u32, u64)>) {
-        let Some(epoll) = self.state.epolls.get_mut(&call.epoll) else {
-            self.anomalies.push(Anomaly::UnknownEpoll(call.epoll));
+    fn epoll_item(&mut self, id: OfdId, key: (OfdId, Fd), value: Option<(u32, u64)>) {
+        let Some(epoll) = self.state.epolls.get_mut(&id) else {
+            // The file that dies may be watched by anyone; nobody watches through one that
+            // was never seen.
+            if value.is_some() {
+                self.anomalies.push(Anomaly::UnknownEpoll(id));
+            }
             return;
         };
         if epoll.seq >= self.seq {
             return;
         }
         epoll.seq = self.seq;
-        let key = (call.target, call.fd);
-        let old = match value {
-            Some((events, data)) => epoll.items.insert(
-                key,
-                EpollItem {
+        match value {
+            Some((events, data)) => {
+                let item = EpollItem {
                     seq: self.seq,
                     events,
                     data,
-                },
-            ),
-            None => epoll.items.remove(&key),
-        };
-        let overlapped = old.is_some_and(|item| item.seq > call.since);
-        let table = self.state.tables.get(&call.files);
-        let named = |fd: Fd, ofd: OfdId| {
-            let slot = table.and_then(|table| table.fds.get(&fd));
-            slot.is_some_and(|slot| slot.ofd == ofd && slot.seq <= call.since)
-        };
-        if overlapped || !named(call.epfd, call.epoll) || !named(call.fd, call.target) {
-            self.unordered(Object::Epoll(call.epoll));
-        }
-    }
-
-    fn epoll_release(&mut self, target: OfdId) {
-        for epoll in self.state.epolls.values_mut() {
-            if epoll.seq >= self.seq {
-                continue;
+                };
+                epoll.items.insert(key, item);
             }
-            let of_target = (target, Fd(i32::MIN))..=(target, Fd(i32::MAX));
-            let gone: Vec<_> = epoll.items.range(of_target).map(|(key, _)| *key).collect();
-            for key in gone {
+            None => {
                 epoll.items.remove(&key);
-                epoll.seq = self.seq;
             }
         }
-    }
-
-    fn unordered(&mut self, object: Object) {
-        self.anomalies.push(Anomaly::Unordered(object));
-        self.suspect(object);
     }
 }

@@ -62,6 +62,11 @@ pub enum Body {
         /// The new table.
         files: FilesId,
     },
+    /// The fork that copied this table failed.
+    FilesGone {
+        /// The table.
+        files: FilesId,
+    },
     /// Up to 64 descriptors of a table that was just copied.
     FilesWord {
         /// The new table.
@@ -79,6 +84,8 @@ pub enum Body {
         cloexec: bool,
         /// What it refers to.
         ofd: OfdInfo,
+        /// The socket as it is, for sockets.
+        socket: Option<Box<SockInfo>>,
     },
     /// A descriptor is free.
     FdClose {
@@ -96,16 +103,15 @@ pub enum Body {
         /// Its value.
         cloexec: bool,
     },
-    /// close_range(2) with `CLOSE_RANGE_CLOEXEC` set `FD_CLOEXEC` on all open ones of a range.
-    RangeCloexec {
+    /// `FD_CLOEXEC` of 64 descriptors, as far as they are open: close_range(2) with
+    /// `CLOSE_RANGE_CLOEXEC` sets many at once.
+    CloexecWord {
         /// Table.
         files: FilesId,
         /// First number.
-        first: Fd,
-        /// Last number, inclusive.
-        last: Fd,
-        /// The last event number when the call began.
-        since: u64,
+        base: Fd,
+        /// Bit 0 is that of `base`.
+        bits: u64,
     },
     /// exec closed every descriptor with `FD_CLOEXEC`.
     ExecClose {
@@ -125,10 +131,6 @@ pub enum Body {
     EpollSet {
         /// Epoll instance.
         epoll: OfdId,
-        /// Table of the caller, in which `epfd` and `fd` were looked up.
-        files: FilesId,
-        /// Descriptor of the epoll instance.
-        epfd: Fd,
         /// Watched description.
         target: OfdId,
         /// Number it is watched under.
@@ -137,28 +139,15 @@ pub enum Body {
         events: u32,
         /// `epoll_data_t`.
         data: u64,
-        /// The last event number when the call began.
-        since: u64,
     },
-    /// An epoll item was removed.
+    /// An epoll item was removed, by epoll_ctl(2) or because the watched description dies.
     EpollDel {
         /// Epoll instance.
         epoll: OfdId,
-        /// Table of the caller.
-        files: FilesId,
-        /// Descriptor of the epoll instance.
-        epfd: Fd,
         /// Watched description.
         target: OfdId,
         /// Number it was watched under.
         fd: Fd,
-        /// The last event number when the call began.
-        since: u64,
-    },
-    /// A watched description dies: its items leave all epoll instances.
-    EpollRelease {
-        /// Description.
-        target: OfdId,
     },
     /// The object changed in a way that was not reported, or a report of it was lost.
     Stale(Object),
@@ -286,4 +275,38 @@ pub struct SockInfo {
     pub peer: Option<SockId>,
     /// Name of a Unix socket; starts with NUL if abstract.
     pub name: Vec<u8>,
+    /// What was set.
+    pub options: SockOptions,
+}
+
+/// What setsockopt(2) set and listen(2) was told, as the kernel keeps it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SockOptions {
+    /// Jiffies; all bits are set for none.
+    pub rcvtimeo: u64,
+    pub sndtimeo: u64,
+    /// `sock_flag` of `bpf/events.h`, and bits of the kernel's `sk_flags` above them.
+    pub flags: u32,
+    pub bound_ifindex: u32,
+    pub mark: u32,
+    pub priority: u32,
+    /// 0 while the kernel sizes the buffer by itself.
+    pub rcvbuf: u32,
+    pub sndbuf: u32,
+    pub rcvlowat: u32,
+    /// Jiffies.
+    pub linger: u32,
+    /// As listen(2) was told.
+    pub backlog: u32,
+    /// Jiffies; 0 is the system's default.
+    pub keepidle: u32,
+    pub keepintvl: u32,
+    pub keepcnt: u8,
+    /// Milliseconds.
+    pub user_timeout: u32,
+    pub tos: u8,
+    pub ttl: u8,
+    /// `TCP_NAGLE_*`.
+    pub nonagle: u8,
 }

@@ -34,7 +34,10 @@ const FORK_EVENTS: u64 = 100_000;
 
 /// Merges a reading. The events numbered above `snapshot.seq` that were applied
 /// already must be applied once more afterwards.
-pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {
+///
+/// Reading takes time, so what it says of later objects may contradict what is known of
+/// earlier ones: it is right, and the events in between are still to come.
+pub fn absorb(state: &mut State, snapshot: &Snapshot) {
     let mut step = Step {
         state,
         seq: snapshot.seq,
@@ -57,7 +60,6 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {
     for (info, zombie) in &snapshot.tasks {
         step.absorb_task(info, *zombie);
     }
-    step.anomalies.clear();
     for (files, fds) in &snapshot.tables {
         step.absorb_table(*files, fds);
     }
@@ -112,7 +114,6 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) -> Vec<Anomaly> {
         }
     }
     step.state.seq = step.state.seq.max(seq);
-    step.anomalies
 }
 
 /// Applies events again that were applied before, such as those since a reading.

@@ -192,12 +192,10 @@ impl Engine {
                 Anomaly::UnknownTable(_) => "unknown-table",
                 Anomaly::UnknownEpoll(_) => "unknown-epoll",
                 Anomaly::Conflict(_) => "conflict",
-                Anomaly::Unordered(_) => "unordered",
                 Anomaly::Stale(_) => "stale",
                 Anomaly::Malformed => "malformed",
             };
             match anomaly {
-                Anomaly::Unordered(_) => {}
                 Anomaly::Stale(object) => self.spread(*object),
                 Anomaly::Malformed => {
                     self.counters.malformed += 1;
@@ -470,8 +468,7 @@ impl Engine {
         let Some(log) = self.log.take() else { return };
         match reading.result {
             Ok(snapshot) => {
-                let anomalies = absorb(&mut self.state, &snapshot);
-                self.judge(&anomalies);
+                absorb(&mut self.state, &snapshot);
                 // Equal: a loss that was noted since, which has no number of its own.
                 let since = log.iter().filter(|event| event.seq >= snapshot.seq);
                 let since: Vec<Event> = since.cloned().collect();

@@ -193,15 +193,13 @@ impl Kernel {
         for id in dead {
             self.files.remove(&id);
             self.epolls.remove(&id);
-            if self
-                .epolls
-                .values()
-                .any(|items| items.keys().any(|(target, _)| *target == id))
-            {
-                self.emit(Body::EpollRelease { target: id });
-                for items in self.epolls.values_mut() {
-                    items.retain(|(target, _), _| *target != id);
-                }
+            let mut gone = Vec::new();
+            for (epoll, items) in &mut self.epolls {
+                let of_it = items.extract_if(.., |(target, _), _| *target == id);
+                gone.extend(of_it.map(|((target, fd), _)| (*epoll, target, fd)));
+            }
+            for (epoll, target, fd) in gone {
+                self.emit(Body::EpollDel { epoll, target, fd });
             }
         }
     }
@@ -322,20 +320,17 @@ impl Kernel {
                 }
             }
             Op::RangeCloexec { first, last, .. } if first <= last => {
-                let (first, last, since) = (Fd(i32::from(first)), Fd(i32::from(last)), self.seq);
-                for slot in self
-                    .tables
-                    .get_mut(&files)
-                    .expect("used")
-                    .range_mut(first..=last)
-                {
+                let range = Fd(i32::from(first))..=Fd(i32::from(last));
+                let table = self.tables.get_mut(&files).expect("used");
+                for slot in table.range_mut(range) {
                     slot.1.1 = true;
                 }
-                self.emit(Body::RangeCloexec {
+                let flagged = table.iter().filter(|(fd, slot)| fd.0 < 64 && slot.1);
+                let bits = flagged.fold(0, |bits, (fd, _)| bits | 1 << fd.0);
+                self.emit(Body::CloexecWord {
                     files,
-                    first,
-                    last,
-                    since,
+                    base: Fd(0),
+                    bits,
                 });
             }
             Op::Watch {
@@ -357,6 +352,7 @@ impl Kernel {
             fd,
             cloexec,
             ofd,
+            socket: None,
         });
         self.tables
             .get_mut(&files)
@@ -371,10 +367,10 @@ impl Kernel {
         let mut epolls = table
             .iter()
             .filter(|(_, slot)| self.epolls.contains_key(&slot.0));
-        let Some((epfd, (epoll, _))) = epolls.nth(usize::from(epfd) % 2) else {
+        let Some((_, (epoll, _))) = epolls.nth(usize::from(epfd) % 2) else {
             return;
         };
-        let (epfd, epoll, target, since) = (*epfd, *epoll, table[&fd].0, self.seq);
+        let (epoll, target) = (*epoll, table[&fd].0);
         if target == epoll {
             return;
         }
@@ -384,23 +380,13 @@ impl Kernel {
             let data = u64::from(events);
             self.emit(Body::EpollSet {
                 epoll,
-                files,
-                epfd,
                 target,
                 fd,
                 events,
                 data,
-                since,
             });
         } else if items.remove(&(target, fd)).is_some() {
-            self.emit(Body::EpollDel {
-                epoll,
-                files,
-                epfd,
-                target,
-                fd,
-                since,
-            });
+            self.emit(Body::EpollDel { epoll, target, fd });
         }
     }
 
