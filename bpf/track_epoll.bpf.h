@@ -67,6 +67,13 @@ static __always_inline int item_removed(struct eventpoll *ep, struct epitem *ite
 	return 0;
 }
 
+/* Where ep_remove is split in parts that the death of a watched file calls by itself */
+SEC("fentry/ep_remove_epi")
+int BPF_PROG(epoll_remove_item, struct eventpoll *ep, struct epitem *item)
+{
+	return item_removed(ep, item);
+}
+
 /* up to 6.3 */
 SEC("fentry/ep_remove")
 int BPF_PROG(epoll_remove, struct eventpoll *ep, struct epitem *item)

@@ -136,9 +136,13 @@ const PROGRAMS: &[(&str, Target, When)] = &[
     ("epoll_ctl", Function("do_epoll_ctl"), Fentry),
     ("epoll_ctl_exit", Function("do_epoll_ctl"), Fentry),
     ("epoll_insert", Function("ep_ptable_queue_proc"), Fentry),
-    ("epoll_remove", Function("ep_remove"), Fentry),
+    ("epoll_remove_item", Function("ep_remove_epi"), Fentry),
     ("epoll_remove_forced", Function("__ep_remove"), Fentry),
+    ("epoll_remove", Function("ep_remove"), Fentry),
 ];
+
+/// Programs that say the same: only the first one the kernel has is loaded.
+const INSTEAD: &[&[&str]] = &[&["epoll_remove_item", "epoll_remove_forced", "epoll_remove"]];
 
 /// Without one of each of these groups the fentry set is not exact, and is not used.
 const NEEDED: &[&[&str]] = &[
@@ -154,7 +158,7 @@ const NEEDED: &[&[&str]] = &[
     &["epoll_ctl"],
     &["epoll_ctl_exit"],
     &["epoll_insert"],
-    &["epoll_remove", "epoll_remove_forced"],
+    INSTEAD[0],
     &["exit_files"],
 ];
 
@@ -203,7 +207,7 @@ impl Hooks {
     fn load_set(options: &Options, set: HookSet) -> Result<Self, LoadError> {
         let at = |step| move |source| LoadError { step, source };
         let btf = Btf::from_vmlinux().map_err(at("reading the kernel's BTF"))?;
-        let wanted: Vec<&'static str> = PROGRAMS
+        let mut wanted: Vec<&'static str> = PROGRAMS
             .iter()
             .filter(|(_, target, when)| {
                 let here = match when {
@@ -215,6 +219,10 @@ impl Hooks {
             })
             .map(|(name, _, _)| *name)
             .collect();
+        for group in INSTEAD {
+            let first = group.iter().find(|name| wanted.contains(name));
+            wanted.retain(|name| !group.contains(name) || Some(name) == first);
+        }
         // The skeleton borrows this storage; a few words stay behind per load.
         let storage = Box::leak(Box::new(MaybeUninit::uninit()));
         let mut open = TrackSkelBuilder::default()

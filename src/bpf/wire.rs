@@ -6,7 +6,9 @@ use super::events::{
     ObjectEvent, SockOpts, SockPart, SockStateEvent, SocketEvent, TaskEvent, WordEvent,
 };
 use super::record::{Malformed, c_text};
-use crate::model::event::{Body, Event, FileKind, Object, OfdInfo, SockInfo, SockOptions, TaskInfo};
+use crate::model::event::{
+    Body, Event, FileKind, Object, OfdInfo, SockInfo, SockOptions, TaskInfo,
+};
 use crate::model::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid};
 
 /// Several event kinds share a layout, so the kind is checked where a layout is chosen.
