@@ -180,9 +180,15 @@ struct thread_rec {
 	__u64 restart_ptr; /* futex word, pollfd array, remaining-time pointer */
 	__u64 timer_slack_ns;
 	__u64 jobctl;
+	__u64 cwd_ino;
+	__u64 root_ino;
+	__u32 cwd_dev;
+	__u32 root_dev;
+	__u32 umask;
+	__u32 pad;
 	char comm[TRK_COMM_LEN];
 };
-TRK_ASSERT_SIZE(struct thread_rec, 424);
+TRK_ASSERT_SIZE(struct thread_rec, 456);
 
 struct rlimit_rec {
 	__u64 cur;

@@ -158,6 +158,12 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 	r->files = (u64)task->files;
 	r->mm = (u64)task->mm;
 	r->fs = (u64)task->fs;
+	r->cwd_ino = BPF_CORE_READ(task, fs, pwd.dentry, d_inode, i_ino);
+	r->cwd_dev = BPF_CORE_READ(task, fs, pwd.dentry, d_inode, i_sb, s_dev);
+	r->root_ino = BPF_CORE_READ(task, fs, root.dentry, d_inode, i_ino);
+	r->root_dev = BPF_CORE_READ(task, fs, root.dentry, d_inode, i_sb, s_dev);
+	r->umask = BPF_CORE_READ(task, fs, umask);
+	r->pad = 0;
 	r->sighand = (u64)task->sighand;
 	r->signal = (u64)task->signal;
 	r->cgroup_id = task_cgroup_id(task);

@@ -41,10 +41,6 @@ struct mount {
 	struct vfsmount mnt;
 	int mnt_id;
 };
-struct path {
-	struct vfsmount *mnt;
-	struct dentry *dentry;
-};
 struct fown_struct {
 	struct pid *pid;
 	enum pid_type pid_type;

@@ -234,8 +234,14 @@ struct cgroup {
 struct css_set {
 	struct cgroup *dfl_cgrp;
 };
+struct path {
+	struct vfsmount *mnt;
+	struct dentry *dentry;
+};
 struct fs_struct {
 	int umask;
+	struct path root;
+	struct path pwd;
 };
 struct task_struct {
 	unsigned int __state;

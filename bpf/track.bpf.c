@@ -5,6 +5,7 @@
  */
 #include "common.bpf.h"
 
+#define CLONE_FS 0x00000200
 #define CLONE_FILES 0x00000400
 #define CLONE_PIDFD 0x00001000
 
@@ -16,5 +17,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #include "track_file.bpf.h"
 #include "track_enter.bpf.h"
 #include "track_epoll.bpf.h"
+#include "track_inotify.bpf.h"
+#include "track_attrs.bpf.h"
 #include "track_mm.bpf.h"
 #include "track_marks.bpf.h"

@@ -37,7 +37,7 @@ static __always_inline void introduce(struct task_struct *task)
 		send_fd(EVENT_FILES_NEW, files, 0);
 		bpf_loop(fds, introduce_fd, &to, 0);
 	}
-	send_task(task, EVENT_TASK_NEW, NULL);
+	send_new_task(task, EVENT_TASK_NEW);
 }
 
 /* In copy_process, after the child joined its cgroup and before it runs; unlike
@@ -50,7 +50,7 @@ int BPF_PROG(task_newtask, struct task_struct *task, unsigned long flags)
 	if (!(flags & CLONE_FILES) && !current_tracked())
 		introduce(task);
 	else
-		send_task(task, EVENT_TASK_NEW, NULL);
+		send_new_task(task, EVENT_TASK_NEW);
 	return 0;
 }
 

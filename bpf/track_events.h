@@ -33,6 +33,10 @@ enum event_kind {
 	EVENT_FILES_GONE = 82,
 	EVENT_STALE = 83,
 	EVENT_FD_INSTALL_SOCKET = 84,
+	EVENT_TASK_ATTRS = 85,
+	EVENT_OFD = 86,
+	EVENT_WATCH_SET = 87,
+	EVENT_WATCH_DEL = 88,
 };
 
 /* What an event is about; losses are counted by it. */
@@ -42,7 +46,8 @@ enum event_class {
 	CLASS_SOCKET = 2,
 	CLASS_EPOLL = 3,
 	CLASS_MM = 4,
-	CLASS_COUNT = 5,
+	CLASS_INOTIFY = 5,
+	CLASS_COUNT = 6,
 };
 
 /* A cgroup whose subtree is tracked. */
@@ -75,6 +80,58 @@ struct task_event {
 };
 TRK_ASSERT_SIZE(struct task_event, 80);
 
+/* EVENT_TASK_ATTRS: what else of a thread must be restored and changes seldom. */
+struct task_attr_event {
+	struct event_hdr ev;
+	__u64 task;
+	__u64 fs; /* struct fs_struct, 0 once it exits */
+	__u64 cwd_ino;
+	__u64 root_ino;
+	__u64 cap_inheritable;
+	__u64 cap_permitted;
+	__u64 cap_effective;
+	__u64 cap_bset;
+	__u64 cap_ambient;
+	__u32 cwd_dev;
+	__u32 root_dev;
+	__u32 umask;
+	__u32 sid;
+	__u32 pgid;
+	__u32 uid; /* as the initial user namespace counts */
+	__u32 gid;
+	__u32 euid;
+	__u32 egid;
+	__u32 suid;
+	__u32 sgid;
+	__u32 fsuid;
+	__u32 fsgid;
+	__u32 securebits;
+};
+TRK_ASSERT_SIZE(struct task_attr_event, 144);
+
+/* EVENT_OFD: what fcntl(2) and ioctl(2) change of an open file description. */
+struct ofd_event {
+	struct event_hdr ev;
+	__u64 file;
+	__u32 flags; /* O_* */
+	__u32 owner_pid;
+	__u32 owner_type; /* as in file_rec */
+	__s32 owner_sig;
+};
+TRK_ASSERT_SIZE(struct ofd_event, 40);
+
+/* EVENT_WATCH_SET, EVENT_WATCH_DEL */
+struct watch_event {
+	struct event_hdr ev;
+	__u64 group; /* struct fsnotify_group of the inotify instance */
+	__u64 ino;
+	__u32 dev;
+	__s32 wd;
+	__u32 mask;
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct watch_event, 48);
+
 /* EVENT_CGROUP_MOVE */
 struct move_event {
 	struct event_hdr ev;
@@ -90,14 +147,16 @@ struct install_event {
 	__u64 files;
 	__u64 file;
 	__u64 ino;
-	__u64 sock; /* struct sock, for sockets; more follows in install_socket_event */
+	/* struct sock, of which more follows in install_socket_event; for inotify instances
+	 * struct fsnotify_group */
+	__u64 object;
 	__u32 dev;
 	__u32 fd;
 	__u32 cloexec;
 	__u32 kind;  /* enum file_kind */
 	__u32 mode;  /* st_mode */
 	__u32 flags; /* O_* */
-	__u32 empty_epoll;
+	__u32 empty;
 	__u32 pad;
 };
 TRK_ASSERT_SIZE(struct install_event, 80);
@@ -164,7 +223,7 @@ struct sock_state_event {
 	struct event_hdr ev;
 	__u64 sock;
 	__u32 state;
-	__u32 pad;
+	__u32 shutdown;
 };
 TRK_ASSERT_SIZE(struct sock_state_event, 32);
 

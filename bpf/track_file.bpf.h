@@ -4,17 +4,14 @@
  * nobody else can reach yet (dup_fd, do_close_on_exec). */
 
 #define O_CLOEXEC 02000000
+#define F_SETFL 4
+#define F_SETSIG 10
+#define FIONBIO 0x5421
+#define FIOASYNC 0x5452
 #define CLOSE_RANGE_UNSHARE 2
 #define CLOSE_RANGE_CLOEXEC 4
 #define MAX_ERRNO 4095
 #define IS_ERR_OR_NULL(ptr) (!(ptr) || (u64)(ptr) >= (u64)-MAX_ERRNO)
-
-static __always_inline struct sock *sock_of(struct file *file)
-{
-	struct socket *socket = BPF_CORE_READ(file, private_data);
-
-	return BPF_CORE_READ(socket, sk);
-}
 
 /* The first eight characters of a file's name, padded with zeroes. */
 static __always_inline u64 anon_name8(struct file *file)
@@ -42,13 +39,13 @@ static __always_inline void fill_install(struct install_event *e, struct files_s
 	e->files = (u64)files;
 	e->file = (u64)file;
 	e->ino = BPF_CORE_READ(inode, i_ino);
-	e->sock = 0;
+	e->object = 0;
 	e->dev = BPF_CORE_READ(inode, i_sb, s_dev);
 	e->fd = fd;
 	e->cloexec = cloexec < 0 ? cloexec_at(files, fd) : cloexec;
 	e->mode = BPF_CORE_READ(inode, i_mode);
 	e->flags = BPF_CORE_READ(file, f_flags);
-	e->empty_epoll = 0;
+	e->empty = 0;
 	e->pad = 0;
 }
 
@@ -56,7 +53,7 @@ static __always_inline void send_install_socket(struct files_struct *files, u32 
 						struct file *file, int cloexec)
 {
 	struct install_socket_event *e;
-	struct sock *sk = sock_of(file);
+	struct sock *sk = sock_of_file(file);
 
 	e = reserve(address(files), CLASS_FILES, sizeof(*e));
 	if (!e)
@@ -64,7 +61,7 @@ static __always_inline void send_install_socket(struct files_struct *files, u32 
 	number(&e->install.ev, EVENT_FD_INSTALL_SOCKET, sizeof(*e));
 	fill_install(&e->install, files, fd, file, cloexec);
 	e->install.kind = FILE_SOCKET;
-	e->install.sock = (u64)sk;
+	e->install.object = (u64)sk;
 	fill_socket(&e->socket, sk, e->install.ino);
 	bpf_ringbuf_submit(e, 0);
 }
@@ -76,7 +73,7 @@ static __always_inline void send_install(struct files_struct *files, u32 fd, str
 	struct inode *inode = BPF_CORE_READ(file, f_inode);
 	struct install_event *e;
 
-	if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) == S_IFSOCK && sock_of(file)) {
+	if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) == S_IFSOCK && sock_of_file(file)) {
 		send_install_socket(files, fd, file, cloexec);
 		return;
 	}
@@ -89,7 +86,14 @@ static __always_inline void send_install(struct files_struct *files, u32 fd, str
 	if (e->kind == FILE_EPOLL) {
 		struct eventpoll *ep = BPF_CORE_READ(file, private_data);
 
-		e->empty_epoll = !BPF_CORE_READ(ep, rbr.rb_root.rb_node);
+		e->empty = !BPF_CORE_READ(ep, rbr.rb_root.rb_node);
+	} else if (e->kind == FILE_INOTIFY) {
+		struct fsnotify_group *group = BPF_CORE_READ(file, private_data);
+		u64 marks = (u64)group + bpf_core_field_offset(struct fsnotify_group, marks_list);
+
+		e->object = (u64)group;
+		/* an empty list points at itself */
+		e->empty = (u64)BPF_CORE_READ(group, marks_list.next) == marks;
 	}
 	bpf_ringbuf_submit(e, 0);
 }
@@ -288,5 +292,57 @@ int BPF_PROG(exit_files, struct task_struct *task)
 	files = BPF_CORE_READ(task, files);
 	if (files)
 		send_fd(EVENT_FILES_GONE, files, 0);
+	return 0;
+}
+
+static __always_inline struct fown_struct *file_owner(struct file *file)
+{
+	struct file___embedded *embedded = (void *)file;
+
+	if (bpf_core_field_exists(embedded->f_owner.pid))
+		return (void *)file + bpf_core_field_offset(struct file___embedded, f_owner);
+	return BPF_CORE_READ(file, f_owner);
+}
+
+/* Status flags and who is told of readiness. */
+static __always_inline void send_ofd(struct file *file)
+{
+	struct fown_struct *owner;
+	struct ofd_event *e;
+
+	e = EVENT(struct ofd_event, EVENT_OFD, file, CLASS_FILES);
+	if (!e)
+		return;
+	owner = file_owner(file);
+	e->file = (u64)file;
+	e->flags = BPF_CORE_READ(file, f_flags);
+	e->owner_pid = owner ? pid_nr(BPF_CORE_READ(owner, pid)) : 0;
+	e->owner_type = owner ? BPF_CORE_READ(owner, pid_type) : 0;
+	e->owner_sig = owner ? BPF_CORE_READ(owner, signum) : 0;
+	bpf_ringbuf_submit(e, 0);
+}
+
+SEC("fexit/do_fcntl")
+int BPF_PROG(fcntl, int fd, unsigned int cmd, unsigned long arg, struct file *file)
+{
+	if ((cmd == F_SETFL || cmd == F_SETSIG) && current_tracked())
+		send_ofd(file);
+	return 0;
+}
+
+SEC("fexit/do_vfs_ioctl")
+int BPF_PROG(vfs_ioctl, struct file *file, unsigned int fd, unsigned int cmd)
+{
+	if ((cmd == FIONBIO || cmd == FIOASYNC) && current_tracked())
+		send_ofd(file);
+	return 0;
+}
+
+/* fcntl(2) and ioctl(2) alike */
+SEC("fexit/__f_setown")
+int BPF_PROG(f_setown, struct file *file)
+{
+	if (current_tracked())
+		send_ofd(file);
 	return 0;
 }

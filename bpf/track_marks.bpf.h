@@ -24,12 +24,15 @@ static __always_inline bool changes_files(u64 nr, struct pt_regs *regs, long ret
 	case 48:  /* shutdown */
 	case 49:  /* bind */
 	case 50:  /* listen */
+	case 54:  /* setsockopt */
 	case 53:  /* socketpair */
 	case 85:  /* creat */
 	case 213: /* epoll_create */
 	case 233: /* epoll_ctl */
 	case 240: /* mq_open */
 	case 253: /* inotify_init */
+	case 254: /* inotify_add_watch */
+	case 255: /* inotify_rm_watch */
 	case 257: /* openat */
 	case 272: /* unshare */
 	case 282: /* signalfd */
@@ -68,16 +71,65 @@ static __always_inline bool changes_files(u64 nr, struct pt_regs *regs, long ret
 	case 59:  /* execve */
 	case 322: /* execveat */
 		return ret == 0;
-	case 16: /* ioctl: FIOCLEX, FIONCLEX, and those that return a descriptor */
-		return ret > 2 || BPF_CORE_READ(regs, si) == 0x5450 ||
-		       BPF_CORE_READ(regs, si) == 0x5451;
-	case 72: /* fcntl: F_DUPFD, F_SETFD, F_DUPFD_CLOEXEC */
-		return BPF_CORE_READ(regs, si) == 0 || BPF_CORE_READ(regs, si) == 2 ||
-		       BPF_CORE_READ(regs, si) == 1030;
+	case 16: /* ioctl: FIOCLEX, FIONCLEX, FIONBIO, FIOASYNC, FIOSETOWN, SIOCSPGRP, and
+		  * those that return a descriptor */
+		switch (BPF_CORE_READ(regs, si)) {
+		case 0x5450:
+		case 0x5451:
+		case FIONBIO:
+		case FIOASYNC:
+		case 0x8901:
+		case 0x8902:
+			return true;
+		}
+		return ret > 2;
+	case 72: /* fcntl: F_DUPFD, F_SETFD, F_SETFL, F_SETOWN, F_SETSIG, F_SETOWN_EX,
+		  * F_DUPFD_CLOEXEC */
+		switch (BPF_CORE_READ(regs, si)) {
+		case 0:
+		case 2:
+		case F_SETFL:
+		case 8:
+		case F_SETSIG:
+		case 15:
+		case 1030:
+			return true;
+		}
+		return false;
 	case 47: /* recvmsg with control data: descriptors may have come along */
 		bpf_probe_read_user(&controllen, sizeof(controllen),
 				    (void *)BPF_CORE_READ(regs, si) + MSGHDR_CONTROLLEN);
 		return controllen != 0;
+	default:
+		return false;
+	}
+}
+
+/* Whether system call nr may have changed what send_attrs() says of its caller. */
+static __always_inline bool changes_attrs(u64 nr)
+{
+	switch (nr) {
+	case 80:  /* chdir */
+	case 81:  /* fchdir */
+	case 95:  /* umask */
+	case 105: /* setuid */
+	case 106: /* setgid */
+	case 109: /* setpgid */
+	case 112: /* setsid */
+	case 113: /* setreuid */
+	case 114: /* setregid */
+	case 116: /* setgroups */
+	case 117: /* setresuid */
+	case 119: /* setresgid */
+	case 122: /* setfsuid */
+	case 123: /* setfsgid */
+	case 126: /* capset */
+	case 155: /* pivot_root */
+	case 157: /* prctl: capabilities and securebits */
+	case 161: /* chroot */
+	case 272: /* unshare */
+	case 308: /* setns */
+		return true;
 	default:
 		return false;
 	}
@@ -91,6 +143,11 @@ int BPF_PROG(sys_exit, struct pt_regs *regs, long ret)
 	if (!current_tracked())
 		return 0;
 	nr = BPF_CORE_READ(regs, orig_ax);
+	if (changes_attrs(nr))
+		send_attrs(bpf_get_current_task_btf());
+	/* also of a child */
+	if (nr == 109 && BPF_CORE_READ(regs, di))
+		say_stale(0, CLASS_TASK);
 	if (!changes_files(nr, regs, ret))
 		return 0;
 	if (nr == 59 || nr == 322 || nr == 272 || nr == 436)

@@ -4,6 +4,11 @@
 
 #include "socket.bpf.h"
 
+#define SOCK_STREAM 1
+#define SOCK_SEQPACKET 5
+#define SHUTDOWN_MASK 3
+#define TCP_CLOSE 7
+
 static __always_inline void fill_event_inet(struct sock_part *e, struct sock *sk)
 {
 	u16 dport = BPF_CORE_READ(sk, __sk_common.skc_dport);
@@ -68,14 +73,18 @@ static __always_inline void send_socket(struct sock *sk, u64 ino)
 	bpf_ringbuf_submit(e, 0);
 }
 
+static __always_inline struct sock *sock_of_file(struct file *file)
+{
+	struct socket *socket = BPF_CORE_READ(file, private_data);
+
+	return BPF_CORE_READ(socket, sk);
+}
+
 static __always_inline void send_socket_file(struct file *file)
 {
-	struct socket *socket;
-
 	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
 		return;
-	socket = BPF_CORE_READ(file, private_data);
-	send_socket(BPF_CORE_READ(socket, sk), BPF_CORE_READ(file, f_inode, i_ino));
+	send_socket(sock_of_file(file), BPF_CORE_READ(file, f_inode, i_ino));
 }
 
 static __always_inline void socket_changed(u32 fd)
@@ -106,10 +115,67 @@ int BPF_PROG(sys_connect, struct file *file)
 	return 0;
 }
 
+static __always_inline void send_state(struct sock *sk, u32 state, u32 shutdown)
+{
+	struct sock_state_event *e;
+
+	e = EVENT(struct sock_state_event, EVENT_SOCKET_STATE, sk, CLASS_SOCKET);
+	if (!e)
+		return;
+	e->sock = (u64)sk;
+	e->state = state;
+	e->shutdown = shutdown;
+	bpf_ringbuf_submit(e, 0);
+}
+
+/* The socket knows the cgroup it was made in: who changes it may be anyone. */
+static __always_inline bool sock_tracked(const struct sock *sk)
+{
+	return !bpf_core_field_exists(sk->sk_cgrp_data) ||
+	       cgroup_tracked(BPF_CORE_READ(sk, sk_cgrp_data.cgroup));
+}
+
+static __always_inline struct sock *unix_peer(struct sock *sk)
+{
+	struct unix_sock *unix = (void *)sk;
+
+	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_family) != AF_UNIX)
+		return NULL;
+	return BPF_CORE_READ(unix, peer);
+}
+
+/* What one end of a Unix connection shuts, the other end has shut too. */
 SEC("fexit/__sys_shutdown")
 int BPF_PROG(sys_shutdown, int fd)
 {
-	socket_changed(fd);
+	struct file *file;
+	struct sock *peer;
+
+	if (!current_tracked())
+		return 0;
+	file = file_at(current_files(), fd);
+	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+		return 0;
+	send_socket_file(file);
+	peer = unix_peer(sock_of_file(file));
+	if (peer)
+		send_state(peer, BPF_CORE_READ(peer, __sk_common.skc_state),
+			   BPF_CORE_READ_BITFIELD_PROBED(peer, sk_shutdown));
+	return 0;
+}
+
+/* Before it shuts both directions of the other end. */
+SEC("fentry/unix_release_sock")
+int BPF_PROG(unix_release, struct sock *sk)
+{
+	u16 type = BPF_CORE_READ(sk, sk_type);
+	struct sock *peer;
+
+	if (type != SOCK_STREAM && type != SOCK_SEQPACKET)
+		return 0;
+	peer = unix_peer(sk);
+	if (peer && sock_tracked(peer))
+		send_state(peer, BPF_CORE_READ(peer, __sk_common.skc_state), SHUTDOWN_MASK);
 	return 0;
 }
 
@@ -120,21 +186,13 @@ int BPF_PROG(sys_setsockopt, int fd)
 	return 0;
 }
 
-/* Anyone's context; the socket knows the cgroup it was made in. */
+/* A connection that ends by itself is shut in both directions right after. */
 SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(inet_sock_set_state, const struct sock *sk, int old, int state)
+int BPF_PROG(inet_sock_set_state, struct sock *sk, int old, int state)
 {
-	struct sock_state_event *e;
-
-	if (bpf_core_field_exists(sk->sk_cgrp_data) &&
-	    !cgroup_tracked(BPF_CORE_READ(sk, sk_cgrp_data.cgroup)))
-		return 0;
-	e = EVENT(struct sock_state_event, EVENT_SOCKET_STATE, sk, CLASS_SOCKET);
-	if (!e)
-		return 0;
-	e->sock = (u64)sk;
-	e->state = state;
-	e->pad = 0;
-	bpf_ringbuf_submit(e, 0);
+	if (sock_tracked(sk))
+		send_state(sk, state,
+			   state == TCP_CLOSE ? SHUTDOWN_MASK
+					      : BPF_CORE_READ_BITFIELD_PROBED(sk, sk_shutdown));
 	return 0;
 }

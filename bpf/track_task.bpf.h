@@ -21,11 +21,53 @@ static __always_inline void send_task(struct task_struct *task, u32 kind, const 
 	bpf_ringbuf_submit(e, 0);
 }
 
+static __always_inline void send_attrs(struct task_struct *task)
+{
+	const struct cred *cred;
+	struct task_attr_event *e;
+
+	e = EVENT(struct task_attr_event, EVENT_TASK_ATTRS, task, CLASS_TASK);
+	if (!e)
+		return;
+	cred = BPF_CORE_READ(task, cred);
+	e->task = (u64)task;
+	e->fs = (u64)BPF_CORE_READ(task, fs);
+	e->cwd_ino = BPF_CORE_READ(task, fs, pwd.dentry, d_inode, i_ino);
+	e->cwd_dev = BPF_CORE_READ(task, fs, pwd.dentry, d_inode, i_sb, s_dev);
+	e->root_ino = BPF_CORE_READ(task, fs, root.dentry, d_inode, i_ino);
+	e->root_dev = BPF_CORE_READ(task, fs, root.dentry, d_inode, i_sb, s_dev);
+	e->umask = BPF_CORE_READ(task, fs, umask);
+	e->sid = pid_nr(BPF_CORE_READ(task, signal, pids[PIDTYPE_SID]));
+	e->pgid = pid_nr(BPF_CORE_READ(task, signal, pids[PIDTYPE_PGID]));
+	e->uid = BPF_CORE_READ(cred, uid.val);
+	e->gid = BPF_CORE_READ(cred, gid.val);
+	e->euid = BPF_CORE_READ(cred, euid.val);
+	e->egid = BPF_CORE_READ(cred, egid.val);
+	e->suid = BPF_CORE_READ(cred, suid.val);
+	e->sgid = BPF_CORE_READ(cred, sgid.val);
+	e->fsuid = BPF_CORE_READ(cred, fsuid.val);
+	e->fsgid = BPF_CORE_READ(cred, fsgid.val);
+	e->securebits = BPF_CORE_READ(cred, securebits);
+	/* a u32[2] before 6.3, a u64 since: the same eight bytes */
+	bpf_core_read(&e->cap_inheritable, 8, &cred->cap_inheritable);
+	bpf_core_read(&e->cap_permitted, 8, &cred->cap_permitted);
+	bpf_core_read(&e->cap_effective, 8, &cred->cap_effective);
+	bpf_core_read(&e->cap_bset, 8, &cred->cap_bset);
+	bpf_core_read(&e->cap_ambient, 8, &cred->cap_ambient);
+	bpf_ringbuf_submit(e, 0);
+}
+
+static __always_inline void send_new_task(struct task_struct *task, u32 kind)
+{
+	send_task(task, kind, NULL);
+	send_attrs(task);
+}
+
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(task_exec, struct task_struct *task)
 {
 	if (current_tracked())
-		send_task(task, EVENT_TASK_EXEC, NULL);
+		send_new_task(task, EVENT_TASK_EXEC);
 	return 0;
 }
 
@@ -83,5 +125,7 @@ int BPF_PROG(ksys_unshare, unsigned long flags)
 {
 	if (flags & CLONE_FILES)
 		files_switched();
+	if (flags & CLONE_FS && current_tracked())
+		send_attrs(bpf_get_current_task_btf());
 	return 0;
 }

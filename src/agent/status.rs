@@ -2,7 +2,7 @@
 
 use crate::bpf::track::HookSet;
 use crate::handover::report::UpdateReport;
-use crate::model::event::{FileKind, Object};
+use crate::model::event::FileKind;
 use crate::model::ids::{CgroupId, OfdId, Pid};
 use crate::model::state::State;
 use crate::track::roots::Root;
@@ -77,14 +77,7 @@ impl Status {
         let state = &view.state;
         let mut suspects = BTreeMap::<String, u64>::new();
         for object in state.suspects() {
-            let kind = match object {
-                Object::Tasks => "tasks",
-                Object::Files(_) => "tables",
-                Object::Mm(_) => "address-spaces",
-                Object::Epoll(_) => "epolls",
-                Object::Socket(_) => "sockets",
-            };
-            *suspects.entry(kind.to_owned()).or_default() += 1;
+            *suspects.entry(object.kind().to_owned()).or_default() += 1;
         }
         let names = names(roots);
         let mut members = BTreeMap::<String, BTreeSet<CgroupId>>::new();
@@ -147,7 +140,7 @@ impl Sizes {
             *kinds.entry(kind_name(ofd.kind)).or_default() += 1;
         }
         let epolls = ofds.iter().filter_map(|id| state.epolls.get(id));
-        let mappings = mms.iter().filter_map(|id| state.mms.get(id)?.mappings);
+        let mappings = mms.iter().filter_map(|id| state.mms.get(id)?.vmas.as_ref());
         let processes: BTreeSet<Pid> = tasks().map(|task| task.tgid).collect();
         Self {
             processes: count(processes.len()),
@@ -158,7 +151,7 @@ impl Sizes {
             kinds,
             epoll_items: epolls.map(|epoll| count(epoll.items.len())).sum(),
             address_spaces: count(mms.len()),
-            mappings: mappings.map(u64::from).sum(),
+            mappings: mappings.map(|vmas| count(vmas.len())).sum(),
         }
     }
 }

@@ -9,25 +9,30 @@ use std::collections::BTreeMap;
 
 /// Adds threads and the tables they use.
 pub fn add_tasks(snapshot: &mut Snapshot, tasks: &Tasks) {
-    let parents: BTreeMap<u32, u32> = tasks
+    let processes: BTreeMap<u32, _> = tasks
         .processes
         .iter()
-        .map(|process| (process.pid, process.ppid))
+        .map(|process| (process.pid, process))
         .collect();
     for thread in &tasks.threads {
-        let parent = parents.get(&thread.tgid).copied().unwrap_or(0);
+        let process = processes.get(&thread.tgid).copied();
+        let parent = process.map_or(0, |process| process.ppid);
         let info = wire::task_info(thread, Pid(parent.cast_signed()));
         // A table without descriptors is listed by nothing else.
         if let Some(files) = info.files {
             snapshot.tables.entry(files).or_default();
         }
         snapshot.tasks.push((info, thread.is_zombie()));
+        if let Some(process) = process {
+            snapshot.attrs.push(wire::task_attrs(thread, process));
+        }
     }
 }
 
 /// Adds descriptors with their sockets and epoll sets.
 pub fn add_files(snapshot: &mut Snapshot, files: &Files) {
     let mut tables = BTreeMap::<FilesId, BTreeMap<Fd, _>>::new();
+    let mut groups = BTreeMap::new();
     for file in &files.files {
         let sock = match &file.detail {
             Detail::Socket(rec) => {
@@ -41,6 +46,10 @@ pub fn add_files(snapshot: &mut Snapshot, files: &Files) {
         if info.kind == FileKind::Epoll {
             snapshot.epolls.entry(info.id).or_default();
         }
+        if let Some(group) = info.group {
+            groups.insert(info.id, group);
+            snapshot.inotifies.entry(group).or_default();
+        }
         let fd = Fd(file.rec.fd.cast_signed());
         // A table shared by processes is listed once for each.
         let table = tables.entry(FilesId(file.rec.files)).or_default();
@@ -48,6 +57,13 @@ pub fn add_files(snapshot: &mut Snapshot, files: &Files) {
     }
     for (id, fds) in tables {
         snapshot.tables.insert(id, fds.into_values().collect());
+    }
+    for rec in &files.watches {
+        let group = groups.get(&OfdId(rec.group));
+        if let Some(watches) = group.and_then(|group| snapshot.inotifies.get_mut(group)) {
+            let (wd, watch) = wire::watch(rec);
+            watches.insert(wd, watch);
+        }
     }
     for item in &files.epoll_items {
         let items = snapshot.epolls.entry(OfdId(item.epoll)).or_default();

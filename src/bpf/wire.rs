@@ -3,13 +3,16 @@
 use super::events::{self, EpollCtlEvent};
 use super::events::{
     EventClass, EventKind, FdEvent, FileKind as Kind, InstallEvent, InstallSocketEvent, MoveEvent,
-    ObjectEvent, SockOpts, SockPart, SockStateEvent, SocketEvent, TaskEvent, WordEvent,
+    ObjectEvent, OfdEvent, SockOpts, SockPart, SockStateEvent, SocketEvent, TaskAttrEvent, TaskEvent, WatchEvent, WordEvent,
 };
 use super::record::{Malformed, c_text};
 use crate::model::event::{
-    Body, Event, FileKind, Object, OfdInfo, SockInfo, SockOptions, TaskInfo,
+    Body, Event, FileKind, FsInfo, Ids, Object, OfdInfo, Owner, SockInfo, SockOptions, TaskAttrs,
+    TaskInfo, Vma, Watch,
 };
-use crate::model::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid};
+use crate::model::ids::{
+    CgroupId, Fd, FilesId, FsId, GroupId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid,
+};
 
 /// Several event kinds share a layout, so the kind is checked where a layout is chosen.
 macro_rules! events {
@@ -37,6 +40,9 @@ events!(
     SocketEvent,
     SockStateEvent,
     EpollCtlEvent,
+    TaskAttrEvent,
+    OfdEvent,
+    WatchEvent,
     ObjectEvent
 );
 
@@ -129,8 +135,23 @@ fn body(kind: u32, bytes: &[u8]) -> Option<Body> {
             Body::SocketState {
                 sock: SockId(e.sock),
                 state: u8::try_from(e.state).ok()?,
+                shutdown: u8::try_from(e.shutdown).ok()?,
             }
         }
+        EventKind::TASK_ATTRS => Body::TaskAttrs(Box::new(attrs(&read(bytes)?))),
+        EventKind::OFD => {
+            let e: OfdEvent = read(bytes)?;
+            Body::Ofd {
+                ofd: OfdId(e.file),
+                flags: e.flags,
+                owner: Owner {
+                    pid: e.owner_pid.cast_signed(),
+                    kind: e.owner_type,
+                    signal: e.owner_sig,
+                },
+            }
+        }
+        EventKind::WATCH_SET | EventKind::WATCH_DEL => watch_event(kind, &read(bytes)?),
         EventKind::EPOLL_SET | EventKind::EPOLL_DEL => epoll_ctl(kind, &read(bytes)?),
         EventKind::STALE => {
             let e: ObjectEvent = read(bytes)?;
@@ -149,12 +170,14 @@ pub fn object(class: u32, address: u64) -> Option<Object> {
         EventClass::SOCKET => Object::Socket(SockId(address)),
         EventClass::EPOLL => Object::Epoll(OfdId(address)),
         EventClass::MM => Object::Mm(MmId(address)),
+        EventClass::INOTIFY => Object::Inotify(GroupId(address)),
         _ => return None,
     })
 }
 
 /// Names of the event classes, in the order of their numbers.
-pub const CLASSES: [&str; EventClass::COUNT as usize] = ["task", "files", "socket", "epoll", "mm"];
+pub const CLASSES: [&str; EventClass::COUNT as usize] =
+    ["task", "files", "socket", "epoll", "mm", "inotify"];
 
 fn some(address: u64) -> Option<u64> {
     (address != 0).then_some(address)
@@ -173,7 +196,50 @@ fn task(e: &TaskEvent) -> TaskInfo {
     }
 }
 
+fn inode(dev: u32, ino: u64) -> InodeId {
+    InodeId { dev, ino }
+}
+
+fn attrs(e: &TaskAttrEvent) -> TaskAttrs {
+    let fs = FsInfo {
+        cwd: inode(e.cwd_dev, e.cwd_ino),
+        root: inode(e.root_dev, e.root_ino),
+        umask: e.umask,
+    };
+    TaskAttrs {
+        task: TaskId(e.task),
+        fs: some(e.fs).map(|id| (FsId(id), fs)),
+        ids: Ids {
+            session: Pid(e.sid.cast_signed()),
+            group: Pid(e.pgid.cast_signed()),
+            uids: [e.uid, e.euid, e.suid, e.fsuid],
+            gids: [e.gid, e.egid, e.sgid, e.fsgid],
+            caps: [
+                e.cap_inheritable,
+                e.cap_permitted,
+                e.cap_effective,
+                e.cap_bset,
+                e.cap_ambient,
+            ],
+            securebits: e.securebits,
+        },
+    }
+}
+
+fn watch_event(kind: u32, e: &WatchEvent) -> Body {
+    let (group, wd) = (GroupId(e.group), e.wd);
+    if kind == EventKind::WATCH_DEL {
+        return Body::WatchDel { group, wd };
+    }
+    let watch = Watch {
+        inode: inode(e.dev, e.ino),
+        mask: e.mask,
+    };
+    Body::WatchSet { group, wd, watch }
+}
+
 fn install(e: &InstallEvent, socket: Option<Box<SockInfo>>) -> Body {
+    let object = |kind| if e.kind == kind { some(e.object) } else { None };
     Body::FdInstall {
         files: FilesId(e.files),
         fd: Fd(e.fd.cast_signed()),
@@ -187,8 +253,10 @@ fn install(e: &InstallEvent, socket: Option<Box<SockInfo>>) -> Body {
             },
             mode: e.mode,
             flags: e.flags,
-            sock: some(e.sock).map(SockId),
-            empty_epoll: e.empty_epoll != 0,
+            owner: Owner::default(),
+            sock: object(Kind::SOCKET).map(SockId),
+            group: object(Kind::INOTIFY).map(GroupId),
+            empty: e.empty != 0,
         },
         socket,
     }
@@ -327,6 +395,56 @@ pub fn task_info(rec: &events::ThreadRec, parent: Pid) -> TaskInfo {
     }
 }
 
+/// The rest of a thread as the iterators describe it.
+#[must_use]
+pub fn task_attrs(rec: &events::ThreadRec, process: &events::ProcessRec) -> TaskAttrs {
+    let fs = FsInfo {
+        cwd: inode(rec.cwd_dev, rec.cwd_ino),
+        root: inode(rec.root_dev, rec.root_ino),
+        umask: rec.umask,
+    };
+    TaskAttrs {
+        task: TaskId(rec.task),
+        fs: some(rec.fs).map(|id| (FsId(id), fs)),
+        ids: Ids {
+            session: Pid(process.sid.cast_signed()),
+            group: Pid(process.pgid.cast_signed()),
+            uids: [rec.uid, rec.euid, rec.suid, rec.fsuid],
+            gids: [rec.gid, rec.egid, rec.sgid, rec.fsgid],
+            caps: [
+                rec.cap_inheritable,
+                rec.cap_permitted,
+                rec.cap_effective,
+                rec.cap_bset,
+                rec.cap_ambient,
+            ],
+            securebits: rec.securebits,
+        },
+    }
+}
+
+/// A mapping as the iterators describe it.
+#[must_use]
+pub fn vma(rec: &events::VmaRec) -> Vma {
+    Vma {
+        start: rec.start,
+        end: rec.end,
+        flags: rec.flags,
+        pgoff: rec.pgoff,
+        inode: inode(rec.dev, rec.ino),
+    }
+}
+
+/// An inotify watch as the iterators describe it.
+#[must_use]
+pub fn watch(rec: &events::WatchRec) -> (i32, Watch) {
+    let watch = Watch {
+        inode: inode(rec.dev, rec.ino),
+        mask: rec.mask,
+    };
+    (rec.wd, watch)
+}
+
 /// A description as the iterators describe it; `sock` is its socket.
 #[must_use]
 pub fn ofd_info(rec: &events::FileRec, sock: Option<SockId>) -> OfdInfo {
@@ -339,8 +457,14 @@ pub fn ofd_info(rec: &events::FileRec, sock: Option<SockId>) -> OfdInfo {
         },
         mode: rec.mode,
         flags: rec.flags,
+        owner: Owner {
+            pid: rec.owner_pid.cast_signed(),
+            kind: rec.owner_type,
+            signal: rec.owner_sig,
+        },
         sock,
-        empty_epoll: false,
+        group: (rec.kind == Kind::INOTIFY).then_some(GroupId(rec.private_data)),
+        empty: false,
     }
 }
 

@@ -108,7 +108,15 @@ impl Step<'_> {
             Body::CloexecWord { files, base, bits } => self.cloexec_word(files, base, bits),
             Body::ExecClose { files } => self.exec_close(files),
             Body::Socket(ref info) => self.socket(info),
-            Body::SocketState { sock, state } => self.socket_state(sock, state),
+            Body::SocketState {
+                sock,
+                state,
+                shutdown,
+            } => self.socket_state(sock, state, shutdown),
+            Body::TaskAttrs(ref attrs) => self.task_attrs(attrs),
+            Body::Ofd { ofd, flags, owner } => self.ofd_changed(ofd, flags, owner),
+            Body::WatchSet { group, wd, watch } => self.watch(group, wd, Some(watch)),
+            Body::WatchDel { group, wd } => self.watch(group, wd, None),
             Body::EpollSet {
                 epoll,
                 target,
@@ -126,7 +134,7 @@ impl Step<'_> {
     }
 
     /// The thread, if it is known and this event is news to it.
-    fn task(&mut self, id: TaskId) -> Option<&mut Task> {
+    pub(super) fn task(&mut self, id: TaskId) -> Option<&mut Task> {
         match self.state.tasks.get_mut(&id) {
             None => {
                 self.anomalies.push(Anomaly::UnknownTask(id));
@@ -163,6 +171,7 @@ impl Step<'_> {
             Object::Mm(id) => self.state.mms.get_mut(&id).map(|mm| &mut mm.trust),
             Object::Epoll(id) => self.state.epolls.get_mut(&id).map(|epoll| &mut epoll.trust),
             Object::Socket(id) => self.state.sockets.get_mut(&id).map(|sock| &mut sock.trust),
+            Object::Inotify(id) => self.state.inotifies.get_mut(&id).map(|i| &mut i.trust),
         };
         if let Some(trust) = trust {
             *trust = Trust::Suspect;
@@ -171,10 +180,13 @@ impl Step<'_> {
 
     pub(super) fn task_new(&mut self, info: &TaskInfo, zombie: bool) {
         let id = info.task;
-        if let Some(old) = self.state.tasks.get(&id) {
+        let (mut fs, mut ids) = (None, None);
+        if let Some(old) = self.state.tasks.get_mut(&id) {
             if old.seq >= self.seq {
                 return;
             }
+            // What an exec leaves alone, and else is said next.
+            (fs, ids) = (old.fs, old.ids.take());
             let (old_files, old_mm) = (old.files, old.mm);
             if old_files != info.files {
                 self.leave_table(id, old_files);
@@ -193,6 +205,8 @@ impl Step<'_> {
             cgroup: info.cgroup,
             comm: info.comm.clone(),
             zombie,
+            fs,
+            ids,
         };
         self.state.tasks.insert(id, task);
         self.join_table(id, info.files);
@@ -206,6 +220,8 @@ impl Step<'_> {
         let Some(task) = self.task(id) else { return };
         task.zombie = true;
         let (files, mm, tgid) = (task.files.take(), task.mm.take(), task.tgid);
+        let fs = task.fs.take();
+        self.leave_fs(id, fs);
         self.leave_table(id, files);
         self.leave_mm(id, mm);
         let alive = self
@@ -235,6 +251,7 @@ impl Step<'_> {
 
     pub(super) fn forget_task(&mut self, id: TaskId) {
         if let Some(task) = self.state.tasks.remove(&id) {
+            self.leave_fs(id, task.fs);
             self.leave_table(id, task.files);
             self.leave_mm(id, task.mm);
         }
@@ -419,12 +436,13 @@ impl Step<'_> {
         }
     }
 
-    fn socket_state(&mut self, sock: SockId, state: u8) {
+    fn socket_state(&mut self, sock: SockId, state: u8, shutdown: u8) {
         if let Some(socket) = self.state.sockets.get_mut(&sock)
             && socket.seq < self.seq
         {
             socket.seq = self.seq;
             socket.info.state = state;
+            socket.info.shutdown = shutdown;
         }
     }
 

@@ -1,12 +1,13 @@
 //! Open file descriptions and what refers to them, for `apply`.
 
 use super::apply::{Anomaly, Step};
-use super::event::{FileKind, OfdInfo, SockInfo};
-use super::ids::{Fd, FilesId, OfdId};
-use super::state::{Epoll, Ofd, Slot, Socket, Trust};
+use super::event::{FileKind, OfdInfo, Owner, SockInfo, Watch};
+use super::ids::{Fd, FilesId, GroupId, OfdId};
+use super::state::{Epoll, Inotify, Ofd, Slot, Socket, Trust};
 
 /// How many events a description without descriptors is kept.
 const UNHELD_EVENTS: u64 = 4096;
+
 impl Step<'_> {
     /// Makes a descriptor of a known table refer to a description, unless later
     /// news of the descriptor came first.
@@ -44,7 +45,7 @@ impl Step<'_> {
             let known = ofd.kind != FileKind::Unknown;
             let same = ofd.kind == info.kind && ofd.inode == info.inode && ofd.sock == info.sock;
             // All epoll instances share an inode, but only a new one is empty.
-            let revived = was_held || !info.empty_epoll;
+            let revived = was_held || !info.empty;
             if info.kind == FileKind::Unknown
                 || (same && revived)
                 || (known && was_held && ofd.seq > seq)
@@ -62,19 +63,14 @@ impl Step<'_> {
             inode: info.inode,
             mode: info.mode,
             flags: info.flags,
+            owner: info.owner,
             sock: info.sock,
+            group: info.group,
         };
-        if let Some(sock) = self
-            .state
-            .ofds
-            .insert(info.id, ofd)
-            .and_then(|old| old.sock)
-        {
-            self.state.sockets.remove(&sock);
-        }
-        self.state.epolls.remove(&info.id);
+        let old = self.state.ofds.insert(info.id, ofd);
+        self.forget_details(info.id, old);
         if info.kind == FileKind::Epoll {
-            let trust = if info.empty_epoll {
+            let trust = if info.empty {
                 Trust::Verified
             } else {
                 Trust::Suspect
@@ -85,6 +81,19 @@ impl Step<'_> {
                 ..Epoll::default()
             };
             self.state.epolls.insert(info.id, epoll);
+        }
+        if let Some(group) = info.group {
+            let trust = if info.empty {
+                Trust::Verified
+            } else {
+                Trust::Suspect
+            };
+            let inotify = Inotify {
+                seq,
+                trust,
+                ..Inotify::default()
+            };
+            self.state.inotifies.insert(group, inotify);
         }
         if let Some(sock) = info.sock {
             let info = SockInfo {
@@ -119,10 +128,45 @@ impl Step<'_> {
             .ofds
             .extract_if(.., |_, ofd| ofd.refs == 0 && ofd.seq <= old);
         for (id, ofd) in gone.collect::<Vec<_>>() {
-            if let Some(sock) = ofd.sock {
-                self.state.sockets.remove(&sock);
-            }
-            self.state.epolls.remove(&id);
+            self.forget_details(id, Some(ofd));
         }
+    }
+
+    /// Forgets what is kept apart from a description that is gone.
+    fn forget_details(&mut self, id: OfdId, ofd: Option<Ofd>) {
+        self.state.epolls.remove(&id);
+        let Some(ofd) = ofd else { return };
+        if let Some(sock) = ofd.sock {
+            self.state.sockets.remove(&sock);
+        }
+        if let Some(group) = ofd.group {
+            self.state.inotifies.remove(&group);
+        }
+    }
+
+    pub(super) fn ofd_changed(&mut self, id: OfdId, flags: u32, owner: Owner) {
+        // One that no descriptor was seen of yet is described when one is.
+        if let Some(ofd) = self.state.ofds.get_mut(&id)
+            && ofd.seq <= self.seq
+        {
+            ofd.seq = self.seq;
+            ofd.flags = flags;
+            ofd.owner = owner;
+        }
+    }
+
+    pub(super) fn watch(&mut self, group: GroupId, wd: i32, watch: Option<Watch>) {
+        // An instance of somebody else, or one that dies: nobody asks for it.
+        let Some(inotify) = self.state.inotifies.get_mut(&group) else {
+            return;
+        };
+        if inotify.seq >= self.seq {
+            return;
+        }
+        inotify.seq = self.seq;
+        match watch {
+            Some(watch) => inotify.watches.insert(wd, watch),
+            None => inotify.watches.remove(&wd),
+        };
     }
 }

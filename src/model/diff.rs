@@ -3,8 +3,10 @@
 //! Law: `patch(a, diff(a, b)) == b`.
 
 use super::event::SockInfo;
-use super::ids::{Fd, FilesId, MmId, OfdId, SockId, TaskId};
-use super::state::{Epoll, EpollItem, Mm, Ofd, Slot, Socket, State, Table, Task, Trust};
+use super::ids::{Fd, FilesId, FsId, GroupId, MmId, OfdId, SockId, TaskId};
+use super::state::{
+    Epoll, EpollItem, Fs, Inotify, Mm, Ofd, Slot, Socket, State, Table, Task, Trust,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -65,7 +67,9 @@ pub struct Diff {
     pub ofds: MapDiff<OfdId, Ofd>,
     pub sockets: MapDiff<SockId, Socket>,
     pub epolls: MapDiff<OfdId, EpollDiff>,
+    pub inotifies: MapDiff<GroupId, Inotify>,
     pub mms: MapDiff<MmId, Mm>,
+    pub fss: MapDiff<FsId, Fs>,
 }
 
 impl Diff {
@@ -77,7 +81,9 @@ impl Diff {
             && self.ofds.is_empty()
             && self.sockets.is_empty()
             && self.epolls.is_empty()
+            && self.inotifies.is_empty()
             && self.mms.is_empty()
+            && self.fss.is_empty()
     }
 }
 
@@ -112,7 +118,9 @@ pub fn diff(a: &State, b: &State) -> Diff {
                 items,
             }
         }),
+        inotifies: map_diff(&a.inotifies, &b.inotifies, |_, new| new.clone()),
         mms: map_diff(&a.mms, &b.mms, |_, new| new.clone()),
+        fss: map_diff(&a.fss, &b.fss, |_, new| new.clone()),
     }
 }
 
@@ -137,7 +145,9 @@ pub fn patch(mut state: State, diff: Diff) -> State {
             items,
         }
     });
+    map_patch(&mut state.inotifies, diff.inotifies, |_, new| new);
     map_patch(&mut state.mms, diff.mms, |_, new| new);
+    map_patch(&mut state.fss, diff.fss, |_, new| new);
     state
 }
 

@@ -5,7 +5,9 @@
 //! number, which the BPF side takes from one counter at a point where the order
 //! of any two events about one object is decided (HOOKS.md section 2).
 
-use super::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid};
+use super::ids::{
+    CgroupId, Fd, FilesId, FsId, GroupId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid,
+};
 use serde::{Deserialize, Serialize};
 
 /// One event.
@@ -41,6 +43,8 @@ pub enum Body {
         /// Thread.
         task: TaskId,
     },
+    /// Credentials, session, process group, directories or umask of a thread.
+    TaskAttrs(Box<TaskAttrs>),
     /// A process moved to another cgroup.
     CgroupMove {
         /// Process.
@@ -120,12 +124,40 @@ pub enum Body {
     },
     /// Resulting state of a socket.
     Socket(SockInfo),
-    /// A TCP-like state change (`inet_sock_set_state`).
+    /// A TCP-like state change (`inet_sock_set_state`), or the other end of a Unix
+    /// connection was shut.
     SocketState {
         /// Socket.
         sock: SockId,
         /// `TCP_*` (include/net/tcp_states.h).
         state: u8,
+        /// Receive side 1, send side 2.
+        shutdown: u8,
+    },
+    /// Status flags or the owner of an open file description.
+    Ofd {
+        /// Description.
+        ofd: OfdId,
+        /// `O_*`.
+        flags: u32,
+        /// Who gets its signals.
+        owner: Owner,
+    },
+    /// An inotify watch exists with this mask.
+    WatchSet {
+        /// Instance.
+        group: GroupId,
+        /// Watch descriptor.
+        wd: i32,
+        /// What is watched, and for what.
+        watch: Watch,
+    },
+    /// An inotify watch is gone.
+    WatchDel {
+        /// Instance.
+        group: GroupId,
+        /// Watch descriptor.
+        wd: i32,
     },
     /// An epoll item exists with these values.
     EpollSet {
@@ -168,6 +200,23 @@ pub enum Object {
     Epoll(OfdId),
     /// A socket.
     Socket(SockId),
+    /// An inotify instance.
+    Inotify(GroupId),
+}
+
+impl Object {
+    /// The kind of object, in the plural, as status and metrics name it.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Tasks => "tasks",
+            Self::Files(_) => "tables",
+            Self::Mm(_) => "address-spaces",
+            Self::Epoll(_) => "epolls",
+            Self::Socket(_) => "sockets",
+            Self::Inotify(_) => "inotifies",
+        }
+    }
 }
 
 /// A thread as an event describes it.
@@ -189,6 +238,81 @@ pub struct TaskInfo {
     pub cgroup: CgroupId,
     /// Name.
     pub comm: String,
+}
+
+/// What of a thread must be restored and changes seldom.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskAttrs {
+    /// Identity.
+    pub task: TaskId,
+    /// Its directories and umask; `None` for a thread that gave them up.
+    pub fs: Option<(FsId, FsInfo)>,
+    /// The rest.
+    pub ids: Ids,
+}
+
+/// Directories and umask: chdir(2), chroot(2), umask(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsInfo {
+    /// Working directory.
+    pub cwd: InodeId,
+    /// Root directory.
+    pub root: InodeId,
+    /// umask.
+    pub umask: u32,
+}
+
+/// Session, process group and credentials (credentials(7)); user and group ids as the
+/// initial user namespace counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ids {
+    /// Session of the process.
+    pub session: Pid,
+    /// Process group of the process.
+    pub group: Pid,
+    /// Real, effective, saved and filesystem user id.
+    pub uids: [u32; 4],
+    /// Real, effective, saved and filesystem group id.
+    pub gids: [u32; 4],
+    /// Inheritable, permitted, effective, bounding and ambient capabilities.
+    pub caps: [u64; 5],
+    /// `SECBIT_*`.
+    pub securebits: u32,
+}
+
+/// Who is told of readiness by a signal: `F_SETOWN`, `F_SETSIG`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// Id of the thread, process or group; 0 for nobody.
+    pub pid: i32,
+    /// 0 thread, 1 process, 2 process group.
+    pub kind: u32,
+    /// Signal; 0 is SIGIO.
+    pub signal: i32,
+}
+
+/// What an inotify watch watches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watch {
+    /// Inode.
+    pub inode: InodeId,
+    /// `IN_*`, with bits of the kernel's own.
+    pub mask: u32,
+}
+
+/// A mapping.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vma {
+    /// First byte.
+    pub start: u64,
+    /// Behind the last byte.
+    pub end: u64,
+    /// `VM_*`.
+    pub flags: u64,
+    /// Offset in the file in pages.
+    pub pgoff: u64,
+    /// The file; zero for none.
+    pub inode: InodeId,
 }
 
 /// What an open file description is.
@@ -240,10 +364,14 @@ pub struct OfdInfo {
     pub mode: u32,
     /// `O_*` flags when it was last seen (status flags change without events).
     pub flags: u32,
+    /// Who gets its signals.
+    pub owner: Owner,
     /// The socket, for sockets.
     pub sock: Option<SockId>,
-    /// An epoll instance without items.
-    pub empty_epoll: bool,
+    /// The watches, for inotify instances.
+    pub group: Option<GroupId>,
+    /// An epoll instance without items, an inotify instance without watches.
+    pub empty: bool,
 }
 
 /// A socket as an event describes it.

@@ -66,6 +66,16 @@ id!(
     "sock:{:x}"
 );
 id!(
+    /// Directories and umask: the address of a `struct fs_struct` on the live kernel.
+    FsId(u64),
+    "fs:{:x}"
+);
+id!(
+    /// An inotify instance: the address of its `struct fsnotify_group` on the live kernel.
+    GroupId(u64),
+    "inotify:{:x}"
+);
+id!(
     /// A cgroup v2 id: the inode number of its directory (`kernfs_node.id`).
     CgroupId(u64),
     "cgroup:{}"

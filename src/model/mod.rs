@@ -6,6 +6,7 @@ pub mod frozen;
 pub mod ids;
 
 pub mod apply;
+mod attrs;
 pub mod check;
 mod descriptions;
 pub mod diff;

@@ -5,9 +5,9 @@
 //! the events since then afterwards gives the state as if it had always been known.
 
 use super::apply::{Anomaly, Step, apply};
-use super::event::{Event, FileKind, OfdInfo, SockInfo, TaskInfo};
-use super::ids::{Fd, FilesId, MmId, OfdId, SockId, TaskId};
-use super::state::{Epoll, EpollItem, Socket, State, Table, Trust};
+use super::event::{Event, FileKind, OfdInfo, SockInfo, TaskAttrs, TaskInfo, Vma, Watch};
+use super::ids::{Fd, FilesId, GroupId, MmId, OfdId, SockId, TaskId};
+use super::state::{Epoll, EpollItem, Inotify, Socket, State, Table, Trust};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Objects as they were read, each complete.
@@ -19,14 +19,18 @@ pub struct Snapshot {
     pub all_tasks: bool,
     /// Threads; `true` for zombies.
     pub tasks: Vec<(TaskInfo, bool)>,
+    /// The rest of these threads.
+    pub attrs: Vec<TaskAttrs>,
     /// Tables with all their descriptors.
     pub tables: BTreeMap<FilesId, Vec<(Fd, OfdInfo, bool)>>,
     /// Sockets that `tables` refer to.
     pub sockets: BTreeMap<SockId, SockInfo>,
     /// Epoll instances that `tables` refer to, with all items: target, number, events, data.
     pub epolls: BTreeMap<OfdId, Vec<(OfdId, Fd, u32, u64)>>,
-    /// Address spaces with their number of mappings.
-    pub mms: BTreeMap<MmId, u32>,
+    /// Inotify instances that `tables` refer to, with all watches.
+    pub inotifies: BTreeMap<GroupId, BTreeMap<i32, Watch>>,
+    /// Address spaces with their mappings.
+    pub mms: BTreeMap<MmId, Vec<Vma>>,
 }
 
 /// No fork takes as many events.
@@ -59,6 +63,15 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
     // Threads first: a table goes with the last thread that leaves it.
     for (info, zombie) in &snapshot.tasks {
         step.absorb_task(info, *zombie);
+    }
+    for attrs in &snapshot.attrs {
+        // What the thread itself was just read as has the same number.
+        if let Some(task) = step.state.tasks.get_mut(&attrs.task)
+            && task.seq <= seq
+        {
+            task.seq = 0;
+            step.task_attrs(attrs);
+        }
     }
     for (files, fds) in &snapshot.tables {
         step.absorb_table(*files, fds);
@@ -96,10 +109,21 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
             };
         }
     }
-    for (id, mappings) in &snapshot.mms {
+    for (id, watches) in &snapshot.inotifies {
+        if let Some(inotify) = step.state.inotifies.get_mut(id)
+            && (inotify.seq <= seq || inotify.trust == Trust::Suspect)
+        {
+            *inotify = Inotify {
+                seq,
+                trust: Trust::Verified,
+                watches: watches.clone(),
+            };
+        }
+    }
+    for (id, vmas) in &snapshot.mms {
         if let Some(mm) = step.state.mms.get_mut(id) {
             mm.trust = Trust::Verified;
-            mm.mappings = Some(*mappings);
+            mm.vmas = Some(vmas.clone());
         }
     }
     if snapshot.all_tasks {
@@ -202,6 +226,7 @@ impl Step<'_> {
             return;
         }
         ofd.flags = info.flags;
+        ofd.owner = info.owner;
         ofd.mode = info.mode;
     }
 }

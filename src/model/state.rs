@@ -3,8 +3,10 @@
 //! Values only; `apply` changes them. Everything is keyed by the identity the
 //! kernel gives it, and each object says whether it is known to be right.
 
-use super::event::{FileKind, Object, SockInfo};
-use super::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid};
+use super::event::{FileKind, FsInfo, Ids, Object, Owner, SockInfo, Vma, Watch};
+use super::ids::{
+    CgroupId, Fd, FilesId, FsId, GroupId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,8 +25,12 @@ pub struct State {
     pub sockets: BTreeMap<SockId, Socket>,
     /// Epoll instances that some descriptor refers to.
     pub epolls: BTreeMap<OfdId, Epoll>,
+    /// Inotify instances that some description holds.
+    pub inotifies: BTreeMap<GroupId, Inotify>,
     /// Address spaces.
     pub mms: BTreeMap<MmId, Mm>,
+    /// Directories and umasks.
+    pub fss: BTreeMap<FsId, Fs>,
 }
 
 /// Whether an object is known to be as the kernel has it.
@@ -59,6 +65,10 @@ pub struct Task {
     pub comm: String,
     /// Exited, not reaped yet.
     pub zombie: bool,
+    /// Directories and umask; `None` once it exits, or before they were said.
+    pub fs: Option<FsId>,
+    /// Session, process group and credentials; `None` before they were said.
+    pub ids: Option<Box<Ids>>,
 }
 
 /// A descriptor table.
@@ -102,8 +112,12 @@ pub struct Ofd {
     pub mode: u32,
     /// `O_*` flags when it was last seen.
     pub flags: u32,
+    /// Who gets its signals.
+    pub owner: Owner,
     /// The socket, for sockets.
     pub sock: Option<SockId>,
+    /// The watches, for inotify instances.
+    pub group: Option<GroupId>,
 }
 
 /// A socket.
@@ -148,8 +162,30 @@ pub struct Mm {
     pub trust: Trust,
     /// Threads that use it.
     pub users: BTreeSet<TaskId>,
-    /// How many mappings it had when it was last read.
-    pub mappings: Option<u32>,
+    /// Its mappings when it was last read, in order; `None` if it never was.
+    pub vmas: Option<Vec<Vma>>,
+}
+
+/// Directories and umask, which threads may share (`CLONE_FS`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fs {
+    /// Generation.
+    pub seq: u64,
+    /// Threads that use it.
+    pub users: BTreeSet<TaskId>,
+    /// What it is.
+    pub info: FsInfo,
+}
+
+/// An inotify instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inotify {
+    /// Generation.
+    pub seq: u64,
+    /// Whether all watches are right.
+    pub trust: Trust,
+    /// Watches by watch descriptor.
+    pub watches: BTreeMap<i32, Watch>,
 }
 
 impl State {
@@ -192,6 +228,16 @@ impl State {
             .epolls
             .iter()
             .filter(|(id, e)| suspect(e.trust) && held(id));
+        let groups: BTreeSet<GroupId> = self
+            .ofds
+            .values()
+            .filter(|ofd| ofd.refs > 0)
+            .filter_map(|ofd| ofd.group)
+            .collect();
+        let inotifies = self
+            .inotifies
+            .iter()
+            .filter(|(id, i)| suspect(i.trust) && groups.contains(id));
         let sockets = self
             .sockets
             .iter()
@@ -201,6 +247,7 @@ impl State {
             .chain(mms.map(|(id, _)| Object::Mm(*id)))
             .chain(epolls.map(|(id, _)| Object::Epoll(*id)))
             .chain(sockets.map(|(id, _)| Object::Socket(*id)))
+            .chain(inotifies.map(|(id, _)| Object::Inotify(*id)))
             .collect()
     }
 }

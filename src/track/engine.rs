@@ -224,6 +224,10 @@ impl Engine {
                     .sockets
                     .values_mut()
                     .for_each(|sock| sock.trust = Trust::Suspect);
+                self.state
+                    .inotifies
+                    .values_mut()
+                    .for_each(|inotify| inotify.trust = Trust::Suspect);
             }
             _ => {}
         }
@@ -243,6 +247,10 @@ impl Engine {
             .sockets
             .values_mut()
             .for_each(|sock| sock.trust = Trust::Suspect);
+        self.state
+            .inotifies
+            .values_mut()
+            .for_each(|inotify| inotify.trust = Trust::Suspect);
         self.state
             .mms
             .values_mut()
@@ -339,10 +347,11 @@ impl Engine {
             self.finish_reading();
             self.catch_up();
             self.note_losses();
-            if !self.read_all && self.state.suspects().is_empty() {
+            let (files, mms) = self.wanted();
+            if !files && !mms {
                 return;
             }
-            self.order_reading(true, true);
+            self.order_reading(files, mms);
             self.finish_reading();
             self.catch_up();
         }
@@ -361,12 +370,16 @@ impl Engine {
         }
     }
 
-    fn maybe_read(&mut self) {
+    /// Whether there is something suspect of which descriptors tell, and mappings.
+    fn wanted(&self) -> (bool, bool) {
         let suspects = self.state.suspects();
-        let files = self.read_all || suspects.iter().any(|o| !matches!(o, Object::Mm(_)));
-        let mms = suspects
-            .iter()
-            .any(|object| matches!(object, Object::Mm(_)));
+        let is_mm = |object: &Object| matches!(object, Object::Mm(_));
+        let files = self.read_all || !suspects.iter().all(is_mm);
+        (files, suspects.iter().any(is_mm))
+    }
+
+    fn maybe_read(&mut self) {
+        let (files, mms) = self.wanted();
         let files = files && self.files_read.elapsed() >= FILES_PAUSE;
         let mms = mms && self.mms_read.elapsed() >= MMS_PAUSE;
         if files || mms {
@@ -426,7 +439,22 @@ impl Engine {
             .is_some_and(|orders| orders.send(order).is_ok())
         {
             self.log = Some(Vec::new());
+            if self.counters.readings > 0 {
+                self.count_resyncs(files, mms, all);
+            }
             self.counters.readings += 1;
+        }
+    }
+
+    fn count_resyncs(&mut self, files: bool, mms: bool, all: bool) {
+        let mut count = |kind: &str| *self.counters.resyncs.entry(kind.to_owned()).or_default() += 1;
+        if files && all {
+            count("everything");
+        }
+        for object in self.state.suspects() {
+            if if matches!(object, Object::Mm(_)) { mms } else { files } {
+                count(object.kind());
+            }
         }
     }
 
@@ -444,6 +472,11 @@ impl Engine {
                 }
                 Object::Socket(sock) if files => {
                     let holders = self.state.ofds.iter().filter(|(_, o)| o.sock == Some(sock));
+                    ofds.extend(holders.map(|(id, _)| *id));
+                }
+                Object::Inotify(group) if files => {
+                    let holders = self.state.ofds.iter();
+                    let holders = holders.filter(|(_, o)| o.group == Some(group));
                     ofds.extend(holders.map(|(id, _)| *id));
                 }
                 Object::Mm(id) if mms => {

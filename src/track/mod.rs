@@ -55,6 +55,10 @@ pub struct Counters {
     pub anomalies: BTreeMap<String, u64>,
     /// Readings of suspect objects, the first one included.
     pub readings: u64,
+    /// Objects read again because they were suspect, by kind. Address spaces are the rule
+    /// (their changes are said as marks); with nothing lost and the fentry set the others
+    /// are not.
+    pub resyncs: BTreeMap<String, u64>,
     /// Readings that failed.
     pub failed_readings: u64,
 }

@@ -2,6 +2,7 @@
 
 use crate::bpf::iter::{Iterators, ReadError, Scope};
 use crate::bpf::reading::{add_files, add_tasks};
+use crate::bpf::wire;
 use crate::model::ids::MmId;
 use crate::model::snapshot::Snapshot;
 use crate::sys::membarrier;
@@ -74,7 +75,8 @@ fn read(iterators: &mut Iterators, order: &Order) -> Result<Snapshot, ReadError>
         }
         if order.mms {
             for vma in iterators.vmas(*scope)? {
-                *snapshot.mms.entry(MmId(vma.mm)).or_default() += 1;
+                let vmas = snapshot.mms.entry(MmId(vma.mm)).or_default();
+                vmas.push(wire::vma(&vma));
             }
         }
     }

@@ -206,12 +206,12 @@ impl Kernel {
 
     fn ofd(&self, id: OfdId) -> OfdInfo {
         let (kind, ino) = self.files[&id];
-        let empty_epoll = self.epolls.get(&id).is_some_and(BTreeMap::is_empty);
+        let empty = self.epolls.get(&id).is_some_and(BTreeMap::is_empty);
         OfdInfo {
             id,
             kind,
             inode: InodeId { dev: 1, ino },
-            empty_epoll,
+            empty,
             ..OfdInfo::default()
         }
     }
