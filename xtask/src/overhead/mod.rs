@@ -10,11 +10,11 @@ mod table;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use vmtests::image::Kernel;
-use vmtests::overhead::Cost;
+use vmtests::overhead::{Cost, NAMES};
 use vmtests::payload::TESTS_DIR;
 use vmtests::vm::{Exec, Vm};
 
@@ -29,9 +29,9 @@ pub struct Arguments {
     /// Only this hook set
     #[arg(long, value_enum)]
     hooks: Option<Hooks>,
-    /// Only this operation of the guest program `ops`, and no servers; may be repeated
+    /// Only this operation or kind of request, by its name in the table; may be repeated
     #[arg(long, value_name = "NAME")]
-    operation: Vec<String>,
+    only: Vec<String>,
     /// No redis and no nginx
     #[arg(long)]
     no_servers: bool,
@@ -39,7 +39,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 21)]
     batches: usize,
     /// Requests to each server in each round
-    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    #[arg(long, value_name = "N", default_value_t = 2000)]
     requests: u32,
     /// Rounds of requests
     #[arg(long, value_name = "N", default_value_t = 3)]
@@ -50,6 +50,13 @@ pub struct Arguments {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+impl Arguments {
+    /// Whether something of this name is to be measured.
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == name)
+    }
 }
 
 /// Time for one step on a loaded machine.
@@ -127,6 +134,14 @@ struct SetReport {
 
 /// Returns the exit code.
 pub fn run(arguments: &Arguments) -> Result<u8> {
+    if let Some(unknown) = arguments
+        .only
+        .iter()
+        .find(|name| !NAMES.contains(&name.as_str()) && !servers::names().any(|n| n == *name))
+    {
+        let names: Vec<&str> = NAMES.iter().copied().chain(servers::names()).collect();
+        bail!("Nothing is named {unknown}; there are {}", names.join(", "));
+    }
     setup::for_vm()?;
     let kernels = Kernel::ALL
         .into_iter()
@@ -211,7 +226,7 @@ impl Bench<'_> {
             place.name()
         ));
         let mut costs = self.operations(place, agent.is_some(), &[])?;
-        if !self.arguments.no_servers && self.arguments.operation.is_empty() {
+        if !self.arguments.no_servers {
             costs.extend(servers::costs(self, place, agent.is_some())?);
         }
         Ok(costs)
@@ -225,6 +240,14 @@ impl Bench<'_> {
 
     /// Runs the guest program `ops`.
     fn operations(&self, place: Place, agent: bool, more: &[&str]) -> Result<Vec<Cost>> {
+        let chosen: Vec<&str> = NAMES
+            .iter()
+            .copied()
+            .filter(|name| self.arguments.wants(name))
+            .collect();
+        if chosen.is_empty() {
+            return Ok(Vec::new());
+        }
         let program = format!("{TESTS_DIR}/ops");
         let batches = self.arguments.batches.to_string();
         let stat = format!("{AGENT_CGROUP}/cpu.stat");
@@ -233,7 +256,7 @@ impl Bench<'_> {
             command.extend(["--agent", &stat]);
         }
         command.extend(more);
-        command.extend(self.arguments.operation.iter().map(String::as_str));
+        command.extend(chosen);
         let output = self.vm.exec(place.run(&command))?.check()?;
         serde_json::from_slice(&output.stdout).with_context(|| output.text())
     }

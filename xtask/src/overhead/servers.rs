@@ -90,16 +90,34 @@ struct Usage {
     uptime: f64,
 }
 
-/// Measures all servers.
+/// The names of all kinds of requests.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    SERVERS
+        .iter()
+        .flat_map(|server| server.requests.iter().map(|requests| requests.name))
+}
+
+/// Measures the servers.
 pub(super) fn costs(bench: &Bench, place: Place, agent: bool) -> Result<Vec<Cost>> {
+    if !names().any(|name| bench.arguments.wants(name)) {
+        return Ok(Vec::new());
+    }
     bench.vm.write_file(NGINX_CONF, NGINX.as_bytes())?;
     let idle = agent.then(|| idle_rate(bench, place)).transpose()?;
     let mut costs = Vec::new();
     for server in SERVERS {
+        let chosen: Vec<&Requests> = server
+            .requests
+            .iter()
+            .filter(|requests| bench.arguments.wants(requests.name))
+            .collect();
+        if chosen.is_empty() {
+            continue;
+        }
         let log = format!("/root/{}.log", server.name);
         let pid = bench.vm.spawn(place.run(server.command), Some(&log))?;
         await_answer(bench, server, &log)?;
-        for requests in server.requests {
+        for requests in chosen {
             let cost = measure(bench, place, requests, idle);
             costs.push(cost.with_context(|| requests.name.to_owned())?);
         }
