@@ -9,6 +9,7 @@ pub mod control;
 pub mod guest;
 pub mod image;
 pub mod load;
+pub mod overhead;
 pub mod payload;
 pub mod protocol;
 pub mod scenarios;

@@ -18,6 +18,7 @@ const PACKAGES: &[&str] = &[
     "redis-server",
     "redis-tools",
     "memcached",
+    "nginx-light",
     // What tracker links against.
     "libelf1",
     "zlib1g",
@@ -35,6 +36,8 @@ const PACKAGES: &[&str] = &[
     "zstd",
     // The peer in the benchmarks.
     "criu",
+    // A load generator with keep-alive (ab).
+    "apache2-utils",
 ];
 
 /// Modules in the initrds, beside those that initramfs-tools adds anyway:

@@ -1,9 +1,10 @@
-//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|bench`.
+//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|bench|overhead`.
 
 mod apt;
 mod bench;
 mod demo;
 mod guest_image;
+mod overhead;
 mod setup;
 mod shell;
 mod test;
@@ -26,6 +27,8 @@ struct Arguments {
 enum Task {
     /// Measures frozen time and client gaps, against CRIU in the same VM.
     Bench(bench::Arguments),
+    /// Measures what tracking costs applications, in instructions.
+    Overhead(overhead::Arguments),
     /// Installs what building and testing need; does nothing if all is there.
     Setup(setup::Arguments),
     /// Updates a VM's kernel under redis and memcached with clients connected.
@@ -42,6 +45,7 @@ fn main() -> std::process::ExitCode {
     let result = match Arguments::parse().command {
         Task::Setup(arguments) => setup::run(&arguments).map(|()| 0),
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Overhead(arguments) => overhead::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Vm(arguments) => vm::run(&arguments),
