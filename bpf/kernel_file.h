@@ -75,6 +75,7 @@ struct fdtable {
 	unsigned long *open_fds;
 };
 struct files_struct {
+	atomic_t count;
 	struct fdtable *fdt;
 };
 struct eventfd_ctx {

@@ -70,6 +70,6 @@ int BPF_PROG(cgroup_attach, struct cgroup *cgrp, const char *path, struct task_s
 	e->cgroup = BPF_CORE_READ(cgrp, kn, id);
 	e->tgid = BPF_CORE_READ(task, tgid);
 	e->tracked = tracked;
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 	return 0;
 }

@@ -29,16 +29,29 @@ static __always_inline void send_item(u32 kind, struct file *epoll, struct file 
 		e->events = BPF_CORE_READ(item, event.events);
 		e->data = BPF_CORE_READ(item, event.data);
 	}
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
+
+/* The item this CPU said last: epoll_ctl(2) need not say it again when it returns. */
+struct item_said {
+	u64 thread;
+	u64 target;
+	u64 fd;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct item_said);
+} items_said SEC(".maps");
 
 SEC("fentry/ep_ptable_queue_proc")
 int BPF_PROG(epoll_insert, struct file *file, void *whead, struct poll_table_struct *pt)
 {
 	struct ep_pqueue *queue = (void *)pt;
+	struct item_said *said;
 	struct epitem *item;
-	struct call *call;
-	u64 id;
+	u32 zero = 0;
 
 	if (!current_tracked())
 		return 0;
@@ -47,10 +60,12 @@ int BPF_PROG(epoll_insert, struct file *file, void *whead, struct poll_table_str
 		return 0;
 	send_item(EVENT_EPOLL_SET, BPF_CORE_READ(item, ep, file), BPF_CORE_READ(item, ffd.file),
 		  BPF_CORE_READ(item, ffd.fd), item);
-	id = bpf_get_current_pid_tgid();
-	call = bpf_map_lookup_elem(&calls, &id);
-	if (call)
-		call->target = 0;
+	said = bpf_map_lookup_elem(&items_said, &zero);
+	if (said) {
+		said->thread = bpf_get_current_pid_tgid();
+		said->target = (u64)BPF_CORE_READ(item, ffd.file);
+		said->fd = BPF_CORE_READ(item, ffd.fd);
+	}
 	return 0;
 }
 
@@ -95,10 +110,12 @@ int BPF_PROG(epoll_ctl, int epfd, int op, int fd)
 
 	if (op == EPOLL_CTL_DEL || !current_tracked())
 		return 0;
+	files = current_files();
+	if (!table_shared(files))
+		return 0;
 	call = begin_call();
 	if (!call)
 		return 0;
-	files = current_files();
 	call->epoll = (u64)file_at(files, epfd);
 	call->target = (u64)file_at(files, fd);
 	return 0;
@@ -132,35 +149,39 @@ static __always_inline void say_item(struct file *epoll, struct file *target, in
 	}
 }
 
+/* Whether the addition that returns now was said from inside. */
+static __always_inline bool said_already(u64 thread, struct file *target, u32 fd)
+{
+	struct item_said *said;
+	u32 zero = 0;
+
+	said = bpf_map_lookup_elem(&items_said, &zero);
+	return said && said->thread == thread && said->target == (u64)target && said->fd == fd;
+}
+
 /* A change, or an addition whose file does not queue. Another thread may have replaced
  * the descriptors meanwhile: what they meant before and after is both said. */
 SEC("fexit/do_epoll_ctl")
 int BPF_PROG(epoll_ctl_exit, int epfd, int op, int fd, struct epoll_event *event, bool nonblock,
 	     int ret)
 {
+	u64 thread = bpf_get_current_pid_tgid();
 	struct files_struct *files;
 	struct file *epoll, *target;
 	struct call *call;
-	u64 id;
 
 	if (op == EPOLL_CTL_DEL || !current_tracked())
 		return 0;
-	id = bpf_get_current_pid_tgid();
-	call = bpf_map_lookup_elem(&calls, &id);
 	files = current_files();
-	if (!call) {
-		epoll = file_at(files, epfd);
-		if (!ret && epoll)
-			say_stale((u64)epoll, CLASS_EPOLL);
-		return 0;
+	epoll = file_at(files, epfd);
+	target = file_at(files, fd);
+	call = bpf_map_lookup_elem(&calls, &thread);
+	if (!ret && !(op == EPOLL_CTL_ADD && said_already(thread, target, fd))) {
+		if (call && (call->epoll != (u64)epoll || call->target != (u64)target))
+			say_item((struct file *)call->epoll, (struct file *)call->target, fd);
+		say_item(epoll, target, fd);
 	}
-	if (!ret && call->target) {
-		epoll = file_at(files, epfd);
-		target = file_at(files, fd);
-		say_item((struct file *)call->epoll, (struct file *)call->target, fd);
-		if ((u64)epoll != call->epoll || (u64)target != call->target)
-			say_item(epoll, target, fd);
-	}
-	bpf_map_delete_elem(&calls, &id);
+	if (call)
+		bpf_map_delete_elem(&calls, &thread);
 	return 0;
 }

@@ -63,7 +63,7 @@ static __always_inline void send_install_socket(struct files_struct *files, u32 
 	e->install.kind = FILE_SOCKET;
 	e->install.object = (u64)sk;
 	fill_socket(&e->socket, sk, e->install.ino);
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 /* Reports what descriptor fd refers to from now on; cloexec < 0 says: as the table has it. */
@@ -95,7 +95,7 @@ static __always_inline void send_install(struct files_struct *files, u32 fd, str
 		/* an empty list points at itself */
 		e->empty = (u64)BPF_CORE_READ(group, marks_list.next) == marks;
 	}
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd)
@@ -108,7 +108,7 @@ static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd
 	e->fd = fd;
 	e->cloexec = kind == EVENT_FD_CLOEXEC ? cloexec_at(files, fd) : 0;
 	e->pad = 0;
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 SEC("fentry/fd_install")
@@ -159,7 +159,7 @@ SEC("fexit/do_dup2")
 int BPF_PROG(do_dup2_exit, struct files_struct *files, struct file *file, unsigned int fd,
 	     unsigned int flags, int ret)
 {
-	if (ret >= 0 && current_tracked())
+	if (ret >= 0 && table_shared(files) && current_tracked())
 		send_fd(EVENT_FD_CLOEXEC, files, fd);
 	return 0;
 }
@@ -206,7 +206,7 @@ static long send_flags(u64 index, void *ctx)
 	e->cloexec = word;
 	e->fd = base;
 	e->pad = 0;
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 	return 0;
 }
 
@@ -257,7 +257,7 @@ static long send_word(u64 index, void *ctx)
 	e->pad = 0;
 	bpf_probe_read_kernel(e->file, sizeof(e->file),
 			      BPF_CORE_READ(fdt, fd) + word * TRK_WORD_FDS);
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 	return 0;
 }
 
@@ -319,7 +319,7 @@ static __always_inline void send_ofd(struct file *file)
 	e->owner_pid = owner ? pid_nr(BPF_CORE_READ(owner, pid)) : 0;
 	e->owner_type = owner ? BPF_CORE_READ(owner, pid_type) : 0;
 	e->owner_sig = owner ? BPF_CORE_READ(owner, signum) : 0;
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 SEC("fexit/do_fcntl")

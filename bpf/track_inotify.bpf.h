@@ -50,7 +50,7 @@ int BPF_PROG(watch_set, struct fsnotify_group *group, struct inode *inode, u32 a
 	e->wd = wd;
 	e->mask = search.mask;
 	e->pad = 0;
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 	return 0;
 }
 
@@ -70,6 +70,6 @@ int BPF_PROG(watch_removed, struct fsnotify_mark *fsn_mark, struct fsnotify_grou
 	e->wd = BPF_CORE_READ(mark, wd);
 	e->mask = 0;
 	e->pad = 0;
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 	return 0;
 }

@@ -1,5 +1,63 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
-/* Address spaces: every change of a mapping takes mmap_lock for writing. */
+/*
+ * Address spaces. A change is said as a mark, once until the mappings are read again: they
+ * are read in one pass anyway, and the functions that change them cannot all be hooked.
+ *
+ * With fentry each function that changes mappings marks when it is done. They are slow by
+ * themselves, and the alternative is dear: for the tracepoint of mmap_lock the kernel
+ * composes the path of the memory cgroup, for readers of the lock too, which is every page
+ * fault and everybody's. It is the fallback.
+ */
+
+#define PR_SET_VMA 0x53564d41
+
+static __always_inline int mappings_changed(void)
+{
+	if (current_tracked())
+		mark_dirty((u64)bpf_get_current_task_btf()->mm, CLASS_MM);
+	return 0;
+}
+
+#define MARKS(name)                                                                                \
+	int name(void *ctx)                                                                        \
+	{                                                                                          \
+		return mappings_changed();                                                         \
+	}
+
+/* mmap, shmat, AIO rings, program loading */
+SEC("fexit/mmap_region") MARKS(mmap_region)
+SEC("fexit/do_mas_munmap") MARKS(do_mas_munmap)
+SEC("fexit/do_vmi_munmap") MARKS(do_vmi_munmap)
+SEC("fexit/do_vmi_align_munmap") MARKS(do_vmi_align_munmap)
+SEC("fexit/mprotect_fixup") MARKS(mprotect_fixup)
+SEC("fexit/do_brk_flags") MARKS(do_brk_flags)
+/* shrinking, for which some kernels call a function that cannot be hooked */
+SEC("fexit/__x64_sys_brk") MARKS(sys_brk)
+SEC("fexit/__x64_sys_mremap") MARKS(sys_mremap)
+SEC("fexit/do_madvise") MARKS(do_madvise)
+SEC("fexit/mlock_fixup") MARKS(mlock_fixup)
+SEC("fexit/mbind_range") MARKS(mbind_range)
+SEC("fexit/ksys_shmdt") MARKS(ksys_shmdt)
+SEC("fexit/userfaultfd_ioctl") MARKS(userfaultfd_ioctl)
+SEC("fexit/do_mseal") MARKS(do_mseal)
+
+/* names of anonymous mappings */
+SEC("fexit/__x64_sys_prctl")
+int BPF_PROG(sys_prctl, struct pt_regs *regs)
+{
+	if (BPF_CORE_READ(regs, di) == PR_SET_VMA)
+		mappings_changed();
+	return 0;
+}
+
+/* Stacks grow under page faults, also when somebody else writes there. */
+SEC("fexit/expand_downwards")
+int BPF_PROG(expand_downwards, struct vm_area_struct *vma)
+{
+	if (current_tracked())
+		mark_dirty((u64)BPF_CORE_READ(vma, vm_mm), CLASS_MM);
+	return 0;
+}
 
 static __always_inline int mm_locked(struct mm_struct *mm, bool write, bool success)
 {

@@ -15,6 +15,7 @@
 
 /* Set by user space before loading. */
 const volatile u32 shard_mask;
+const volatile u32 wake_mask;
 
 /* Set by user space at any time; the number last. */
 struct root_rec roots[TRK_MAX_ROOTS];
@@ -64,8 +65,7 @@ struct {
 	__type(value, u32);
 } dirty SEC(".maps");
 
-/* What a call that is reported when it returns found when it began; target 0 if all
- * is said already. */
+/* What a call that is reported when it returns found when it began. */
 struct call {
 	u64 epoll;
 	u64 target;
@@ -155,6 +155,15 @@ static __always_inline void number(struct event_hdr *ev, u32 kind, u32 size)
 	ev->seq = __sync_fetch_and_add(&last_seq, 1) + 1;
 }
 
+/* Hands an event over. Its reader looks by itself now and then and is woken only for one
+ * event of many, since that costs as much as all the rest. */
+static __always_inline void submit(void *event)
+{
+	struct event_hdr *ev = event;
+
+	bpf_ringbuf_submit(event, ev->seq & wake_mask ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
+}
+
 /* Room for an event of this type, numbered; NULL if there is none. It must be submitted. */
 #define EVENT(type, kind, object, class)                                                           \
 	({                                                                                         \
@@ -173,7 +182,7 @@ static __always_inline void say_stale(u64 object, u32 class)
 	e->object = object;
 	e->class = class;
 	e->pad = 0;
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 /* Says once that an object changed, until user space clears the mark to read it. */
@@ -218,6 +227,12 @@ static __always_inline u32 bit_at(unsigned long *bitmap, u32 fd)
 static __always_inline u32 cloexec_at(struct files_struct *files, u32 fd)
 {
 	return bit_at(BPF_CORE_READ(files, fdt, close_on_exec), fd);
+}
+
+/* Whether another thread may change the table right now. */
+static __always_inline bool table_shared(struct files_struct *files)
+{
+	return files->count.counter > 1;
 }
 
 static __always_inline struct files_struct *current_files(void)

@@ -70,7 +70,7 @@ static __always_inline void send_socket(struct sock *sk, u64 ino)
 	if (!e)
 		return;
 	fill_socket(&e->socket, sk, ino);
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 static __always_inline struct sock *sock_of_file(struct file *file)
@@ -125,7 +125,7 @@ static __always_inline void send_state(struct sock *sk, u32 state, u32 shutdown)
 	e->sock = (u64)sk;
 	e->state = state;
 	e->shutdown = shutdown;
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 /* The socket knows the cgroup it was made in: who changes it may be anyone. */

@@ -18,7 +18,7 @@ static __always_inline void send_task(struct task_struct *task, u32 kind, const 
 	e->pad = 0;
 	__builtin_memset(e->comm, 0, sizeof(e->comm));
 	bpf_probe_read_kernel_str(e->comm, sizeof(e->comm), comm ? comm : task->comm);
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 static __always_inline void send_attrs(struct task_struct *task)
@@ -54,7 +54,7 @@ static __always_inline void send_attrs(struct task_struct *task)
 	bpf_core_read(&e->cap_effective, 8, &cred->cap_effective);
 	bpf_core_read(&e->cap_bset, 8, &cred->cap_bset);
 	bpf_core_read(&e->cap_ambient, 8, &cred->cap_ambient);
-	bpf_ringbuf_submit(e, 0);
+	submit(e);
 }
 
 static __always_inline void send_new_task(struct task_struct *task, u32 kind)

@@ -62,6 +62,10 @@ pub struct MapError {
     source: libbpf_rs::Error,
 }
 
+/// Room in a ring for each event that wakes its reader: several times the mean size, so
+/// that a ring is read long before it is full.
+const WAKE_BYTES: u32 = 1024;
+
 /// What a program hooks.
 #[derive(Clone, Copy, Debug)]
 enum Target {
@@ -79,10 +83,12 @@ enum When {
     Fentry,
     /// With the fallback set.
     Fallback,
+    /// With the fallback set, or if one of [`MAPPINGS`] is not there.
+    Mappings,
 }
 
 use Target::{Function, Tracepoint};
-use When::{Always, Fallback, Fentry};
+use When::{Always, Fallback, Fentry, Mappings};
 
 const PROGRAMS: &[(&str, Target, When)] = &[
     ("task_newtask", Tracepoint("task_newtask", None), Always),
@@ -103,13 +109,33 @@ const PROGRAMS: &[(&str, Target, When)] = &[
     (
         "mmap_lock_path",
         Tracepoint("mmap_lock_acquire_returned", Some(4)),
-        Always,
+        Mappings,
     ),
     (
         "mmap_lock",
         Tracepoint("mmap_lock_acquire_returned", Some(3)),
-        Always,
+        Mappings,
     ),
+    ("mmap_region", Function("mmap_region"), Fentry),
+    ("do_mas_munmap", Function("do_mas_munmap"), Fentry),
+    ("do_vmi_munmap", Function("do_vmi_munmap"), Fentry),
+    (
+        "do_vmi_align_munmap",
+        Function("do_vmi_align_munmap"),
+        Fentry,
+    ),
+    ("mprotect_fixup", Function("mprotect_fixup"), Fentry),
+    ("do_brk_flags", Function("do_brk_flags"), Fentry),
+    ("sys_brk", Function("__x64_sys_brk"), Fentry),
+    ("sys_mremap", Function("__x64_sys_mremap"), Fentry),
+    ("do_madvise", Function("do_madvise"), Fentry),
+    ("mlock_fixup", Function("mlock_fixup"), Fentry),
+    ("mbind_range", Function("mbind_range"), Fentry),
+    ("ksys_shmdt", Function("ksys_shmdt"), Fentry),
+    ("userfaultfd_ioctl", Function("userfaultfd_ioctl"), Fentry),
+    ("do_mseal", Function("do_mseal"), Fentry),
+    ("sys_prctl", Function("__x64_sys_prctl"), Fentry),
+    ("expand_downwards", Function("expand_downwards"), Fentry),
     ("sys_exit", Tracepoint("sys_exit", None), Fallback),
     ("task_release", Function("release_task"), Fentry),
     ("unshare_files", Function("unshare_files"), Fentry),
@@ -193,6 +219,23 @@ const NEEDED: &[&[&str]] = &[
     &["sys_setsockopt"],
 ];
 
+/// Together these mark every change of mappings; else the tracepoint of `mmap_lock` does.
+const MAPPINGS: &[&[&str]] = &[
+    &["mmap_region"],
+    &["do_mas_munmap", "do_vmi_align_munmap"],
+    &["mprotect_fixup"],
+    &["do_brk_flags"],
+    &["sys_brk"],
+    &["sys_mremap"],
+    &["do_madvise"],
+    &["mlock_fixup"],
+    &["mbind_range"],
+    &["ksys_shmdt"],
+    &["userfaultfd_ioctl"],
+    &["sys_prctl"],
+    &["expand_downwards"],
+];
+
 /// The loaded and attached hooks. Dropping it detaches them.
 pub struct Hooks {
     links: Vec<Link>,
@@ -245,6 +288,7 @@ impl Hooks {
                     Always => true,
                     Fentry => set == HookSet::Fentry,
                     Fallback => set == HookSet::Fallback,
+                    Mappings => set == HookSet::Fallback || !functions(&btf, MAPPINGS),
                 };
                 here && exists(&btf, *target)
             })
@@ -265,6 +309,7 @@ impl Hooks {
         }
         if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
             rodata.shard_mask = options.shards - 1;
+            rodata.wake_mask = (options.ring_bytes / WAKE_BYTES).clamp(1, 1024) - 1;
         }
         let page = 4096;
         let maps = &mut open.maps;
@@ -459,6 +504,13 @@ impl Hooks {
     pub fn link_count(&self) -> usize {
         self.links.len()
     }
+}
+
+/// Whether the kernel has one function of each group, by the names of their programs.
+fn functions(btf: &Btf<'_>, groups: &[&[&str]]) -> bool {
+    let target = |name: &str| PROGRAMS.iter().find(|(program, _, _)| *program == name);
+    let there = |name: &&str| target(name).is_some_and(|(_, target, _)| exists(btf, *target));
+    groups.iter().all(|group| group.iter().any(there))
 }
 
 fn number(bytes: &[u8]) -> u64 {
