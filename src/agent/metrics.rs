@@ -1,9 +1,11 @@
 //! The Prometheus endpoint.
 
 use super::AgentError;
+use super::shared::Shared;
 use super::status::{Sizes, Status};
+use crate::bpf::programs::ProgramStats;
+use crate::bpf::rings::RingFill;
 use crate::handover::report::{ApplicationStatus, Status as UpdateStatus, UpdateReport};
-use crate::track::{Settle, Tracking};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -22,12 +24,10 @@ pub(super) fn listen(address: SocketAddr) -> Result<Server, AgentError> {
     Server::http(address).map_err(|source| AgentError::Metrics { address, source })
 }
 
-pub(super) fn serve(server: &Server, tracking: &Tracking) {
+pub(super) fn serve(server: &Server, shared: &Shared) {
     for request in server.incoming_requests() {
-        let response = match (request.url(), tracking.view(Settle::No)) {
-            ("/metrics", Ok(view)) => {
-                Response::from_string(render(&Status::now(&view, &tracking.roots)))
-            }
+        let response = match (request.url(), shared.status()) {
+            ("/metrics", Ok(status)) => Response::from_string(render(&status)),
             ("/metrics", Err(gone)) => {
                 Response::from_string(gone.to_string()).with_status_code(503)
             }
@@ -130,6 +130,8 @@ fn render(status: &Status) -> String {
         })
     });
     gauge(&mut registry, "open_files", "Open file descriptions", kinds);
+    agent(&mut registry, status);
+    programs(&mut registry, &status.programs);
     if let Some(report) = &status.last_update {
         last_update(&mut registry, report);
     }
@@ -137,6 +139,65 @@ fn render(status: &Status) -> String {
     // Writing to a string cannot fail.
     let _ = encode(&mut text, &registry);
     text
+}
+
+/// The agent's process, its rings and the last audit.
+fn agent(registry: &mut Registry, status: &Status) {
+    let cpu = Counter::<f64, AtomicU64>::default();
+    cpu.inc_by(status.agent.cpu_seconds);
+    registry.register("agent_cpu_seconds", "CPU time of the agent", cpu);
+    let resident = status.agent.resident_bytes;
+    single(
+        registry,
+        "agent_resident_bytes",
+        "Memory the agent has in use",
+        resident,
+    );
+    let help = "When the agent started, in seconds since the epoch";
+    float(
+        registry,
+        "agent_start_time_seconds",
+        help,
+        status.agent.start_time,
+    );
+    let rings = |value: fn(&RingFill) -> u64| {
+        let rings = status.rings.iter().enumerate();
+        let rings = rings.map(|(shard, ring)| (vec![("shard", shard.to_string())], value(ring)));
+        rings.collect::<Vec<_>>()
+    };
+    let help = "Bytes of events in a ring that are not consumed yet";
+    gauge(registry, "ring_fill_bytes", help, rings(|ring| ring.bytes));
+    let help = "Bytes a ring has room for";
+    gauge(registry, "ring_size_bytes", help, rings(|ring| ring.size));
+    // Nothing, rather than no differences, before the first audit.
+    if let Some(audit) = status.last_audit {
+        let help = "Objects that the model and the kernel described differently in the last audit";
+        single(registry, "audit_differences", help, audit.differences);
+        let help = "When the last audit ended, in seconds since the epoch";
+        float(registry, "audit_time_seconds", help, audit.time);
+    }
+}
+
+/// What the kernel counts of the hooks' programs.
+fn programs(registry: &mut Registry, programs: &[ProgramStats]) {
+    let counts = |count: fn(&ProgramStats) -> u64| {
+        let counts = programs.iter().map(|one| (one.name.clone(), count(one)));
+        counts.collect::<BTreeMap<_, _>>()
+    };
+    by(
+        registry,
+        "program_runs",
+        "Runs of the BPF programs, while kernel.bpf_stats_enabled is set",
+        "program",
+        &counts(|one| one.run_cnt),
+    );
+    by(
+        registry,
+        "program_recursion_misses",
+        "Runs of the BPF programs that the kernel left out",
+        "program",
+        &counts(|one| one.recursion_misses),
+    );
 }
 
 /// What the update that started this kernel cost, and what became of the applications.
@@ -192,6 +253,12 @@ fn single(registry: &mut Registry, name: &str, help: &str, value: u64) {
     registry.register(name, help, metric);
 }
 
+fn float(registry: &mut Registry, name: &str, help: &str, value: f64) {
+    let metric = Gauge::<f64, AtomicU64>::default();
+    metric.set(value);
+    registry.register(name, help, metric);
+}
+
 fn by(
     registry: &mut Registry,
     name: &str,
@@ -221,4 +288,77 @@ fn gauge(
             .set(i64::try_from(value).unwrap_or(i64::MAX));
     }
     registry.register(name, help, family);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::status::LastAudit;
+    use crate::bpf::track::HookSet;
+    use crate::model::state::State;
+    use crate::track::{Counters, View};
+
+    #[test]
+    fn programs_are_told_apart_by_name() {
+        let program = |name: &str, run_cnt, recursion_misses| ProgramStats {
+            name: name.to_owned(),
+            run_cnt,
+            recursion_misses,
+            ..ProgramStats::default()
+        };
+        let mut registry = Registry::with_prefix("tracker");
+        programs(
+            &mut registry,
+            &[program("fd_install", 7, 0), program("dup_fd", 3, 2)],
+        );
+        let mut text = String::new();
+        encode(&mut text, &registry).unwrap();
+        for line in [
+            r#"tracker_program_runs_total{program="fd_install"} 7"#,
+            r#"tracker_program_runs_total{program="dup_fd"} 3"#,
+            r#"tracker_program_recursion_misses_total{program="fd_install"} 0"#,
+            r#"tracker_program_recursion_misses_total{program="dup_fd"} 2"#,
+        ] {
+            assert!(
+                text.lines().any(|found| found == line),
+                "{line} is not in\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_audit_is_shown_only_once_there_was_one() {
+        let view = View {
+            state: State::default(),
+            counters: Counters::default(),
+            hooks: HookSet::Fallback,
+            refused: None,
+            last_seq: 0,
+        };
+        let mut status = Status::of(&view, &[]);
+        status.rings = vec![RingFill {
+            bytes: 64,
+            size: 4096,
+        }];
+        status.agent.cpu_seconds = 2.5;
+        let text = render(&status);
+        for line in [
+            r#"tracker_ring_fill_bytes{shard="0"} 64"#,
+            r#"tracker_ring_size_bytes{shard="0"} 4096"#,
+            "tracker_agent_cpu_seconds_total 2.5",
+        ] {
+            assert!(
+                text.lines().any(|found| found == line),
+                "{line} is not in\n{text}"
+            );
+        }
+        assert!(!text.contains("audit"), "{text}");
+        status.last_audit = Some(LastAudit {
+            time: 1.5,
+            differences: 3,
+            unstable: 0,
+            descriptors: 9,
+        });
+        assert!(render(&status).contains("\ntracker_audit_differences 3\n"));
+    }
 }

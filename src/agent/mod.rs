@@ -4,20 +4,24 @@ pub mod client;
 mod metrics;
 pub mod protocol;
 mod server;
+mod shared;
 pub mod status;
 
 use crate::bpf::track::Options;
 use crate::error::{ExitCode, HasExitCode};
+use crate::sys::clock;
 use crate::track::roots::{Root, RootError};
 use crate::track::{Settle, StartError, Tracking};
 use crossbeam_channel::bounded;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{Gid, Group, Uid, chown};
 use sd_notify::NotifyState;
-use std::fs::{self, DirBuilder, File};
+use shared::Shared;
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -35,6 +39,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Directory of the lock file.
     pub state_dir: PathBuf,
+    /// The group that may ask the agent, beside root.
+    pub socket_group: Option<String>,
     /// The hooks.
     pub hooks: Options,
 }
@@ -58,6 +64,17 @@ pub enum AgentError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The group of the control socket.
+    #[error("There is no group {0}; create it, or choose another --socket-group")]
+    NoGroup(String),
+    /// The group of the control socket could not be looked up.
+    #[error("Looking up the group {group} failed")]
+    Group {
+        /// Its name.
+        group: String,
+        /// Why.
+        source: io::Error,
+    },
     /// Another agent.
     #[error("Another agent runs in {0}; stop it first, or give this one its own --state-dir")]
     Running(PathBuf),
@@ -78,7 +95,7 @@ impl HasExitCode for AgentError {
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Start(_) | Self::Root(RootError::NoCgroup2(_)) => ExitCode::Unsupported,
-            Self::Root(_) | Self::Metrics { .. } => ExitCode::Usage,
+            Self::Root(_) | Self::Metrics { .. } | Self::NoGroup(_) => ExitCode::Usage,
             _ => ExitCode::Difference,
         }
     }
@@ -90,7 +107,9 @@ impl HasExitCode for AgentError {
 ///
 /// It could not start.
 pub fn run(config: &Config) -> Result<(), AgentError> {
-    let _lock = lock(&config.state_dir)?;
+    let started = clock::realtime();
+    let group = config.socket_group.as_deref().map(find_group).transpose()?;
+    let _lock = lock(&config.state_dir, group)?;
     // Before any thread is started, so that all inherit it.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
@@ -107,15 +126,16 @@ pub fn run(config: &Config) -> Result<(), AgentError> {
             .map(|path| Root::open(path))
             .collect::<Result<_, _>>()?
     };
-    let tracking = Arc::new(Tracking::start(&config.hooks, roots)?);
+    let tracking = Tracking::start(&config.hooks, roots)?;
     // The first reading is in the model before anyone is told that the agent is ready.
     tracking
         .view(Settle::Suspects)
         .map_err(|gone| AgentError::System("Reading the applications", io::Error::other(gone)))?;
 
+    let shared = Arc::new(Shared::new(tracking, started));
     let (stop, stopped) = bounded(1);
-    let listener = server::listen(&config.socket)?;
-    let for_server = (Arc::clone(&tracking), stop.clone());
+    let listener = server::listen(&config.socket, group)?;
+    let for_server = (Arc::clone(&shared), stop.clone());
     let thread = |what| move |source| AgentError::System(what, source);
     thread::Builder::new()
         .name("control".into())
@@ -123,10 +143,10 @@ pub fn run(config: &Config) -> Result<(), AgentError> {
         .map_err(thread("Starting a thread"))?;
     if let Some(address) = config.metrics_listen {
         let server = metrics::listen(address)?;
-        let tracking = Arc::clone(&tracking);
+        let shared = Arc::clone(&shared);
         thread::Builder::new()
             .name("metrics".into())
-            .spawn(move || metrics::serve(&server, &tracking))
+            .spawn(move || metrics::serve(&server, &shared))
             .map_err(thread("Starting a thread"))?;
     }
     thread::Builder::new()
@@ -155,8 +175,20 @@ fn notify(state: &[NotifyState<'_>]) {
     }
 }
 
-/// Makes sure that one agent runs; the lock is held as long as the value lives.
-fn lock(dir: &Path) -> Result<Flock<File>, AgentError> {
+fn find_group(name: &str) -> Result<Gid, AgentError> {
+    match Group::from_name(name) {
+        Ok(Some(group)) => Ok(group.gid),
+        Ok(None) => Err(AgentError::NoGroup(name.to_owned())),
+        Err(errno) => Err(AgentError::Group {
+            group: name.to_owned(),
+            source: errno.into(),
+        }),
+    }
+}
+
+/// Makes sure that one agent runs; the lock is held as long as the value lives. The group, if
+/// there is one, may pass through the directory, to the socket in it.
+fn lock(dir: &Path, group: Option<Gid>) -> Result<Flock<File>, AgentError> {
     let failed = |action, path: &Path| {
         let path = path.to_owned();
         move |source| AgentError::File {
@@ -171,7 +203,22 @@ fn lock(dir: &Path) -> Result<Flock<File>, AgentError> {
         .create(dir)
         .map_err(failed("Creating", dir))?;
     let path = dir.join("agent.lock");
-    let file = File::create(&path).map_err(failed("Creating", &path))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| AgentError::Running(dir.to_owned()))
+    // Whoever can open it can hold it, and so keep agents from starting.
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(&path).map_err(failed("Creating", &path))?;
+    file.set_permissions(Permissions::from_mode(0o600))
+        .map_err(failed("Protecting", &path))?;
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| AgentError::Running(dir.to_owned()))?;
+    if group.is_some() {
+        share(dir, group, 0o750).map_err(failed("Protecting", dir))?;
+    }
+    Ok(lock)
+}
+
+/// Gives a file to root and the group, before it lets that group in.
+fn share(path: &Path, group: Option<Gid>, mode: u32) -> io::Result<()> {
+    chown(path, Some(Uid::from_raw(0)), group)?;
+    fs::set_permissions(path, Permissions::from_mode(mode))
 }

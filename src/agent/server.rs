@@ -1,13 +1,14 @@
 //! The control socket's side of the agent.
 
-use super::AgentError;
 use super::protocol::{Answer, Request, receive, send};
-use super::status::Status;
+use super::shared::Shared;
+use super::{AgentError, share};
 use crate::model::diff::diff;
 use crate::model::state::State;
-use crate::track::audit::audit;
-use crate::track::{Settle, Tracking};
+use crate::track::Settle;
 use crossbeam_channel::Sender;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::Gid;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -20,8 +21,9 @@ use std::time::Duration;
 /// How long a client may take to send its request or take the answer.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Binds the socket, for root only. The lock says that a socket found is of a dead agent.
-pub(super) fn listen(path: &Path) -> Result<UnixListener, AgentError> {
+/// Binds the socket, for root and the group, if there is one. The lock says that a socket found
+/// is of a dead agent.
+pub(super) fn listen(path: &Path, group: Option<Gid>) -> Result<UnixListener, AgentError> {
     let failed = |action| {
         move |source| AgentError::File {
             action,
@@ -36,17 +38,21 @@ pub(super) fn listen(path: &Path) -> Result<UnixListener, AgentError> {
         _ => {}
     }
     let listener = UnixListener::bind(path).map_err(failed("Binding"))?;
-    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed("Protecting"))?;
+    match group {
+        Some(_) => share(path, group, 0o660),
+        None => fs::set_permissions(path, Permissions::from_mode(0o600)),
+    }
+    .map_err(failed("Protecting"))?;
     Ok(listener)
 }
 
 /// Answers clients, each in a thread of its own.
-pub(super) fn serve(listener: &UnixListener, tracking: &Arc<Tracking>, stop: &Sender<()>) {
+pub(super) fn serve(listener: &UnixListener, shared: &Arc<Shared>, stop: &Sender<()>) {
     for client in listener.incoming() {
         let Ok(client) = client else { continue };
-        let (tracking, stop) = (Arc::clone(tracking), stop.clone());
+        let (shared, stop) = (Arc::clone(shared), stop.clone());
         let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-            if let Err(error) = answer(client, &tracking, &stop) {
+            if let Err(error) = answer(client, &shared, &stop) {
                 tracing::debug!(%error, "a client went away");
             }
         });
@@ -56,8 +62,18 @@ pub(super) fn serve(listener: &UnixListener, tracking: &Arc<Tracking>, stop: &Se
     }
 }
 
+/// Whether the process that connected may do this. Whoever could connect may ask: that is for
+/// the socket's mode to say. Only root may end the agent.
+fn may(client: &UnixStream, request: Request) -> io::Result<bool> {
+    if request != Request::Shutdown {
+        return Ok(true);
+    }
+    let peer = getsockopt(client, PeerCredentials)?;
+    Ok(peer.uid() == 0)
+}
+
 /// Answers one client until it goes away.
-fn answer(mut client: UnixStream, tracking: &Tracking, stop: &Sender<()>) -> io::Result<()> {
+fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Result<()> {
     client.set_read_timeout(Some(CLIENT_PATIENCE))?;
     client.set_write_timeout(Some(CLIENT_PATIENCE))?;
     // The model as this client has it.
@@ -67,16 +83,21 @@ fn answer(mut client: UnixStream, tracking: &Tracking, stop: &Sender<()>) -> io:
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             request => request?,
         };
+        if !may(&client, request)? {
+            let refusal = "Only root may end the agent".to_owned();
+            send(&mut client, &Answer::Error(refusal))?;
+            continue;
+        }
         let reply = match request {
-            Request::Status => tracking
-                .view(Settle::No)
-                .map(|view| Answer::Status(Box::new(Status::now(&view, &tracking.roots)))),
-            Request::Audit => audit(tracking).map(Answer::Audit),
-            Request::Model => tracking.view(Settle::Suspects).map(|view| {
+            Request::Status => shared
+                .status()
+                .map(|status| Answer::Status(Box::new(status))),
+            Request::Audit => shared.audit().map(Answer::Audit),
+            Request::Model => shared.tracking.view(Settle::Suspects).map(|view| {
                 sent.clone_from(&view.state);
                 Answer::Model(Box::new(view.state))
             }),
-            Request::Delta => tracking.view(Settle::Events).map(|view| {
+            Request::Delta => shared.tracking.view(Settle::Events).map(|view| {
                 let delta = diff(&sent, &view.state);
                 sent = view.state;
                 Answer::Delta(Box::new(delta))
@@ -89,6 +110,26 @@ fn answer(mut client: UnixStream, tracking: &Tracking, stop: &Sender<()>) -> io:
             // If the channel is full, it stops already.
             let _ = stop.try_send(());
             return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_root_may_end_the_agent() {
+        let (here, _there) = UnixStream::pair().unwrap();
+        let root = nix::unistd::geteuid().is_root();
+        assert_eq!(may(&here, Request::Shutdown).unwrap(), root);
+        for request in [
+            Request::Status,
+            Request::Audit,
+            Request::Model,
+            Request::Delta,
+        ] {
+            assert!(may(&here, request).unwrap());
         }
     }
 }

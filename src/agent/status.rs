@@ -1,18 +1,25 @@
 //! What `tracker status` and the metrics show.
 
+use crate::bpf::programs::ProgramStats;
+use crate::bpf::rings::RingFill;
 use crate::bpf::track::HookSet;
 use crate::handover::report::UpdateReport;
 use crate::model::event::FileKind;
 use crate::model::ids::{CgroupId, OfdId, Pid};
 use crate::model::state::State;
+use crate::sys::clock;
+use crate::track::audit::Report;
 use crate::track::roots::Root;
-use crate::track::{Counters, View};
+use crate::track::{Counters, Tracking, View};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 /// The agent's own account of itself and of what it tracks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
+    /// The agent's process.
+    pub agent: AgentStatus,
     /// Hook set in use.
     pub hooks: HookSet,
     /// Why the better set is not.
@@ -27,8 +34,69 @@ pub struct Status {
     pub suspects: BTreeMap<String, u64>,
     /// Each application.
     pub applications: Vec<Application>,
+    /// The hooks' programs.
+    pub programs: Vec<ProgramStats>,
+    /// The event rings, by shard.
+    pub rings: Vec<RingFill>,
+    /// The last audit since the agent started, if there was one.
+    pub last_audit: Option<LastAudit>,
     /// The update that started this kernel, if one did.
     pub last_update: Option<UpdateReport>,
+}
+
+/// What the agent's process is and uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// Its PID.
+    pub pid: u32,
+    /// When it started, in seconds since the epoch.
+    pub start_time: f64,
+    /// CPU time it has used, in seconds.
+    pub cpu_seconds: f64,
+    /// Memory it has in use, in bytes; 0 if /proc does not tell.
+    pub resident_bytes: u64,
+}
+
+impl AgentStatus {
+    /// That of this process, which started at that `CLOCK_REALTIME`.
+    #[must_use]
+    pub fn now(started: u64) -> Self {
+        let statm = procfs::process::Process::myself().and_then(|process| process.statm());
+        let pages = statm.map_or(0, |statm| statm.resident);
+        let seconds = |nanoseconds| Duration::from_nanos(nanoseconds).as_secs_f64();
+        Self {
+            pid: std::process::id(),
+            start_time: seconds(started),
+            cpu_seconds: seconds(clock::process_cpu()),
+            resident_bytes: pages * procfs::page_size(),
+        }
+    }
+}
+
+/// The outcome of an audit.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LastAudit {
+    /// When it ended, in seconds since the epoch.
+    pub time: f64,
+    /// Objects that the model and the kernel described differently.
+    pub differences: u64,
+    /// Objects that changed while they were compared.
+    pub unstable: u64,
+    /// Descriptors compared.
+    pub descriptors: u64,
+}
+
+impl LastAudit {
+    /// Of a report that was finished at that `CLOCK_REALTIME`.
+    #[must_use]
+    pub fn of(report: &Report, time: u64) -> Self {
+        Self {
+            time: Duration::from_nanos(time).as_secs_f64(),
+            differences: count(report.differences.len()),
+            unstable: count(report.unstable.len()),
+            descriptors: count(report.compared.descriptors),
+        }
+    }
 }
 
 /// One application: a cgroup right below one that is tracked, or that one itself.
@@ -60,20 +128,34 @@ pub struct Sizes {
 }
 
 impl Status {
-    /// The account of a view, and of the update before it.
+    /// The account of a view, of the programs and rings behind it and of the update before it.
     #[must_use]
-    pub fn now(view: &View, roots: &[Root]) -> Self {
+    pub fn now(
+        view: &View,
+        tracking: &Tracking,
+        agent: AgentStatus,
+        last_audit: Option<LastAudit>,
+    ) -> Self {
+        let programs = tracking.programs.stats();
+        if let Err(error) = &programs {
+            tracing::warn!(%error, "the kernel does not tell about the programs");
+        }
         let last_update = UpdateReport::read();
         if let Err(error) = &last_update {
             tracing::warn!(%error, "the report of the last update cannot be read");
         }
         Self {
+            agent,
+            programs: programs.unwrap_or_default(),
+            rings: tracking.fills.now(),
+            last_audit,
             last_update: last_update.unwrap_or_default(),
-            ..Self::of(view, roots)
+            ..Self::of(view, &tracking.roots)
         }
     }
 
-    fn of(view: &View, roots: &[Root]) -> Self {
+    /// What a view tells by itself.
+    pub(super) fn of(view: &View, roots: &[Root]) -> Self {
         let state = &view.state;
         let mut suspects = BTreeMap::<String, u64>::new();
         for object in state.suspects() {
@@ -105,8 +187,18 @@ impl Status {
             total: Sizes::of(state, |_| true),
             suspects,
             applications: applications.collect(),
+            agent: AgentStatus::default(),
+            programs: Vec::new(),
+            rings: Vec::new(),
+            last_audit: None,
             last_update: None,
         }
+    }
+
+    /// Runs of the hooks' programs that the kernel left out.
+    #[must_use]
+    pub fn recursion_misses(&self) -> u64 {
+        self.programs.iter().map(|one| one.recursion_misses).sum()
     }
 }
 
@@ -165,5 +257,24 @@ fn kind_name(kind: FileKind) -> String {
     match serde_json::to_value(kind) {
         Ok(serde_json::Value::String(name)) => name,
         _ => "other".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agent_knows_what_it_uses() {
+        let before = clock::process_cpu();
+        let agent = AgentStatus::now(1_500_000_000);
+        assert_eq!(agent.pid, std::process::id());
+        assert_eq!(agent.start_time, 1.5);
+        assert!(agent.cpu_seconds >= Duration::from_nanos(before).as_secs_f64());
+        // A test program has more than a megabyte of code and data in use, and less than 4 GiB.
+        assert!(
+            (1 << 20..4 << 30).contains(&agent.resident_bytes),
+            "{agent:?}"
+        );
     }
 }

@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{RingBuffer, RingBufferBuilder};
 
 use super::events::{
@@ -18,6 +18,7 @@ use super::events::{
     WatchRec,
 };
 use super::pass::{self, Buffer, Target};
+use super::programs::Programs;
 use super::record::{Malformed, Raw, records};
 use super::skeleton::iter::{IterSkel, IterSkelBuilder};
 
@@ -202,6 +203,15 @@ impl Iterators {
             buffer: Buffer::default(),
             skel,
         })
+    }
+
+    /// The loaded programs.
+    ///
+    /// # Errors
+    ///
+    /// This process has no descriptors left.
+    pub fn programs(&self) -> io::Result<Programs> {
+        Programs::of(self.skel.object())
     }
 
     /// Threads, processes and address spaces, without the dearer parts.

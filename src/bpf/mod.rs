@@ -3,11 +3,15 @@
 //! `bpf/events.h` is the only source of the record layouts; [`events`] is generated from it.
 
 pub mod features;
+mod hooks;
 pub mod iter;
 pub mod netlock;
 mod pass;
+pub mod programs;
 pub mod reading;
 pub mod record;
+pub mod ring;
+pub mod rings;
 mod skeleton;
 pub mod track;
 pub mod wire;

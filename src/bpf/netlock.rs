@@ -16,11 +16,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle};
 
 use super::events::{LockControl, LockDirection, LockFlowKey, LockMode, LockPortKey};
 use super::features::cgroup2_mount;
+use super::programs::Programs;
 use super::record::bytes_of;
 use super::skeleton::netlock::{NetlockSkel, NetlockSkelBuilder};
 
@@ -137,6 +138,16 @@ impl NetLock {
             control: LockControl::default(),
             skel: Some(skel),
         })
+    }
+
+    /// The loaded programs; none of a lock opened from its pins.
+    ///
+    /// # Errors
+    ///
+    /// This process has no descriptors left.
+    pub fn programs(&self) -> io::Result<Programs> {
+        let skel = self.skel.as_ref();
+        skel.map_or(Ok(Programs::default()), |skel| Programs::of(skel.object()))
     }
 
     /// Locks a TCP connection by its two ends. An IPv4-mapped address counts as IPv4, which is

@@ -1,15 +1,21 @@
 //! The tracking hooks: which of them the kernel takes, their rings and counters.
 
 use super::events::EventClass;
+use super::hooks::When::{Always, Fallback, Fentry, Mappings};
+use super::hooks::{INSTEAD, MAPPINGS, NEEDED, PROGRAMS, Target, When, exists, functions};
+use super::programs::Programs;
+use super::ring::{Kick, Ring};
+use super::rings::Fills;
 use super::skeleton::track::{OpenTrackSkel, TrackSkel, TrackSkelBuilder};
 use super::wire;
 use crate::model::event::{Event, Object};
-use libbpf_rs::btf::{Btf, BtfType, types};
+use libbpf_rs::btf::Btf;
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
-use libbpf_rs::{Link, MapCore, MapFlags, OpenProgramMut, RingBuffer, RingBufferBuilder};
+use libbpf_rs::{Link, MapCore, MapFlags, MapMut, OpenProgramMut, RingBufferBuilder};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 
 /// Which set of hooks is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,176 +72,6 @@ pub struct MapError {
 /// that a ring is read long before it is full.
 const WAKE_BYTES: u32 = 1024;
 
-/// What a program hooks.
-#[derive(Clone, Copy, Debug)]
-enum Target {
-    /// A BTF tracepoint; which of several layouts, by its number of arguments.
-    Tracepoint(&'static str, Option<usize>),
-    /// A kernel function.
-    Function(&'static str),
-}
-
-/// When a program is wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum When {
-    Always,
-    /// With the fentry set.
-    Fentry,
-    /// With the fallback set.
-    Fallback,
-    /// With the fallback set, or if one of [`MAPPINGS`] is not there.
-    Mappings,
-}
-
-use Target::{Function, Tracepoint};
-use When::{Always, Fallback, Fentry, Mappings};
-
-const PROGRAMS: &[(&str, Target, When)] = &[
-    ("task_newtask", Tracepoint("task_newtask", None), Always),
-    ("task_exec", Tracepoint("sched_process_exec", None), Always),
-    ("task_rename", Tracepoint("task_rename", None), Always),
-    ("task_exit", Tracepoint("sched_process_exit", None), Always),
-    ("task_free", Tracepoint("sched_process_free", None), Always),
-    (
-        "cgroup_attach",
-        Tracepoint("cgroup_attach_task", None),
-        Always,
-    ),
-    (
-        "inet_sock_set_state",
-        Tracepoint("inet_sock_set_state", None),
-        Always,
-    ),
-    (
-        "mmap_lock_path",
-        Tracepoint("mmap_lock_acquire_returned", Some(4)),
-        Mappings,
-    ),
-    (
-        "mmap_lock",
-        Tracepoint("mmap_lock_acquire_returned", Some(3)),
-        Mappings,
-    ),
-    ("mmap_region", Function("mmap_region"), Fentry),
-    ("do_mas_munmap", Function("do_mas_munmap"), Fentry),
-    ("do_vmi_munmap", Function("do_vmi_munmap"), Fentry),
-    (
-        "do_vmi_align_munmap",
-        Function("do_vmi_align_munmap"),
-        Fentry,
-    ),
-    ("mprotect_fixup", Function("mprotect_fixup"), Fentry),
-    ("do_brk_flags", Function("do_brk_flags"), Fentry),
-    ("sys_brk", Function("__x64_sys_brk"), Fentry),
-    ("sys_mremap", Function("__x64_sys_mremap"), Fentry),
-    ("do_madvise", Function("do_madvise"), Fentry),
-    ("mlock_fixup", Function("mlock_fixup"), Fentry),
-    ("mbind_range", Function("mbind_range"), Fentry),
-    ("ksys_shmdt", Function("ksys_shmdt"), Fentry),
-    ("userfaultfd_ioctl", Function("userfaultfd_ioctl"), Fentry),
-    ("do_mseal", Function("do_mseal"), Fentry),
-    ("sys_prctl", Function("__x64_sys_prctl"), Fentry),
-    ("expand_downwards", Function("expand_downwards"), Fentry),
-    ("sys_exit", Tracepoint("sys_exit", None), Fallback),
-    ("task_release", Function("release_task"), Fentry),
-    ("unshare_files", Function("unshare_files"), Fentry),
-    ("ksys_unshare", Function("ksys_unshare"), Fentry),
-    ("fd_install", Function("fd_install"), Fentry),
-    ("pick_file", Function("pick_file"), Fentry),
-    (
-        "file_close_fd_locked",
-        Function("file_close_fd_locked"),
-        Fentry,
-    ),
-    ("do_dup2", Function("do_dup2"), Fentry),
-    ("do_dup2_exit", Function("do_dup2"), Fentry),
-    ("set_close_on_exec", Function("set_close_on_exec"), Fentry),
-    ("do_close_on_exec", Function("do_close_on_exec"), Fentry),
-    ("close_range_exit", Function("__close_range"), Fentry),
-    ("dup_fd", Function("dup_fd"), Fentry),
-    ("exit_files", Function("exit_files"), Fentry),
-    ("fcntl", Function("do_fcntl"), Fentry),
-    ("vfs_ioctl", Function("do_vfs_ioctl"), Fentry),
-    ("f_setown", Function("__f_setown"), Fentry),
-    ("commit_creds", Function("commit_creds"), Fentry),
-    ("set_fs_pwd", Function("set_fs_pwd"), Fentry),
-    ("set_fs_root", Function("set_fs_root"), Fentry),
-    ("sys_umask", Function("__x64_sys_umask"), Fentry),
-    ("change_pid", Function("change_pid"), Fentry),
-    ("unix_release", Function("unix_release_sock"), Fentry),
-    ("watch_set", Function("inotify_update_watch"), Fentry),
-    (
-        "watch_removed",
-        Function("inotify_ignored_and_remove_idr"),
-        Fentry,
-    ),
-    ("sys_setsockopt", Function("__sys_setsockopt"), Fentry),
-    ("sys_bind", Function("__sys_bind"), Fentry),
-    ("sys_listen", Function("__sys_listen"), Fentry),
-    ("sys_connect", Function("__sys_connect_file"), Fentry),
-    ("sys_shutdown", Function("__sys_shutdown"), Fentry),
-    ("epoll_ctl", Function("do_epoll_ctl"), Fentry),
-    ("epoll_ctl_exit", Function("do_epoll_ctl"), Fentry),
-    ("epoll_insert", Function("ep_ptable_queue_proc"), Fentry),
-    ("epoll_remove_item", Function("ep_remove_epi"), Fentry),
-    ("epoll_remove_forced", Function("__ep_remove"), Fentry),
-    ("epoll_remove", Function("ep_remove"), Fentry),
-];
-
-/// Programs that say the same: only the first one the kernel has is loaded.
-const INSTEAD: &[&[&str]] = &[&["epoll_remove_item", "epoll_remove_forced", "epoll_remove"]];
-
-/// Without one of each of these groups the fentry set is not exact, and is not used.
-const NEEDED: &[&[&str]] = &[
-    &["fd_install"],
-    &["pick_file", "file_close_fd_locked"],
-    &["do_dup2"],
-    &["set_close_on_exec"],
-    &["do_close_on_exec"],
-    &["close_range_exit"],
-    &["dup_fd"],
-    &["unshare_files"],
-    &["ksys_unshare"],
-    &["epoll_ctl"],
-    &["epoll_ctl_exit"],
-    &["epoll_insert"],
-    INSTEAD[0],
-    &["exit_files"],
-    &["fcntl"],
-    &["vfs_ioctl"],
-    &["f_setown"],
-    &["commit_creds"],
-    &["set_fs_pwd"],
-    &["set_fs_root"],
-    &["sys_umask"],
-    &["change_pid"],
-    &["unix_release"],
-    &["watch_set"],
-    &["watch_removed"],
-    &["sys_bind"],
-    &["sys_listen"],
-    &["sys_connect"],
-    &["sys_shutdown"],
-    &["sys_setsockopt"],
-];
-
-/// Together these mark every change of mappings; else the tracepoint of `mmap_lock` does.
-const MAPPINGS: &[&[&str]] = &[
-    &["mmap_region"],
-    &["do_mas_munmap", "do_vmi_align_munmap"],
-    &["mprotect_fixup"],
-    &["do_brk_flags"],
-    &["sys_brk"],
-    &["sys_mremap"],
-    &["do_madvise"],
-    &["mlock_fixup"],
-    &["mbind_range"],
-    &["ksys_shmdt"],
-    &["userfaultfd_ioctl"],
-    &["sys_prctl"],
-    &["expand_downwards"],
-];
-
 /// The loaded and attached hooks. Dropping it detaches them.
 pub struct Hooks {
     links: Vec<Link>,
@@ -246,6 +82,11 @@ pub struct Hooks {
     pub refused: Option<String>,
     /// Programs attached.
     pub attached: Vec<&'static str>,
+    /// Programs that were loaded and could not be attached, and why.
+    pub not_attached: Vec<(&'static str, String)>,
+    /// Programs of the set whose function or tracepoint the kernel does not have.
+    pub absent: Vec<&'static str>,
+    programs: Programs,
     shards: u32,
 }
 
@@ -278,25 +119,62 @@ impl Hooks {
         }
     }
 
+    /// Loads a set and attaches what the kernel attaches of it, even if that is too little to
+    /// track with: for a look at the programs.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused to load a program.
+    pub fn load_anyhow(set: HookSet) -> Result<Self, LoadError> {
+        super::redirect_libbpf_log();
+        Ok(Self::load_some(&Options::default(), set)?.0)
+    }
+
     fn load_set(options: &Options, set: HookSet) -> Result<Self, LoadError> {
+        let (hooks, refusal) = Self::load_some(options, set)?;
+        let missing = |group: &&[&str]| !group.iter().any(|name| hooks.attached.contains(name));
+        // The tracepoint was left out because these were there.
+        let marks = hooks
+            .attached
+            .iter()
+            .any(|name| name.starts_with("mmap_lock"));
+        let needed = NEEDED.iter().chain(if marks { &[] } else { MAPPINGS });
+        if set == HookSet::Fentry && needed.clone().any(missing) {
+            let source = refusal.unwrap_or_else(|| {
+                std::io::Error::new(std::io::ErrorKind::NotFound, "a function is inlined").into()
+            });
+            return Err(LoadError {
+                step: "attach",
+                source,
+            });
+        }
+        Ok(hooks)
+    }
+
+    /// Also the last reason for which a program was not attached.
+    fn load_some(
+        options: &Options,
+        set: HookSet,
+    ) -> Result<(Self, Option<libbpf_rs::Error>), LoadError> {
         let at = |step| move |source| LoadError { step, source };
         let btf = Btf::from_vmlinux().map_err(at("reading the kernel's BTF"))?;
-        let mut wanted: Vec<&'static str> = PROGRAMS
-            .iter()
-            .filter(|(_, target, when)| {
-                let here = match when {
-                    Always => true,
-                    Fentry => set == HookSet::Fentry,
-                    Fallback => set == HookSet::Fallback,
-                    Mappings => set == HookSet::Fallback || !functions(&btf, MAPPINGS),
-                };
-                here && exists(&btf, *target)
-            })
-            .map(|(name, _, _)| *name)
-            .collect();
+        let of_set = PROGRAMS.iter().filter(|(_, _, when)| match when {
+            Always => true,
+            Fentry => set == HookSet::Fentry,
+            Fallback => set == HookSet::Fallback,
+            Mappings => set == HookSet::Fallback || !functions(&btf, MAPPINGS),
+        });
+        let (wanted, absent): (Vec<_>, Vec<_>) =
+            of_set.partition(|(_, target, _)| exists(&btf, *target));
+        let names = |programs: Vec<&(&'static str, Target, When)>| {
+            let names = programs.into_iter().map(|(name, _, _)| *name);
+            names.collect::<Vec<&'static str>>()
+        };
+        let (mut wanted, mut absent) = (names(wanted), names(absent));
         for group in INSTEAD {
             let first = group.iter().find(|name| wanted.contains(name));
-            wanted.retain(|name| !group.contains(name) || Some(name) == first);
+            let spare = |name: &&str| group.contains(name) && Some(name) != first;
+            absent.extend(wanted.extract_if(.., |name| spare(name)));
         }
         // The skeleton borrows this storage; a few words stay behind per load.
         let storage = Box::leak(Box::new(MaybeUninit::uninit()));
@@ -335,6 +213,7 @@ impl Hooks {
         let skel = open.load().map_err(at("load"))?;
         let mut links = Vec::new();
         let mut attached = Vec::new();
+        let mut not_attached = Vec::new();
         let mut refusal = None;
         for program in skel.object().progs_mut() {
             let Some(name) = wanted.iter().find(|name| program.name() == **name) else {
@@ -347,28 +226,38 @@ impl Hooks {
                 }
                 Err(error) => {
                     tracing::debug!(hook = name, %error, "not attached");
+                    not_attached.push((*name, error.to_string()));
                     refusal = Some(error);
                 }
             }
         }
-        let missing = |group: &&[&str]| !group.iter().any(|name| attached.contains(name));
-        if set == HookSet::Fentry && NEEDED.iter().any(missing) {
-            let source = refusal.unwrap_or_else(|| {
-                std::io::Error::new(std::io::ErrorKind::NotFound, "a function is inlined").into()
-            });
-            return Err(LoadError {
-                step: "attach",
-                source,
-            });
-        }
-        Ok(Self {
+        let programs = Programs::of(skel.object())
+            .map_err(|error| at("keeping the programs open")(error.into()))?;
+        let hooks = Self {
             links,
             skel,
             set,
             refused: None,
             attached,
+            not_attached,
+            absent,
+            programs,
             shards: options.shards,
-        })
+        };
+        Ok((hooks, refusal))
+    }
+
+    /// The loaded programs, for what the kernel counts of them.
+    #[must_use]
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// Runs that the kernel left out because the program ran on that CPU already: events that
+    /// nobody saw and that [`Hooks::lost`] does not count.
+    #[must_use]
+    pub fn recursion_misses(&self) -> u64 {
+        self.programs.recursion_misses()
     }
 
     /// Sets the cgroups that are tracked with everything below them: cgroup id and
@@ -459,13 +348,13 @@ impl Hooks {
             .collect()
     }
 
-    /// One consumer per ring; `sink` gets every event, and `None` for a record that
+    /// One reader per ring; `sink` gets every event, and `None` for a record that
     /// has not even a number.
     ///
     /// # Errors
     ///
     /// A ring cannot be mapped.
-    pub fn rings<F>(&self, sink: impl Fn(u32) -> F) -> Result<Vec<RingBuffer<'static>>, LoadError>
+    pub fn rings<F>(&self, sink: impl Fn(u32) -> F) -> Result<Vec<(Ring, Kick)>, LoadError>
     where
         F: FnMut(Option<Event>) + 'static,
     {
@@ -473,6 +362,38 @@ impl Hooks {
             step: "mapping the rings",
             source,
         };
+        (0..)
+            .zip(self.ring_maps())
+            .map(|(shard, ring)| {
+                let mut sink = sink(shard);
+                let mut builder = RingBufferBuilder::new();
+                let each = move |bytes: &[u8]| {
+                    sink(wire::decode(bytes).ok());
+                    0
+                };
+                builder.add(ring, each).map_err(at)?;
+                let kick = Kick::new().map_err(|error| at(error.into()))?;
+                let ring = Ring::new(builder.build().map_err(at)?, kick.clone());
+                Ok((ring, kick))
+            })
+            .collect()
+    }
+
+    /// Where to see how full the rings are.
+    ///
+    /// # Errors
+    ///
+    /// A ring cannot be mapped.
+    pub fn fills(&self) -> Result<Fills, LoadError> {
+        let maps = self.ring_maps();
+        Fills::of(maps.map(|map| (map.as_fd(), map.max_entries()))).map_err(|error| LoadError {
+            step: "mapping the rings' positions",
+            source: error.into(),
+        })
+    }
+
+    /// The rings in use.
+    fn ring_maps(&self) -> impl Iterator<Item = &MapMut<'static>> {
         let maps = &self.skel.maps;
         let rings = [
             &maps.ring0,
@@ -484,19 +405,7 @@ impl Hooks {
             &maps.ring6,
             &maps.ring7,
         ];
-        (0..self.shards)
-            .zip(rings)
-            .map(|(shard, ring)| {
-                let mut sink = sink(shard);
-                let mut builder = RingBufferBuilder::new();
-                let each = move |bytes: &[u8]| {
-                    sink(wire::decode(bytes).ok());
-                    0
-                };
-                builder.add(ring, each).map_err(at)?;
-                builder.build().map_err(at)
-            })
-            .collect()
+        (0..self.shards).zip(rings).map(|(_, ring)| ring)
     }
 
     /// Programs attached.
@@ -504,13 +413,6 @@ impl Hooks {
     pub fn link_count(&self) -> usize {
         self.links.len()
     }
-}
-
-/// Whether the kernel has one function of each group, by the names of their programs.
-fn functions(btf: &Btf<'_>, groups: &[&[&str]]) -> bool {
-    let target = |name: &str| PROGRAMS.iter().find(|(program, _, _)| *program == name);
-    let there = |name: &&str| target(name).is_some_and(|(_, target, _)| exists(btf, *target));
-    groups.iter().all(|group| group.iter().any(there))
 }
 
 fn number(bytes: &[u8]) -> u64 {
@@ -521,22 +423,4 @@ fn number(bytes: &[u8]) -> u64 {
 
 fn programs<'a>(open: &'a mut OpenTrackSkel<'static>) -> impl Iterator<Item = OpenProgramMut<'a>> {
     open.open_object_mut().progs_mut()
-}
-
-fn exists(btf: &Btf<'_>, target: Target) -> bool {
-    match target {
-        Function(name) => btf.type_by_name::<types::Func<'_>>(name).is_some(),
-        Tracepoint(name, arguments) => {
-            let Some(typedef) = btf.type_by_name::<BtfType<'_>>(&format!("btf_trace_{name}"))
-            else {
-                return false;
-            };
-            let Some(wanted) = arguments else { return true };
-            // typedef -> pointer -> prototype, whose first parameter is not the tracepoint's
-            let pointer = typedef.next_type();
-            let prototype = pointer.and_then(|pointer| pointer.next_type());
-            let prototype = prototype.and_then(|ty| types::FuncProto::try_from(ty).ok());
-            prototype.is_some_and(|prototype| prototype.len() == wanted + 1)
-        }
-    }
 }

@@ -3,7 +3,8 @@
 use super::events::{self, EpollCtlEvent};
 use super::events::{
     EventClass, EventKind, FdEvent, FileKind as Kind, InstallEvent, InstallSocketEvent, MoveEvent,
-    ObjectEvent, OfdEvent, SockOpts, SockPart, SockStateEvent, SocketEvent, TaskAttrEvent, TaskEvent, WatchEvent, WordEvent,
+    ObjectEvent, OfdEvent, SockOpts, SockPart, SockStateEvent, SocketEvent, TaskAttrEvent,
+    TaskEvent, WatchEvent, WordEvent,
 };
 use super::record::{Malformed, c_text};
 use crate::model::event::{

@@ -23,6 +23,9 @@ pub struct AgentArgs {
     /// Directory of the lock file
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     state_dir: PathBuf,
+    /// Group whose members may ask for status and audits, beside root
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
     /// Hook set to use [default: the best the kernel accepts, or $TRACKER_HOOKS]
     #[arg(long, value_name = "SET")]
     hooks: Option<Hooks>,
@@ -72,6 +75,7 @@ pub fn run(args: AgentArgs) -> Result<ExitCode, AgentError> {
             .socket
             .unwrap_or_else(|| args.state_dir.join("agent.sock")),
         state_dir: args.state_dir,
+        socket_group: args.socket_group,
         hooks: Options {
             set,
             ring_bytes,

@@ -16,6 +16,9 @@ pub struct CheckArgs {
     /// Only whether this application can be updated under: its name, or the PID of a process
     #[arg(value_name = "NAME|PID")]
     application: Option<String>,
+    /// Load and attach every BPF program, of both hook sets, and print what the verifier made of it
+    #[arg(long, conflicts_with = "application")]
+    programs: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -54,6 +57,7 @@ struct Found {
 }
 
 /// Prints what the kernel can do for tracker; ends with 4 if it lacks what tracking needs. Of
+/// BPF programs, ends with 4 if one of them does not load or attach. Of
 /// an application, prints every object that cannot be carried; ends with 3 if there is one.
 ///
 /// # Errors
@@ -61,6 +65,7 @@ struct Found {
 pub fn run(args: &CheckArgs) -> Result<ExitCode, CheckError> {
     match &args.application {
         Some(wanted) => eligibility(wanted, args.json),
+        None if args.programs => Ok(super::programs::run(args.json)),
         None => Ok(kernel(args)),
     }
 }

@@ -6,6 +6,7 @@ mod check;
 mod checkpoint;
 mod completions;
 mod inspect;
+mod programs;
 mod restore;
 mod run;
 mod status;

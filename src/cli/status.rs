@@ -91,6 +91,13 @@ fn print(status: &Status) {
         status.lag,
         counters.readings
     );
+    let agent = &status.agent;
+    println!(
+        "Agent {}: {:.1} s of CPU, {} MiB",
+        agent.pid,
+        agent.cpu_seconds,
+        agent.resident_bytes >> 20
+    );
     println!("Lost: {}", list(&counters.lost));
     println!("Suspect: {}", list(&status.suspects));
     if counters.malformed + counters.gaps > 0 {
@@ -98,6 +105,11 @@ fn print(status: &Status) {
             "Malformed: {}, missing: {}",
             counters.malformed, counters.gaps
         );
+    }
+    if status.recursion_misses() > 0 {
+        let misses = status.programs.iter();
+        let misses = misses.map(|one| (one.name.clone(), one.recursion_misses));
+        println!("Missed by programs: {}", list(&misses.collect()));
     }
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header([
@@ -136,6 +148,12 @@ fn print(status: &Status) {
         ]);
     }
     println!("{table}");
+    if let Some(audit) = &status.last_audit {
+        println!(
+            "Last audit: {} differences in {} descriptors and what belongs to them",
+            audit.differences, audit.descriptors
+        );
+    }
     if let Some(report) = &status.last_update {
         print_update(report);
     }

@@ -21,6 +21,12 @@ pub fn monotonic_raw() -> u64 {
     nanoseconds(ClockId::CLOCK_MONOTONIC_RAW)
 }
 
+/// Nanoseconds of CPU time of all threads of this process, `CLOCK_PROCESS_CPUTIME_ID`.
+#[must_use]
+pub fn process_cpu() -> u64 {
+    nanoseconds(ClockId::CLOCK_PROCESS_CPUTIME_ID)
+}
+
 /// Nanoseconds since this kernel started, `CLOCK_BOOTTIME`.
 #[must_use]
 pub fn boottime() -> u64 {

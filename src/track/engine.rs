@@ -5,6 +5,7 @@ use super::reader::{self, Reading};
 use super::roots::Root;
 use super::{Counters, Request, Settle, View};
 use crate::bpf::iter::{Iterators, Scope};
+use crate::bpf::ring::Kick;
 use crate::bpf::track::{HookSet, Hooks};
 use crate::bpf::wire;
 use crate::model::apply::{Anomaly, apply};
@@ -20,6 +21,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_millis(50);
+/// A record that is reserved already may be submitted only after its ring was read.
+const KICK_PATIENCE: Duration = Duration::from_millis(2);
 /// Between two readings of descriptors, and of mappings.
 const FILES_PAUSE: Duration = Duration::from_millis(200);
 const MMS_PAUSE: Duration = Duration::from_secs(1);
@@ -47,13 +50,20 @@ impl Batch {
     }
 }
 
+/// Where the events of all rings come in.
+pub(super) struct Inbox {
+    pub batches: Receiver<Vec<Option<Event>>>,
+    /// Makes the rings be read now.
+    pub kicks: Vec<Kick>,
+}
+
 pub(super) struct Engine {
     hooks: Hooks,
     roots: Vec<Root>,
     state: State,
     order: Order,
     counters: Counters,
-    batches: Receiver<Vec<Option<Event>>>,
+    inbox: Inbox,
     requests: Receiver<Request>,
     orders: Option<Sender<reader::Order>>,
     readings: Receiver<Reading>,
@@ -75,7 +85,7 @@ impl Engine {
         hooks: Hooks,
         iterators: Iterators,
         roots: Vec<Root>,
-        batches: Receiver<Vec<Option<Event>>>,
+        inbox: Inbox,
         requests: Receiver<Request>,
     ) -> io::Result<Self> {
         let (orders, readings, reader) = reader::start(iterators)?;
@@ -86,7 +96,7 @@ impl Engine {
             state: State::default(),
             order: Order::default(),
             counters: Counters::default(),
-            batches,
+            inbox,
             requests,
             orders: Some(orders),
             readings,
@@ -117,7 +127,7 @@ impl Engine {
 
     /// Waits for something to do, at most so long, and does it.
     fn step(&mut self, patience: Duration) {
-        let (batches, readings) = (self.batches.clone(), self.readings.clone());
+        let (batches, readings) = (self.inbox.batches.clone(), self.readings.clone());
         let requests = self.requests.clone();
         select! {
             recv(batches) -> batch => match batch {
@@ -146,7 +156,7 @@ impl Engine {
 
     /// As `step`, without taking requests.
     fn wait(&mut self, patience: Duration) {
-        let (batches, readings) = (self.batches.clone(), self.readings.clone());
+        let (batches, readings) = (self.inbox.batches.clone(), self.readings.clone());
         select! {
             recv(batches) -> batch => if let Ok(batch) = batch {
                 self.take_in(batch);
@@ -360,7 +370,8 @@ impl Engine {
     fn catch_up(&mut self) {
         let target = self.hooks.last_seq();
         while self.order.done() < target && !self.stopped {
-            self.wait(TICK);
+            self.inbox.kicks.iter().for_each(Kick::now);
+            self.wait(KICK_PATIENCE);
         }
     }
 
@@ -447,12 +458,17 @@ impl Engine {
     }
 
     fn count_resyncs(&mut self, files: bool, mms: bool, all: bool) {
-        let mut count = |kind: &str| *self.counters.resyncs.entry(kind.to_owned()).or_default() += 1;
+        let mut count =
+            |kind: &str| *self.counters.resyncs.entry(kind.to_owned()).or_default() += 1;
         if files && all {
             count("everything");
         }
         for object in self.state.suspects() {
-            if if matches!(object, Object::Mm(_)) { mms } else { files } {
+            if if matches!(object, Object::Mm(_)) {
+                mms
+            } else {
+                files
+            } {
                 count(object.kind());
             }
         }

@@ -9,9 +9,12 @@ mod reader;
 pub mod roots;
 
 use crate::bpf::iter::Iterators;
+use crate::bpf::programs::Programs;
+use crate::bpf::rings::Fills;
 use crate::bpf::track::{HookSet, Hooks, Options};
 use crate::model::state::State;
 use crossbeam_channel::{Sender, bounded};
+use nix::poll::PollTimeout;
 use roots::Root;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -19,7 +22,9 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+
+/// Milliseconds that events may lie in a ring; many of them wake its reader before.
+const RING_PAUSE: u8 = 50;
 
 /// Tracking cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +107,10 @@ pub struct Tracking {
     threads: Vec<JoinHandle<()>>,
     /// What is tracked.
     pub roots: Vec<Root>,
+    /// The hooks' programs, for what the kernel counts of them.
+    pub programs: Programs,
+    /// How full the rings are.
+    pub fills: Fills,
 }
 
 impl Tracking {
@@ -121,18 +130,21 @@ impl Tracking {
             let batch = collected[shard as usize].clone();
             move |event| batch.push(event)
         };
-        for (ring, batch) in hooks
+        let mut kicks = Vec::new();
+        for ((ring, kick), batch) in hooks
             .rings(sink)?
             .into_iter()
             .zip(collected.iter().cloned())
         {
+            kicks.push(kick);
             let (stop, batches) = (Arc::clone(&stop), batches.clone());
             let ring = SendRing(ring);
             threads.push(thread::Builder::new().name("ring".into()).spawn(move || {
                 let SendRing(ring) = { ring };
+                let mut more = false;
                 while !stop.load(Ordering::Relaxed) {
-                    // The error is EINTR, after which polling goes on.
-                    let _ = ring.poll(Duration::from_millis(100));
+                    let pause = PollTimeout::from(if more { 0 } else { RING_PAUSE });
+                    more = ring.read(pause);
                     let events = batch.take();
                     if !events.is_empty() && batches.send(events).is_err() {
                         return;
@@ -142,7 +154,12 @@ impl Tracking {
         }
         let roots_of: Vec<_> = roots.iter().map(|root| (root.id.0, root.level)).collect();
         hooks.set_roots(&roots_of);
+        let (programs, fills) = (hooks.programs().clone(), hooks.fills()?);
         let (requests, requested) = bounded(16);
+        let inbox = engine::Inbox {
+            batches: inbox,
+            kicks,
+        };
         let engine = engine::Engine::new(hooks, iterators, roots.clone(), inbox, requested)?;
         threads.push(
             thread::Builder::new()
@@ -154,6 +171,8 @@ impl Tracking {
             stop,
             threads,
             roots,
+            programs,
+            fills,
         })
     }
 
@@ -183,4 +202,4 @@ impl Drop for Tracking {
 }
 
 /// A ring with its callback, moved to its thread once.
-struct SendRing(libbpf_rs::RingBuffer<'static>);
+struct SendRing(crate::bpf::ring::Ring);

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|bench|overhead`.
+//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|verifier|bench|overhead`.
 
 mod apt;
 mod bench;
@@ -8,6 +8,7 @@ mod overhead;
 mod setup;
 mod shell;
 mod test;
+mod verifier;
 mod vm;
 mod vmtest;
 
@@ -35,6 +36,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Boots a VM with freshly built programs: a shell, or one command.
     Vm(vm::Arguments),
+    /// Prints what each kernel makes of the BPF programs.
+    Verifier(verifier::Arguments),
     /// Checks and tests everything, in VMs too.
     Test(test::Arguments),
     /// Runs cases and scenarios in VMs.
@@ -48,6 +51,7 @@ fn main() -> std::process::ExitCode {
         Task::Overhead(arguments) => overhead::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Verifier(arguments) => verifier::run(&arguments),
         Task::Vm(arguments) => vm::run(&arguments),
         Task::Vmtest(arguments) => vmtest::run(&arguments),
     };

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use serde_json::Value;
 
 use super::Scenario;
 use crate::image::Kernel;
@@ -22,5 +23,31 @@ fn interfaces(vm: &Vm) -> Result<()> {
     let program = format!("{TESTS_DIR}/iter_check");
     let check = Exec::new([program.as_str(), "--all"]).timeout(Duration::from_secs(300));
     vm.exec(check)?.check()?;
+    programs(vm)
+}
+
+/// The kernel takes every BPF program, those of the hook set included that it does not use.
+fn programs(vm: &Vm) -> Result<()> {
+    let check = Exec::new(["tracker", "check", "--programs", "--json"]);
+    let output = vm.exec(check.timeout(Duration::from_secs(300)))?.check()?;
+    let objects: Vec<Value> = serde_json::from_str(&output.text())?;
+    ensure!(objects.len() == 4, "Not every object: {objects:#?}");
+    for object in objects {
+        let programs = object["programs"].as_array().map_or(&[][..], Vec::as_slice);
+        ensure!(
+            object["refused"].is_null() && !programs.is_empty(),
+            "{object:#}"
+        );
+        for program in programs {
+            let positive = |field: &str| program[field].as_u64().is_some_and(|n| n > 0);
+            ensure!(
+                program["not_attached"].is_null()
+                    && positive("verified_insns")
+                    && positive("xlated_bytes")
+                    && positive("jited_bytes"),
+                "{program:#}"
+            );
+        }
+    }
     Ok(())
 }

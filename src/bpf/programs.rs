@@ -1,0 +1,123 @@
+//! What the kernel says of programs it has loaded: their size, and how often they ran or did not.
+
+use libbpf_rs::{Object, libbpf_sys};
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// One loaded program.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramStats {
+    /// Its name in the BPF object; the kernel keeps 15 bytes of it.
+    pub name: String,
+    /// Instructions the verifier walked through, on all paths; a program may take a million.
+    pub verified_insns: u32,
+    /// Bytes after verification and rewriting.
+    pub xlated_bytes: u32,
+    /// Bytes of machine code; 0 where the JIT is off.
+    pub jited_bytes: u32,
+    /// Runs; counted only while `kernel.bpf_stats_enabled` is set.
+    pub run_cnt: u64,
+    /// Nanoseconds of those runs.
+    pub run_time_ns: u64,
+    /// Runs that were left out because the program ran on this CPU already: an event that
+    /// was not seen, and counted nowhere else.
+    pub recursion_misses: u64,
+}
+
+/// The loaded programs of a BPF object. They stay loaded, but not attached, as long as a clone
+/// of this lives.
+#[derive(Clone, Debug, Default)]
+pub struct Programs(Arc<[Loaded]>);
+
+#[derive(Debug)]
+struct Loaded {
+    name: String,
+    fd: OwnedFd,
+}
+
+impl Programs {
+    /// Those of an object that were loaded.
+    ///
+    /// # Errors
+    ///
+    /// This process has no descriptors left.
+    pub(super) fn of(object: &Object) -> io::Result<Self> {
+        let loaded = object.progs().filter_map(|program| {
+            let fd = program.as_fd();
+            // libbpf answers -ENOENT for one that was not to be loaded.
+            (fd.as_raw_fd() >= 0).then(|| {
+                Ok(Loaded {
+                    name: program.name().to_string_lossy().into_owned(),
+                    fd: fd.try_clone_to_owned()?,
+                })
+            })
+        });
+        Ok(Self(loaded.collect::<io::Result<_>>()?))
+    }
+
+    /// What the kernel says of each.
+    ///
+    /// # Errors
+    ///
+    /// `BPF_OBJ_GET_INFO_BY_FD` failed.
+    pub fn stats(&self) -> io::Result<Vec<ProgramStats>> {
+        self.0.iter().map(Loaded::stats).collect()
+    }
+
+    /// Runs left out, of all programs together. A program of which the kernel says nothing
+    /// (it never does so of an open one) counts as none.
+    #[must_use]
+    pub fn recursion_misses(&self) -> u64 {
+        let infos = self.0.iter().filter_map(|one| info(one.fd.as_fd()).ok());
+        infos.map(|info| info.recursion_misses).sum()
+    }
+}
+
+impl Loaded {
+    fn stats(&self) -> io::Result<ProgramStats> {
+        let info = info(self.fd.as_fd())?;
+        Ok(ProgramStats {
+            name: self.name.clone(),
+            verified_insns: info.verified_insns,
+            xlated_bytes: info.xlated_prog_len,
+            jited_bytes: info.jited_prog_len,
+            run_cnt: info.run_cnt,
+            run_time_ns: info.run_time_ns,
+            recursion_misses: info.recursion_misses,
+        })
+    }
+}
+
+/// As `libbpf_rs::query::ProgramInfo`, which is to be had only for all programs of the machine
+/// and copies their code to tell its length.
+fn info(fd: BorrowedFd<'_>) -> io::Result<libbpf_sys::bpf_prog_info> {
+    let mut info = libbpf_sys::bpf_prog_info::default();
+    let mut len = u32::try_from(size_of_val(&info)).unwrap_or(u32::MAX);
+    // SAFETY: the structure outlives the call and its size is told; all of its pointers and the
+    // lengths beside them are zero, so the kernel writes nowhere else.
+    let result =
+        unsafe { libbpf_sys::bpf_prog_get_info_by_fd(fd.as_raw_fd(), &raw mut info, &raw mut len) };
+    if result < 0 {
+        return Err(io::Error::from_raw_os_error(-result));
+    }
+    Ok(info)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_descriptor_that_is_no_program_is_an_error() {
+        let loaded = Loaded {
+            name: "null".to_owned(),
+            fd: std::fs::File::open("/dev/null").unwrap().into(),
+        };
+        assert!(loaded.stats().is_err());
+        let programs = Programs(Arc::new([loaded]));
+        assert!(programs.stats().is_err());
+        assert_eq!(programs.recursion_misses(), 0);
+    }
+}
