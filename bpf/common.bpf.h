@@ -39,6 +39,16 @@
 	((u64)(a) | (u64)(b) << 8 | (u64)(c) << 16 | (u64)(d) << 24 | (u64)(e) << 32 |             \
 	 (u64)(f) << 40 | (u64)(g) << 48 | (u64)(h) << 56)
 
+/* Reads a member. Where the verifier knows the type of the pointer (arguments of hooks, the
+ * current task, and what their members point to) that is an instruction, else it takes a helper.
+ * `typed` must be constant. */
+#define MEMBER(typed, pointer, member)                                                             \
+	((typed) ? (pointer)->member : BPF_CORE_READ(pointer, member))
+/* The same for a bit field. */
+#define BITS(typed, pointer, member)                                                               \
+	((typed) ? BPF_CORE_READ_BITFIELD(pointer, member) :                                      \
+		   BPF_CORE_READ_BITFIELD_PROBED(pointer, member))
+
 /* The PID a struct pid has in the initial PID namespace; 0 for none. */
 static __always_inline u32 pid_nr(struct pid *pid)
 {

@@ -99,7 +99,7 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	r->net_ns = sk->__sk_common.skc_net.net->ns.inum;
 	if (bpf_core_field_exists(sk->sk_cgrp_data))
 		r->cgroup_id = sk->sk_cgrp_data.cgroup->kn->id;
-	fill_opts(&r->opts, sk, r->family, r->protocol);
+	fill_opts(false, &r->opts, sk, r->family, r->protocol);
 	if (r->family == AF_UNIX)
 		fill_unix(r, sk);
 	else if (r->family == AF_INET || r->family == AF_INET6)

@@ -11,34 +11,35 @@
 #define SOCK_SNDBUF_LOCK 1
 #define SOCK_RCVBUF_LOCK 2
 
-static __always_inline void fill_opts(struct sock_opts *o, struct sock *sk, u16 family,
-				      u16 protocol)
+/* `typed` is about the socket, see MEMBER. */
+static __always_inline void fill_opts(const bool typed, struct sock_opts *o, struct sock *sk,
+				      u16 family, u16 protocol)
 {
-	u64 flags = BPF_CORE_READ(sk, __sk_common.skc_flags);
-	u64 locks = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks);
+	u64 flags = MEMBER(typed, sk, __sk_common.skc_flags);
+	u64 locks = BITS(typed, sk, sk_userlocks);
 	struct inet_connection_sock *icsk = (void *)sk;
 	struct inet_sock *inet = (void *)sk;
 	struct tcp_sock *tcp = (void *)sk;
 
 	o->flags = (flags & TRK_SK_FLAGS_MASK) << TRK_SK_FLAGS_SHIFT;
-	if (BPF_CORE_READ_BITFIELD_PROBED(&sk->__sk_common, skc_reuse))
+	if (BITS(typed, &sk->__sk_common, skc_reuse))
 		o->flags |= SOCK_REUSEADDR;
-	if (BPF_CORE_READ_BITFIELD_PROBED(&sk->__sk_common, skc_reuseport))
+	if (BITS(typed, &sk->__sk_common, skc_reuseport))
 		o->flags |= SOCK_REUSEPORT;
-	if (BPF_CORE_READ_BITFIELD_PROBED(&sk->__sk_common, skc_ipv6only))
+	if (BITS(typed, &sk->__sk_common, skc_ipv6only))
 		o->flags |= SOCK_V6ONLY;
-	o->rcvtimeo = BPF_CORE_READ(sk, sk_rcvtimeo);
-	o->sndtimeo = BPF_CORE_READ(sk, sk_sndtimeo);
-	o->bound_ifindex = BPF_CORE_READ(sk, __sk_common.skc_bound_dev_if);
-	o->mark = BPF_CORE_READ(sk, sk_mark);
-	o->priority = BPF_CORE_READ(sk, sk_priority);
+	o->rcvtimeo = MEMBER(typed, sk, sk_rcvtimeo);
+	o->sndtimeo = MEMBER(typed, sk, sk_sndtimeo);
+	o->bound_ifindex = MEMBER(typed, sk, __sk_common.skc_bound_dev_if);
+	o->mark = MEMBER(typed, sk, sk_mark);
+	o->priority = MEMBER(typed, sk, sk_priority);
 	if (locks & SOCK_RCVBUF_LOCK)
-		o->rcvbuf = BPF_CORE_READ(sk, sk_rcvbuf);
+		o->rcvbuf = MEMBER(typed, sk, sk_rcvbuf);
 	if (locks & SOCK_SNDBUF_LOCK)
-		o->sndbuf = BPF_CORE_READ(sk, sk_sndbuf);
-	o->rcvlowat = BPF_CORE_READ(sk, sk_rcvlowat);
-	o->linger = BPF_CORE_READ(sk, sk_lingertime);
-	o->backlog = BPF_CORE_READ(sk, sk_max_ack_backlog);
+		o->sndbuf = MEMBER(typed, sk, sk_sndbuf);
+	o->rcvlowat = MEMBER(typed, sk, sk_rcvlowat);
+	o->linger = MEMBER(typed, sk, sk_lingertime);
+	o->backlog = MEMBER(typed, sk, sk_max_ack_backlog);
 	if (family != AF_INET && family != AF_INET6)
 		return;
 	o->tos = BPF_CORE_READ(inet, tos);

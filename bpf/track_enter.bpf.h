@@ -20,7 +20,7 @@ static long introduce_fd(u64 index, void *ctx)
 	bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(fdt, fd) + index);
 	if (!file)
 		return 0;
-	send_install(files, index, file, -1);
+	send_install(false, files, index, file, -1);
 	return 0;
 }
 
@@ -58,7 +58,7 @@ int BPF_PROG(task_newtask, struct task_struct *task, unsigned long flags)
 SEC("tp_btf/cgroup_attach_task")
 int BPF_PROG(cgroup_attach, struct cgroup *cgrp, const char *path, struct task_struct *task)
 {
-	bool tracked = cgroup_tracked(cgrp);
+	bool tracked = cgroup_tracked(true, cgrp);
 	struct move_event *e;
 
 	if (tracked && task == bpf_get_current_task_btf() &&

@@ -31,58 +31,77 @@ static __always_inline u64 anon_name8(struct file *file)
 }
 
 /* Fills all but the header, after the number was taken. */
-static __always_inline void fill_install(struct install_event *e, struct files_struct *files,
-					 u32 fd, struct file *file, int cloexec)
+static __always_inline void fill_install(const bool typed, struct install_event *e,
+					 struct files_struct *files, u32 fd, struct file *file,
+					 int cloexec)
 {
-	struct inode *inode = BPF_CORE_READ(file, f_inode);
+	struct inode *inode = MEMBER(typed, file, f_inode);
+	struct super_block *sb = MEMBER(typed, inode, i_sb);
 
 	e->files = (u64)files;
 	e->file = (u64)file;
-	e->ino = BPF_CORE_READ(inode, i_ino);
+	e->ino = MEMBER(typed, inode, i_ino);
 	e->object = 0;
-	e->dev = BPF_CORE_READ(inode, i_sb, s_dev);
+	e->dev = MEMBER(typed, sb, s_dev);
 	e->fd = fd;
-	e->cloexec = cloexec < 0 ? cloexec_at(files, fd) : cloexec;
-	e->mode = BPF_CORE_READ(inode, i_mode);
-	e->flags = BPF_CORE_READ(file, f_flags);
+	e->cloexec = cloexec < 0 ? cloexec_at(typed, files, fd) : cloexec;
+	e->mode = MEMBER(typed, inode, i_mode);
+	e->flags = MEMBER(typed, file, f_flags);
 	e->empty = 0;
 	e->pad = 0;
 }
 
-static __always_inline void send_install_socket(struct files_struct *files, u32 fd,
-						struct file *file, int cloexec)
+static __always_inline void send_install_socket(const bool typed, struct files_struct *files,
+						u32 fd, struct file *file, struct sock *sk,
+						int cloexec)
 {
 	struct install_socket_event *e;
-	struct sock *sk = sock_of_file(file);
 
-	e = reserve(address(files), CLASS_FILES, sizeof(*e));
+	e = reserve(files, CLASS_FILES, sizeof(*e));
 	if (!e)
 		return;
 	number(&e->install.ev, EVENT_FD_INSTALL_SOCKET, sizeof(*e));
-	fill_install(&e->install, files, fd, file, cloexec);
+	fill_install(typed, &e->install, files, fd, file, cloexec);
 	e->install.kind = FILE_SOCKET;
 	e->install.object = (u64)sk;
-	fill_socket(&e->socket, sk, e->install.ino);
+	fill_socket(typed, &e->socket, sk, e->install.ino);
 	submit(e);
 }
 
-/* Reports what descriptor fd refers to from now on; cloexec < 0 says: as the table has it. */
-static __always_inline void send_install(struct files_struct *files, u32 fd, struct file *file,
-					 int cloexec)
+/* Whether the kind of a file can only be told from its name. */
+static __always_inline bool kind_by_name(u64 magic, u32 nlink)
 {
-	struct inode *inode = BPF_CORE_READ(file, f_inode);
-	struct install_event *e;
+	return magic == ANON_INODE_FS_MAGIC ||
+	       (nlink == 0 && (magic == TMPFS_MAGIC || magic == HUGETLBFS_MAGIC));
+}
 
-	if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) == S_IFSOCK && sock_of_file(file)) {
-		send_install_socket(files, fd, file, cloexec);
-		return;
+/* Reports what descriptor fd refers to from now on; cloexec < 0 says: as the table has it.
+ * `typed` is about the table and the file. */
+static __always_inline void send_install(const bool typed, struct files_struct *files, u32 fd,
+					 struct file *file, int cloexec)
+{
+	struct inode *inode = MEMBER(typed, file, f_inode);
+	struct super_block *sb = MEMBER(typed, inode, i_sb);
+	struct install_event *e;
+	u64 magic;
+	u32 nlink;
+
+	if ((MEMBER(typed, inode, i_mode) & S_IFMT) == S_IFSOCK) {
+		struct sock *sk = typed ? typed_sock_of(file) : sock_of_file(file);
+
+		if (sk) {
+			send_install_socket(typed, files, fd, file, sk, cloexec);
+			return;
+		}
 	}
 	e = EVENT(struct install_event, EVENT_FD_INSTALL, files, CLASS_FILES);
 	if (!e)
 		return;
-	fill_install(e, files, fd, file, cloexec);
-	e->kind = file_kind_of(BPF_CORE_READ(inode, i_sb, s_magic), e->mode,
-			       BPF_CORE_READ(inode, i_nlink), anon_name8(file));
+	fill_install(typed, e, files, fd, file, cloexec);
+	magic = MEMBER(typed, sb, s_magic);
+	nlink = MEMBER(typed, inode, i_nlink);
+	e->kind = file_kind_of(magic, e->mode, nlink,
+			       kind_by_name(magic, nlink) ? anon_name8(file) : 0);
 	if (e->kind == FILE_EPOLL) {
 		struct eventpoll *ep = BPF_CORE_READ(file, private_data);
 
@@ -106,7 +125,7 @@ static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd
 		return;
 	e->files = (u64)files;
 	e->fd = fd;
-	e->cloexec = kind == EVENT_FD_CLOEXEC ? cloexec_at(files, fd) : 0;
+	e->cloexec = kind == EVENT_FD_CLOEXEC ? cloexec_at(false, files, fd) : 0;
 	e->pad = 0;
 	submit(e);
 }
@@ -115,28 +134,29 @@ SEC("fentry/fd_install")
 int BPF_PROG(fd_install, unsigned int fd, struct file *file)
 {
 	if (current_tracked())
-		send_install(current_files(), fd, file, -1);
+		send_install(true, current_files(), fd, file, -1);
 	return 0;
 }
 
-static __always_inline int closed(struct files_struct *files, u32 fd, struct file *file)
+/* Under files->file_lock: what is there now is what is taken out. */
+static __always_inline int closes(struct files_struct *files, u32 fd)
 {
-	if (!IS_ERR_OR_NULL(file) && current_tracked())
+	if (current_tracked() && typed_file_at(files, fd))
 		send_fd(EVENT_FD_CLOSE, files, fd);
 	return 0;
 }
 
 /* up to 6.4 */
-SEC("fexit/pick_file")
-int BPF_PROG(pick_file, struct files_struct *files, unsigned int fd, struct file *file)
+SEC("fentry/pick_file")
+int BPF_PROG(pick_file, struct files_struct *files, unsigned int fd)
 {
-	return closed(files, fd, file);
+	return closes(files, fd);
 }
 
-SEC("fexit/file_close_fd_locked")
-int BPF_PROG(file_close_fd_locked, struct files_struct *files, unsigned int fd, struct file *file)
+SEC("fentry/file_close_fd_locked")
+int BPF_PROG(file_close_fd_locked, struct files_struct *files, unsigned int fd)
 {
-	return closed(files, fd, file);
+	return closes(files, fd);
 }
 
 /* Under files->file_lock, so what decides between success and -EBUSY can be seen: a
@@ -147,9 +167,9 @@ int BPF_PROG(do_dup2, struct files_struct *files, struct file *file, unsigned in
 {
 	if (!current_tracked())
 		return 0;
-	if (!file_at(files, fd) && bit_at(BPF_CORE_READ(files, fdt, open_fds), fd))
+	if (!typed_file_at(files, fd) && bit_at(files->fdt->open_fds, fd))
 		return 0;
-	send_install(files, fd, file, !!(flags & O_CLOEXEC));
+	send_install(true, files, fd, file, !!(flags & O_CLOEXEC));
 	return 0;
 }
 

@@ -77,32 +77,65 @@ struct {
 	__type(value, struct call);
 } calls SEC(".maps");
 
+/* The address as a number: the verifier knows most objects as typed pointers, with
+ * which it allows no arithmetic. */
+static __always_inline u64 address(const void *object)
+{
+	u64 number = 0;
+
+	bpf_probe_read_kernel(&number, sizeof(number), &object);
+	return number;
+}
+
+/* Its lower half, without a helper: a move of 32 bits makes a number of any pointer. */
+static __always_inline u32 address32(const void *object)
+{
+	u32 number;
+
+	asm("%0 = %1" : "=w"(number) : "w"((u32)(u64)object));
+	return number;
+}
+
+/* Most processes are in the very cgroup that is tracked: only those further down cost more. */
 static __always_inline bool current_tracked(void)
 {
+	struct cgroup *cgrp = bpf_get_current_task_btf()->cgroups->dfl_cgrp;
+	u64 id = cgrp->kn->id;
+	u32 level = cgrp->level;
+
 	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
 		if (i >= root_count)
 			return false;
-		if (bpf_get_current_ancestor_cgroup_id(roots[i].level) == roots[i].id)
+		if (roots[i].id == id)
+			return true;
+		if (roots[i].level < level &&
+		    bpf_get_current_ancestor_cgroup_id(roots[i].level) == roots[i].id)
 			return true;
 	}
 	return false;
 }
 
-static __always_inline bool cgroup_tracked(struct cgroup *cgrp)
+/* `typed` is about the cgroup, see MEMBER. */
+static __always_inline bool cgroup_tracked(const bool typed, struct cgroup *cgrp)
 {
-	char *ancestors = (char *)cgrp + bpf_core_field_offset(struct cgroup, ancestors);
-	u32 level = BPF_CORE_READ(cgrp, level);
+	struct kernfs_node *kn = MEMBER(typed, cgrp, kn);
+	u32 level = MEMBER(typed, cgrp, level);
+	u64 id = MEMBER(typed, kn, id);
 
 	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
 		struct cgroup *ancestor = NULL;
+		u64 ancestors;
 		u32 depth;
 
 		if (i >= root_count)
 			return false;
+		if (roots[i].id == id)
+			return true;
 		depth = roots[i].level;
-		if (depth > level)
+		if (depth >= level)
 			continue;
-		bpf_probe_read_kernel(&ancestor, sizeof(ancestor), ancestors + depth * 8);
+		ancestors = address(cgrp) + bpf_core_field_offset(struct cgroup, ancestors);
+		bpf_probe_read_kernel(&ancestor, sizeof(ancestor), (void *)(ancestors + depth * 8));
 		if (BPF_CORE_READ(ancestor, kn, id) == roots[i].id)
 			return true;
 	}
@@ -111,7 +144,7 @@ static __always_inline bool cgroup_tracked(struct cgroup *cgrp)
 
 static __always_inline bool task_tracked(struct task_struct *task)
 {
-	return cgroup_tracked(BPF_CORE_READ(task, cgroups, dfl_cgrp));
+	return cgroup_tracked(true, task->cgroups->dfl_cgrp);
 }
 
 static __always_inline void note_loss(u64 object, u32 class)
@@ -124,27 +157,17 @@ static __always_inline void note_loss(u64 object, u32 class)
 		(*count)++;
 }
 
-/* The address as a number: the verifier knows most objects as typed pointers, with
- * which it allows no arithmetic. */
-static __always_inline u64 address(const void *object)
-{
-	u64 number = 0;
-
-	bpf_probe_read_kernel(&number, sizeof(number), &object);
-	return number;
-}
-
-static __always_inline void *reserve(u64 object, u32 class, u64 size)
+static __always_inline void *reserve(const void *object, u32 class, u64 size)
 {
 	/* slab objects differ in the middle bits: Fibonacci hashing spreads them */
-	u32 shard = (object * 0x9e3779b97f4a7c15ULL) >> 60 & shard_mask;
+	u32 shard = (address32(object) * 0x9e3779b1U) >> 28 & shard_mask;
 	void *ring = bpf_map_lookup_elem(&rings, &shard);
 	void *rec = NULL;
 
 	if (ring)
 		rec = bpf_ringbuf_reserve(ring, size, 0);
 	if (!rec)
-		note_loss(object, class);
+		note_loss(address(object), class);
 	return rec;
 }
 
@@ -167,7 +190,7 @@ static __always_inline void submit(void *event)
 /* Room for an event of this type, numbered; NULL if there is none. It must be submitted. */
 #define EVENT(type, kind, object, class)                                                           \
 	({                                                                                         \
-		type *_e = reserve(address((void *)(object)), class, sizeof(type));                \
+		type *_e = reserve((void *)(object), class, sizeof(type));                         \
 		if (_e)                                                                            \
 			number(&_e->ev, kind, sizeof(type));                                       \
 		_e;                                                                                \
@@ -216,6 +239,17 @@ static __always_inline struct file *file_at(struct files_struct *files, u32 fd)
 	return file;
 }
 
+/* As file_at, of a table whose type the verifier knows. */
+static __always_inline struct file *typed_file_at(struct files_struct *files, u32 fd)
+{
+	struct fdtable *fdt = files->fdt;
+	struct file *file = NULL;
+
+	if (fd < fdt->max_fds)
+		bpf_probe_read_kernel(&file, sizeof(file), fdt->fd + fd);
+	return file;
+}
+
 static __always_inline u32 bit_at(unsigned long *bitmap, u32 fd)
 {
 	unsigned long word = 0;
@@ -224,9 +258,11 @@ static __always_inline u32 bit_at(unsigned long *bitmap, u32 fd)
 	return word >> (fd % 64) & 1;
 }
 
-static __always_inline u32 cloexec_at(struct files_struct *files, u32 fd)
+static __always_inline u32 cloexec_at(const bool typed, struct files_struct *files, u32 fd)
 {
-	return bit_at(BPF_CORE_READ(files, fdt, close_on_exec), fd);
+	struct fdtable *fdt = MEMBER(typed, files, fdt);
+
+	return bit_at(MEMBER(typed, fdt, close_on_exec), fd);
 }
 
 /* Whether another thread may change the table right now. */

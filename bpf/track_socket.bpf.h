@@ -9,15 +9,19 @@
 #define SHUTDOWN_MASK 3
 #define TCP_CLOSE 7
 
-static __always_inline void fill_event_inet(struct sock_part *e, struct sock *sk)
+static __always_inline void fill_event_inet(const bool typed, struct sock_part *e,
+					    struct sock *sk)
 {
-	u16 dport = BPF_CORE_READ(sk, __sk_common.skc_dport);
+	u16 dport = MEMBER(typed, sk, __sk_common.skc_dport);
+	u32 local, remote;
 
-	e->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+	e->local_port = MEMBER(typed, sk, __sk_common.skc_num);
 	e->remote_port = dport >> 8 | dport << 8;
 	if (e->family == AF_INET) {
-		bpf_core_read(&e->local_addr, 4, &sk->__sk_common.skc_rcv_saddr);
-		bpf_core_read(&e->remote_addr, 4, &sk->__sk_common.skc_daddr);
+		local = MEMBER(typed, sk, __sk_common.skc_rcv_saddr);
+		remote = MEMBER(typed, sk, __sk_common.skc_daddr);
+		__builtin_memcpy(e->local_addr, &local, sizeof(local));
+		__builtin_memcpy(e->remote_addr, &remote, sizeof(remote));
 	} else if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
 		bpf_core_read(&e->local_addr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
 		bpf_core_read(&e->remote_addr, 16, &sk->__sk_common.skc_v6_daddr);
@@ -43,21 +47,23 @@ static __always_inline void fill_event_unix(struct sock_part *e, struct sock *sk
 	}
 }
 
-static __always_inline void fill_socket(struct sock_part *e, struct sock *sk, u64 ino)
+/* `typed` is about the socket, see MEMBER. */
+static __always_inline void fill_socket(const bool typed, struct sock_part *e, struct sock *sk,
+					u64 ino)
 {
 	__builtin_memset(e, 0, sizeof(*e));
 	e->sock = (u64)sk;
 	e->ino = ino;
-	e->family = BPF_CORE_READ(sk, __sk_common.skc_family);
-	e->type = BPF_CORE_READ(sk, sk_type);
-	e->protocol = BPF_CORE_READ(sk, sk_protocol);
-	e->state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	e->shutdown = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_shutdown);
-	fill_opts(&e->opts, sk, e->family, e->protocol);
+	e->family = MEMBER(typed, sk, __sk_common.skc_family);
+	e->type = MEMBER(typed, sk, sk_type);
+	e->protocol = MEMBER(typed, sk, sk_protocol);
+	e->state = MEMBER(typed, sk, __sk_common.skc_state);
+	e->shutdown = MEMBER(typed, sk, sk_shutdown);
+	fill_opts(typed, &e->opts, sk, e->family, e->protocol);
 	if (e->family == AF_UNIX)
 		fill_event_unix(e, sk);
 	else if (e->family == AF_INET || e->family == AF_INET6)
-		fill_event_inet(e, sk);
+		fill_event_inet(typed, e, sk);
 }
 
 static __always_inline void send_socket(struct sock *sk, u64 ino)
@@ -69,8 +75,16 @@ static __always_inline void send_socket(struct sock *sk, u64 ino)
 	e = EVENT(struct socket_event, EVENT_SOCKET, sk, CLASS_SOCKET);
 	if (!e)
 		return;
-	fill_socket(&e->socket, sk, ino);
+	fill_socket(false, &e->socket, sk, ino);
 	submit(e);
+}
+
+/* Of a file whose type the verifier knows; so it then knows the socket's. */
+static __always_inline struct sock *typed_sock_of(struct file *file)
+{
+	struct socket *socket = bpf_sock_from_file(file);
+
+	return socket ? socket->sk : NULL;
 }
 
 static __always_inline struct sock *sock_of_file(struct file *file)
@@ -129,10 +143,10 @@ static __always_inline void send_state(struct sock *sk, u32 state, u32 shutdown)
 }
 
 /* The socket knows the cgroup it was made in: who changes it may be anyone. */
-static __always_inline bool sock_tracked(const struct sock *sk)
+static __always_inline bool sock_tracked(const bool typed, struct sock *sk)
 {
 	return !bpf_core_field_exists(sk->sk_cgrp_data) ||
-	       cgroup_tracked(BPF_CORE_READ(sk, sk_cgrp_data.cgroup));
+	       cgroup_tracked(typed, MEMBER(typed, sk, sk_cgrp_data.cgroup));
 }
 
 static __always_inline struct sock *unix_peer(struct sock *sk)
@@ -160,7 +174,7 @@ int BPF_PROG(sys_shutdown, int fd)
 	peer = unix_peer(sock_of_file(file));
 	if (peer)
 		send_state(peer, BPF_CORE_READ(peer, __sk_common.skc_state),
-			   BPF_CORE_READ_BITFIELD_PROBED(peer, sk_shutdown));
+			   BPF_CORE_READ(peer, sk_shutdown));
 	return 0;
 }
 
@@ -168,13 +182,13 @@ int BPF_PROG(sys_shutdown, int fd)
 SEC("fentry/unix_release_sock")
 int BPF_PROG(unix_release, struct sock *sk)
 {
-	u16 type = BPF_CORE_READ(sk, sk_type);
+	u16 type = sk->sk_type;
 	struct sock *peer;
 
 	if (type != SOCK_STREAM && type != SOCK_SEQPACKET)
 		return 0;
 	peer = unix_peer(sk);
-	if (peer && sock_tracked(peer))
+	if (peer && sock_tracked(false, peer))
 		send_state(peer, BPF_CORE_READ(peer, __sk_common.skc_state), SHUTDOWN_MASK);
 	return 0;
 }
@@ -190,9 +204,9 @@ int BPF_PROG(sys_setsockopt, int fd)
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(inet_sock_set_state, struct sock *sk, int old, int state)
 {
-	if (sock_tracked(sk))
+	if (sock_tracked(true, sk))
 		send_state(sk, state,
 			   state == TCP_CLOSE ? SHUTDOWN_MASK
-					      : BPF_CORE_READ_BITFIELD_PROBED(sk, sk_shutdown));
+					      : sk->sk_shutdown);
 	return 0;
 }

@@ -9,12 +9,12 @@ static __always_inline void send_task(struct task_struct *task, u32 kind, const 
 	if (!e)
 		return;
 	e->task = (u64)task;
-	e->files = (u64)BPF_CORE_READ(task, files);
-	e->mm = (u64)BPF_CORE_READ(task, mm);
-	e->cgroup = task_cgroup_id(task);
-	e->tid = BPF_CORE_READ(task, pid);
-	e->tgid = BPF_CORE_READ(task, tgid);
-	e->ppid = BPF_CORE_READ(task, real_parent, tgid);
+	e->files = (u64)task->files;
+	e->mm = (u64)task->mm;
+	e->cgroup = task->cgroups->dfl_cgrp->kn->id;
+	e->tid = task->pid;
+	e->tgid = task->tgid;
+	e->ppid = task->real_parent->tgid;
 	e->pad = 0;
 	__builtin_memset(e->comm, 0, sizeof(e->comm));
 	bpf_probe_read_kernel_str(e->comm, sizeof(e->comm), comm ? comm : task->comm);
@@ -23,37 +23,39 @@ static __always_inline void send_task(struct task_struct *task, u32 kind, const 
 
 static __always_inline void send_attrs(struct task_struct *task)
 {
+	struct fs_struct *fs = task->fs;
 	const struct cred *cred;
+	struct inode *cwd, *root;
 	struct task_attr_event *e;
 
 	e = EVENT(struct task_attr_event, EVENT_TASK_ATTRS, task, CLASS_TASK);
 	if (!e)
 		return;
-	cred = BPF_CORE_READ(task, cred);
+	cred = task->cred;
 	e->task = (u64)task;
-	e->fs = (u64)BPF_CORE_READ(task, fs);
-	e->cwd_ino = BPF_CORE_READ(task, fs, pwd.dentry, d_inode, i_ino);
-	e->cwd_dev = BPF_CORE_READ(task, fs, pwd.dentry, d_inode, i_sb, s_dev);
-	e->root_ino = BPF_CORE_READ(task, fs, root.dentry, d_inode, i_ino);
-	e->root_dev = BPF_CORE_READ(task, fs, root.dentry, d_inode, i_sb, s_dev);
-	e->umask = BPF_CORE_READ(task, fs, umask);
+	e->fs = (u64)fs;
+	/* what is read through nothing is 0 */
+	cwd = fs->pwd.dentry->d_inode;
+	root = fs->root.dentry->d_inode;
+	e->cwd_ino = cwd->i_ino;
+	e->cwd_dev = cwd->i_sb->s_dev;
+	e->root_ino = root->i_ino;
+	e->root_dev = root->i_sb->s_dev;
+	e->umask = fs->umask;
 	e->sid = pid_nr(BPF_CORE_READ(task, signal, pids[PIDTYPE_SID]));
 	e->pgid = pid_nr(BPF_CORE_READ(task, signal, pids[PIDTYPE_PGID]));
-	e->uid = BPF_CORE_READ(cred, uid.val);
-	e->gid = BPF_CORE_READ(cred, gid.val);
-	e->euid = BPF_CORE_READ(cred, euid.val);
-	e->egid = BPF_CORE_READ(cred, egid.val);
-	e->suid = BPF_CORE_READ(cred, suid.val);
-	e->sgid = BPF_CORE_READ(cred, sgid.val);
-	e->fsuid = BPF_CORE_READ(cred, fsuid.val);
-	e->fsgid = BPF_CORE_READ(cred, fsgid.val);
-	e->securebits = BPF_CORE_READ(cred, securebits);
-	/* a u32[2] before 6.3, a u64 since: the same eight bytes */
-	bpf_core_read(&e->cap_inheritable, 8, &cred->cap_inheritable);
-	bpf_core_read(&e->cap_permitted, 8, &cred->cap_permitted);
-	bpf_core_read(&e->cap_effective, 8, &cred->cap_effective);
-	bpf_core_read(&e->cap_bset, 8, &cred->cap_bset);
-	bpf_core_read(&e->cap_ambient, 8, &cred->cap_ambient);
+	e->uid = cred->uid.val;
+	e->gid = cred->gid.val;
+	e->euid = cred->euid.val;
+	e->egid = cred->egid.val;
+	e->suid = cred->suid.val;
+	e->sgid = cred->sgid.val;
+	e->fsuid = cred->fsuid.val;
+	e->fsgid = cred->fsgid.val;
+	e->securebits = cred->securebits;
+	/* inheritable, permitted, effective, bounding, ambient: in both structs side by side, a
+	 * u32[2] each before 6.3, a u64 since */
+	bpf_core_read(&e->cap_inheritable, 5 * sizeof(u64), &cred->cap_inheritable);
 	submit(e);
 }
 
