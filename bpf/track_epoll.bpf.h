@@ -13,22 +13,34 @@
 /* more levels than a red-black tree of all possible items has */
 #define EPOLL_TREE_DEPTH 48
 
-static __always_inline void send_item(u32 kind, struct file *epoll, struct file *target, u32 fd,
-				      struct epitem *item)
+/* An event about an item, not yet submitted, or NULL. */
+static __always_inline struct epoll_ctl_event *item_event(u32 kind, struct file *epoll,
+							  struct file *target, u32 fd)
 {
 	struct epoll_ctl_event *e = EVENT(struct epoll_ctl_event, kind, epoll, CLASS_EPOLL);
 
 	if (!e)
-		return;
+		return NULL;
 	e->epoll = (u64)epoll;
 	e->target = (u64)target;
 	e->fd = fd;
 	e->events = 0;
 	e->data = 0;
-	if (kind == EVENT_EPOLL_SET) {
-		e->events = BPF_CORE_READ(item, event.events);
-		e->data = BPF_CORE_READ(item, event.data);
-	}
+	return e;
+}
+
+/* Says an item as it is now. */
+static __always_inline void send_item(struct file *epoll, struct file *target, u32 fd,
+				      struct epitem *item)
+{
+	struct epoll_ctl_event *e = item_event(EVENT_EPOLL_SET, epoll, target, fd);
+	struct epoll_event asked = {};
+
+	if (!e)
+		return;
+	bpf_core_read(&asked, sizeof(asked), &item->event);
+	e->events = asked.events;
+	e->data = asked.data;
 	submit(e);
 }
 
@@ -49,6 +61,7 @@ SEC("fentry/ep_ptable_queue_proc")
 int BPF_PROG(epoll_insert, struct file *file, void *whead, struct poll_table_struct *pt)
 {
 	struct ep_pqueue *queue = (void *)pt;
+	struct epoll_filefd watched = {};
 	struct item_said *said;
 	struct epitem *item;
 	u32 zero = 0;
@@ -58,27 +71,35 @@ int BPF_PROG(epoll_insert, struct file *file, void *whead, struct poll_table_str
 	item = BPF_CORE_READ(queue, epi);
 	if (!item)
 		return 0;
-	send_item(EVENT_EPOLL_SET, BPF_CORE_READ(item, ep, file), BPF_CORE_READ(item, ffd.file),
-		  BPF_CORE_READ(item, ffd.fd), item);
+	bpf_core_read(&watched, sizeof(watched), &item->ffd);
+	send_item(BPF_CORE_READ(item, ep, file), watched.file, watched.fd, item);
 	said = bpf_map_lookup_elem(&items_said, &zero);
 	if (said) {
 		said->thread = bpf_get_current_pid_tgid();
-		said->target = (u64)BPF_CORE_READ(item, ffd.file);
-		said->fd = BPF_CORE_READ(item, ffd.fd);
+		said->target = (u64)watched.file;
+		said->fd = watched.fd;
 	}
 	return 0;
 }
 
-/* Not limited to tracked tasks, since a delayed fput runs in a kernel thread. */
+/* Whoever lets go of a watched file last takes its items out: a kernel thread, or someone
+ * who only looked at it. What others take out of their own instances does not matter. */
 static __always_inline int item_removed(struct eventpoll *ep, struct epitem *item)
 {
-	struct file *epoll = BPF_CORE_READ(ep, file);
+	struct file *epoll = ep->file;
+	struct file *target = item->ffd.file;
+	struct epoll_ctl_event *e;
 
-	/* an instance that dies drops all its items: nobody asks for them any more */
-	if (bpf_core_field_exists(epoll->f_count) && !BPF_CORE_READ(epoll, f_count.counter))
-		return 0;
-	send_item(EVENT_EPOLL_DEL, epoll, BPF_CORE_READ(item, ffd.file),
-		  BPF_CORE_READ(item, ffd.fd), item);
+	if (bpf_core_field_exists(epoll->f_count)) {
+		/* an instance that dies drops all its items: nobody asks for them any more */
+		if (!epoll->f_count.counter)
+			return 0;
+		if (target->f_count.counter && !current_tracked())
+			return 0;
+	}
+	e = item_event(EVENT_EPOLL_DEL, epoll, target, item->ffd.fd);
+	if (e)
+		submit(e);
 	return 0;
 }
 
@@ -135,14 +156,16 @@ static __always_inline void say_item(struct file *epoll, struct file *target, in
 	node = BPF_CORE_READ(ep, rbr.rb_root.rb_node);
 	for (int level = 0; level < EPOLL_TREE_DEPTH && node; level++) {
 		struct epitem *item = (void *)node - bpf_core_field_offset(struct epitem, rbn);
-		u64 file = (u64)BPF_CORE_READ(item, ffd.file);
-		int number = BPF_CORE_READ(item, ffd.fd);
+		struct epoll_filefd watched = {};
+		u64 file;
 
-		if (file == (u64)target && number == fd) {
-			send_item(EVENT_EPOLL_SET, epoll, target, fd, item);
+		bpf_core_read(&watched, sizeof(watched), &item->ffd);
+		file = (u64)watched.file;
+		if (file == (u64)target && watched.fd == fd) {
+			send_item(epoll, target, fd, item);
 			return;
 		}
-		if ((u64)target > file || ((u64)target == file && fd > number))
+		if ((u64)target > file || ((u64)target == file && fd > watched.fd))
 			node = BPF_CORE_READ(node, rb_right);
 		else
 			node = BPF_CORE_READ(node, rb_left);
@@ -159,28 +182,49 @@ static __always_inline bool said_already(u64 thread, struct file *target, u32 fd
 	return said && said->thread == thread && said->target == (u64)target && said->fd == fd;
 }
 
+/* Whether nobody else can reach a file: its one reference is in the caller's table. */
+static __always_inline bool exclusive(struct files_struct *files, struct file *file)
+{
+	return !table_shared(files) && bpf_core_field_exists(file->f_count) &&
+	       BPF_CORE_READ(file, f_count.counter) == 1;
+}
+
 /* A change, or an addition whose file does not queue. Another thread may have replaced
  * the descriptors meanwhile: what they meant before and after is both said. */
 SEC("fexit/do_epoll_ctl")
 int BPF_PROG(epoll_ctl_exit, int epfd, int op, int fd, struct epoll_event *event, bool nonblock,
 	     int ret)
 {
-	u64 thread = bpf_get_current_pid_tgid();
 	struct files_struct *files;
 	struct file *epoll, *target;
-	struct call *call;
+	struct epoll_ctl_event *e;
+	struct call *call = NULL;
+	u64 thread;
 
 	if (op == EPOLL_CTL_DEL || !current_tracked())
 		return 0;
+	thread = bpf_get_current_pid_tgid();
 	files = current_files();
-	epoll = file_at(files, epfd);
+	if (table_shared(files))
+		call = bpf_map_lookup_elem(&calls, &thread);
 	target = file_at(files, fd);
-	call = bpf_map_lookup_elem(&calls, &thread);
-	if (!ret && !(op == EPOLL_CTL_ADD && said_already(thread, target, fd))) {
-		if (call && (call->epoll != (u64)epoll || call->target != (u64)target))
-			say_item((struct file *)call->epoll, (struct file *)call->target, fd);
-		say_item(epoll, target, fd);
+	if (ret || (op == EPOLL_CTL_ADD && said_already(thread, target, fd)))
+		goto out;
+	epoll = file_at(files, epfd);
+	if (op == EPOLL_CTL_MOD && target && epoll && exclusive(files, epoll)) {
+		/* then nobody changed it since, and the kernel made of the argument what counts */
+		e = item_event(EVENT_EPOLL_SET, epoll, target, fd);
+		if (e) {
+			e->events = event->events;
+			e->data = event->data;
+			submit(e);
+		}
+		goto out;
 	}
+	if (call && (call->epoll != (u64)epoll || call->target != (u64)target))
+		say_item((struct file *)call->epoll, (struct file *)call->target, fd);
+	say_item(epoll, target, fd);
+out:
 	if (call)
 		bpf_map_delete_elem(&calls, &thread);
 	return 0;

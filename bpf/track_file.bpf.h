@@ -141,7 +141,7 @@ int BPF_PROG(fd_install, unsigned int fd, struct file *file)
 /* Under files->file_lock: what is there now is what is taken out. */
 static __always_inline int closes(struct files_struct *files, u32 fd)
 {
-	if (current_tracked() && typed_file_at(files, fd))
+	if (current_tracked() && file_at(files, fd))
 		send_fd(EVENT_FD_CLOSE, files, fd);
 	return 0;
 }
@@ -167,7 +167,7 @@ int BPF_PROG(do_dup2, struct files_struct *files, struct file *file, unsigned in
 {
 	if (!current_tracked())
 		return 0;
-	if (!typed_file_at(files, fd) && bit_at(files->fdt->open_fds, fd))
+	if (!file_at(files, fd) && bit_at(files->fdt->open_fds, fd))
 		return 0;
 	send_install(true, files, fd, file, !!(flags & O_CLOEXEC));
 	return 0;

@@ -226,21 +226,8 @@ static __always_inline struct call *begin_call(void)
 	return bpf_map_lookup_elem(&calls, &id);
 }
 
+/* What a descriptor of a table refers to, NULL for nothing. */
 static __always_inline struct file *file_at(struct files_struct *files, u32 fd)
-{
-	struct fdtable *fdt = BPF_CORE_READ(files, fdt);
-	struct file *file = NULL;
-	struct file **table;
-
-	if (fd >= BPF_CORE_READ(fdt, max_fds))
-		return NULL;
-	table = BPF_CORE_READ(fdt, fd);
-	bpf_probe_read_kernel(&file, sizeof(file), table + fd);
-	return file;
-}
-
-/* As file_at, of a table whose type the verifier knows. */
-static __always_inline struct file *typed_file_at(struct files_struct *files, u32 fd)
 {
 	struct fdtable *fdt = files->fdt;
 	struct file *file = NULL;
