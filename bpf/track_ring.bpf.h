@@ -15,7 +15,6 @@
 
 /* Set by user space before loading. */
 const volatile u32 shard_mask;
-const volatile u32 wake_mask;
 
 /* Set by user space at any time; the number last. */
 struct root_rec roots[TRK_MAX_ROOTS];
@@ -38,6 +37,15 @@ struct {
 } rings SEC(".maps") = {
 	.values = {&ring0, &ring1, &ring2, &ring3, &ring4, &ring5, &ring6, &ring7},
 };
+
+/* Whether the reader of the rings waits to be woken. User space maps it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, u32);
+	__type(value, u32);
+} asleep SEC(".maps");
 
 /* Events that found no room, by class. */
 struct {
@@ -178,13 +186,21 @@ static __always_inline void number(struct event_hdr *ev, u32 kind, u32 size)
 	ev->seq = __sync_fetch_and_add(&last_seq, 1) + 1;
 }
 
-/* Hands an event over. Its reader looks by itself now and then and is woken only for one
- * event of many, since that costs as much as all the rest. */
+/* Hands an event over. To wake the reader costs as much as all the rest, so it is done only
+ * when it waits for that: while there is something to read it looks by itself now and then.
+ * It falls asleep only if no room is reserved after it said so, and room was reserved before
+ * the event was numbered, which is a full barrier: so this sees it, or it sees the room. */
 static __always_inline void submit(void *event)
 {
-	struct event_hdr *ev = event;
+	u64 flags = BPF_RB_NO_WAKEUP;
+	u32 zero = 0, *waits;
 
-	bpf_ringbuf_submit(event, ev->seq & wake_mask ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
+	waits = bpf_map_lookup_elem(&asleep, &zero);
+	if (waits && *(volatile u32 *)waits) {
+		*(volatile u32 *)waits = 0;
+		flags = BPF_RB_FORCE_WAKEUP;
+	}
+	bpf_ringbuf_submit(event, flags);
 }
 
 /* Room for an event of this type, numbered; NULL if there is none. It must be submitted. */

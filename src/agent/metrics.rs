@@ -3,8 +3,8 @@
 use super::AgentError;
 use super::shared::Shared;
 use super::status::{Sizes, Status};
+use crate::bpf::fill::RingFill;
 use crate::bpf::programs::ProgramStats;
-use crate::bpf::rings::RingFill;
 use crate::handover::report::{ApplicationStatus, Status as UpdateStatus, UpdateReport};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;

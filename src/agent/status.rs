@@ -1,7 +1,7 @@
 //! What `tracker status` and the metrics show.
 
+use crate::bpf::fill::RingFill;
 use crate::bpf::programs::ProgramStats;
-use crate::bpf::rings::RingFill;
 use crate::bpf::track::HookSet;
 use crate::handover::report::UpdateReport;
 use crate::model::event::FileKind;

@@ -3,6 +3,7 @@
 //! `bpf/events.h` is the only source of the record layouts; [`events`] is generated from it.
 
 pub mod features;
+pub mod fill;
 mod hooks;
 pub mod iter;
 pub mod netlock;
@@ -10,8 +11,8 @@ mod pass;
 pub mod programs;
 pub mod reading;
 pub mod record;
-pub mod ring;
 pub mod rings;
+mod shared;
 mod skeleton;
 pub mod track;
 pub mod wire;

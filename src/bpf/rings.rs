@@ -1,130 +1,130 @@
-//! How full the event rings are, seen from beside their consumers.
+//! Reading the event rings.
+//!
+//! The kernel side wakes the reader only when it waits for that (`submit` in
+//! `bpf/track_ring.bpf.h`). While events come, the reader looks by itself, a few milliseconds
+//! apart, so that they cost no wake-up each; it is kicked by whoever must know sooner.
 
-use nix::errno::Errno;
-use nix::libc;
-use serde::{Deserialize, Serialize};
+use super::fill::Fills;
+use super::shared::SharedPage;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::NonNull;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-/// One ring at one instant.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RingFill {
-    /// Bytes written and not consumed yet.
-    pub bytes: u64,
-    /// Bytes it has room for.
-    pub size: u64,
+/// Events read at once from one ring: few enough to hand them on while more arrive.
+const BATCH: usize = 4096;
+/// Milliseconds between two looks while there are events.
+const PAUSE: u8 = 10;
+
+/// All rings with their callbacks.
+pub struct Rings {
+    buffers: Vec<libbpf_rs::RingBuffer<'static>>,
+    fills: Fills,
+    /// What the kernel side looks at, see `asleep` there.
+    asleep: SharedPage,
+    kick: Kick,
+    next: Next,
 }
 
-/// The positions of every ring, in the order of the shards.
+/// What to do before the next look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Nothing: there may be more.
+    Look,
+    /// Let some gather.
+    Pause,
+    /// Wait to be woken: there was nothing.
+    Sleep,
+}
+
+/// Makes the reader of the rings look now.
 #[derive(Clone, Debug)]
-pub struct Fills(Arc<[Positions]>);
+pub struct Kick(Arc<EventFd>);
 
-impl Fills {
-    /// Those of ring maps, each with its size.
-    ///
-    /// # Errors
-    ///
-    /// mmap(2).
-    pub(super) fn of<'fd>(rings: impl Iterator<Item = (BorrowedFd<'fd>, u32)>) -> io::Result<Self> {
-        let positions = rings.map(|(fd, size)| Positions::map(fd, size.into()));
-        Ok(Self(positions.collect::<io::Result<_>>()?))
+impl Kick {
+    fn new() -> io::Result<Self> {
+        let fd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        Ok(Self(Arc::new(fd)))
     }
 
-    /// How full each ring is now.
+    /// Makes it look.
+    pub fn now(&self) {
+        // Full means that it was kicked and did not look yet.
+        let _ = self.0.write(1);
+    }
+}
+
+impl Rings {
+    pub(super) fn new(
+        buffers: Vec<libbpf_rs::RingBuffer<'static>>,
+        fills: Fills,
+        asleep: BorrowedFd<'_>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            buffers,
+            fills,
+            asleep: SharedPage::map_writable(asleep)?,
+            kick: Kick::new()?,
+            next: Next::Look,
+        })
+    }
+
+    /// What makes this reader look.
     #[must_use]
-    pub fn now(&self) -> Vec<RingFill> {
-        self.0.iter().map(Positions::now).collect()
+    pub fn kick(&self) -> Kick {
+        self.kick.clone()
     }
-}
 
-const PAGE: usize = 4096;
-
-/// The first two pages of a ring map: the consumer's position and the producer's
-/// (kernel/bpf/ringbuf.c, `struct bpf_ringbuf`). libbpf maps them too, but its handle belongs
-/// to the thread that consumes.
-#[derive(Debug)]
-struct Positions {
-    pages: NonNull<u8>,
-    size: u64,
-}
-
-// SAFETY: the mapping belongs to the process, and it is only read, atomically.
-unsafe impl Send for Positions {}
-// SAFETY: as above.
-unsafe impl Sync for Positions {}
-
-impl Positions {
-    fn map(ring: BorrowedFd<'_>, size: u64) -> io::Result<Self> {
-        // SAFETY: a new mapping at an address of the kernel's choice, which replaces none.
-        let pages = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                2 * PAGE,
-                libc::PROT_READ,
-                libc::MAP_SHARED,
-                ring.as_raw_fd(),
-                0,
-            )
+    /// Waits until it is time to look, and has the callbacks take some events.
+    pub fn read(&mut self) {
+        match self.next {
+            Next::Look => {}
+            Next::Pause => self.wait(&[], PAUSE.into()),
+            Next::Sleep => self.sleep(),
+        }
+        // Empty if nobody kicked.
+        let _ = self.kick.0.read();
+        let counts = self.buffers.iter().map(|ring| ring.consume_raw_n(BATCH));
+        let most = counts
+            .max()
+            .map_or(0, |count| usize::try_from(count).unwrap_or(0));
+        self.next = match most {
+            0 => Next::Sleep,
+            BATCH.. => Next::Look,
+            _ => Next::Pause,
         };
-        if pages == libc::MAP_FAILED {
-            return Err(Errno::last().into());
-        }
-        let pages = NonNull::new(pages.cast()).ok_or(io::ErrorKind::AddrInUse)?;
-        Ok(Self { pages, size })
     }
 
-    fn position(&self, page: usize) -> u64 {
-        // SAFETY: the caller names one of the two mapped pages; its first eight bytes are an
-        // unsigned long that the kernel and libbpf access atomically.
-        let position = unsafe { self.pages.add(page * PAGE).cast::<AtomicU64>().as_ref() };
-        position.load(Ordering::Acquire)
+    /// Until an event is submitted or somebody kicks.
+    fn sleep(&self) {
+        let asleep: &AtomicU32 = self.asleep.word();
+        asleep.store(1, Ordering::SeqCst);
+        if self.fills.now().iter().all(|ring| ring.bytes == 0) {
+            // SAFETY: the ring buffers own the descriptors and live as long as `self`.
+            let wakes = |ring: &libbpf_rs::RingBuffer<'_>| unsafe {
+                BorrowedFd::borrow_raw(ring.epoll_fd())
+            };
+            let wakes: Vec<_> = self.buffers.iter().map(wakes).collect();
+            self.wait(&wakes, PollTimeout::NONE);
+        } else {
+            // Room is taken, but what is in it may take a moment.
+            self.wait(&[], 1_u8.into());
+        }
+        asleep.store(0, Ordering::SeqCst);
     }
 
-    fn now(&self) -> RingFill {
-        // In this order the difference cannot be negative, but it can be too large.
-        let consumed = self.position(0);
-        let produced = self.position(1);
-        RingFill {
-            bytes: produced.saturating_sub(consumed).min(self.size),
-            size: self.size,
-        }
+    fn wait(&self, others: &[BorrowedFd<'_>], pause: PollTimeout) {
+        let fds = others.iter().copied().chain([self.kick.0.as_fd()]);
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        // The error is EINTR, after which looking does no harm.
+        let _ = poll(&mut fds, pause);
     }
 }
 
-impl Drop for Positions {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, and no reference into it outlives `position`.
-        unsafe { libc::munmap(self.pages.as_ptr().cast(), 2 * PAGE) };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::fd::AsFd;
-    use std::os::unix::fs::FileExt;
-
-    #[test]
-    fn what_is_written_and_not_consumed_fills_a_ring() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(2 * PAGE as u64).unwrap();
-        let fills = Fills::of([(file.as_fd(), 8192)].into_iter()).unwrap();
-        assert_eq!(
-            fills.now(),
-            [RingFill {
-                bytes: 0,
-                size: 8192
-            }]
-        );
-        file.write_at(&100_000_u64.to_ne_bytes(), 0).unwrap();
-        file.write_at(&100_064_u64.to_ne_bytes(), PAGE as u64)
-            .unwrap();
-        assert_eq!(fills.now()[0].bytes, 64);
-        file.write_at(&900_000_u64.to_ne_bytes(), PAGE as u64)
-            .unwrap();
-        assert_eq!(fills.now()[0].bytes, 8192, "never more than fits");
+impl std::fmt::Debug for Rings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rings").finish_non_exhaustive()
     }
 }

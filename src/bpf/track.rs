@@ -1,11 +1,11 @@
 //! The tracking hooks: which of them the kernel takes, their rings and counters.
 
 use super::events::EventClass;
+use super::fill::Fills;
 use super::hooks::When::{Always, Fallback, Fentry, Mappings};
 use super::hooks::{INSTEAD, MAPPINGS, NEEDED, PROGRAMS, Target, When, exists, functions};
 use super::programs::Programs;
-use super::ring::{Kick, Ring};
-use super::rings::Fills;
+use super::rings::Rings;
 use super::skeleton::track::{OpenTrackSkel, TrackSkel, TrackSkelBuilder};
 use super::wire;
 use crate::model::event::{Event, Object};
@@ -67,10 +67,6 @@ pub struct MapError {
     map: &'static str,
     source: libbpf_rs::Error,
 }
-
-/// Room in a ring for each event that wakes its reader: several times the mean size, so
-/// that a ring is read long before it is full.
-const WAKE_BYTES: u32 = 1024;
 
 /// The loaded and attached hooks. Dropping it detaches them.
 pub struct Hooks {
@@ -187,7 +183,6 @@ impl Hooks {
         }
         if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
             rodata.shard_mask = options.shards - 1;
-            rodata.wake_mask = (options.ring_bytes / WAKE_BYTES).clamp(1, 1024) - 1;
         }
         let page = 4096;
         let maps = &mut open.maps;
@@ -348,35 +343,33 @@ impl Hooks {
             .collect()
     }
 
-    /// One reader per ring; `sink` gets every event, and `None` for a record that
+    /// The reader of all rings; `sink` gets every event, and `None` for a record that
     /// has not even a number.
     ///
     /// # Errors
     ///
     /// A ring cannot be mapped.
-    pub fn rings<F>(&self, sink: impl Fn(u32) -> F) -> Result<Vec<(Ring, Kick)>, LoadError>
+    pub fn rings<F>(&self, sink: F) -> Result<Rings, LoadError>
     where
-        F: FnMut(Option<Event>) + 'static,
+        F: FnMut(Option<Event>) + Clone + 'static,
     {
         let at = |source| LoadError {
             step: "mapping the rings",
             source,
         };
-        (0..)
-            .zip(self.ring_maps())
-            .map(|(shard, ring)| {
-                let mut sink = sink(shard);
-                let mut builder = RingBufferBuilder::new();
-                let each = move |bytes: &[u8]| {
-                    sink(wire::decode(bytes).ok());
-                    0
-                };
-                builder.add(ring, each).map_err(at)?;
-                let kick = Kick::new().map_err(|error| at(error.into()))?;
-                let ring = Ring::new(builder.build().map_err(at)?, kick.clone());
-                Ok((ring, kick))
-            })
-            .collect()
+        let buffers = self.ring_maps().map(|ring| {
+            let mut sink = sink.clone();
+            let mut builder = RingBufferBuilder::new();
+            let each = move |bytes: &[u8]| {
+                sink(wire::decode(bytes).ok());
+                0
+            };
+            builder.add(ring, each).map_err(at)?;
+            builder.build().map_err(at)
+        });
+        let buffers = buffers.collect::<Result<_, _>>()?;
+        let asleep = self.skel.maps.asleep.as_fd();
+        Rings::new(buffers, self.fills()?, asleep).map_err(|error| at(error.into()))
     }
 
     /// Where to see how full the rings are.

@@ -5,7 +5,7 @@ use super::reader::{self, Reading};
 use super::roots::Root;
 use super::{Counters, Request, Settle, View};
 use crate::bpf::iter::{Iterators, Scope};
-use crate::bpf::ring::Kick;
+use crate::bpf::rings::Kick;
 use crate::bpf::track::{HookSet, Hooks};
 use crate::bpf::wire;
 use crate::model::apply::{Anomaly, apply};
@@ -54,7 +54,7 @@ impl Batch {
 pub(super) struct Inbox {
     pub batches: Receiver<Vec<Option<Event>>>,
     /// Makes the rings be read now.
-    pub kicks: Vec<Kick>,
+    pub kick: Kick,
 }
 
 pub(super) struct Engine {
@@ -170,10 +170,12 @@ impl Engine {
     }
 
     fn take_in(&mut self, batch: Vec<Option<Event>>) {
+        // Asked for after the batch was read: no event in it can have a later number.
+        let last_seq = self.hooks.last_seq();
         for event in batch {
             match event {
-                Some(event) => self.order.push(event),
-                None => {
+                Some(event) if event.seq <= last_seq => self.order.push(event),
+                _ => {
                     self.counters.malformed += 1;
                     self.read_all = true;
                 }
@@ -370,7 +372,7 @@ impl Engine {
     fn catch_up(&mut self) {
         let target = self.hooks.last_seq();
         while self.order.done() < target && !self.stopped {
-            self.inbox.kicks.iter().for_each(Kick::now);
+            self.inbox.kick.now();
             self.wait(KICK_PATIENCE);
         }
     }

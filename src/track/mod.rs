@@ -8,13 +8,13 @@ mod proc;
 mod reader;
 pub mod roots;
 
+use crate::bpf::fill::Fills;
 use crate::bpf::iter::Iterators;
 use crate::bpf::programs::Programs;
-use crate::bpf::rings::Fills;
+use crate::bpf::rings::Kick;
 use crate::bpf::track::{HookSet, Hooks, Options};
 use crate::model::state::State;
 use crossbeam_channel::{Sender, bounded};
-use nix::poll::PollTimeout;
 use roots::Root;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -22,9 +22,6 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-
-/// Milliseconds that events may lie in a ring; many of them wake its reader before.
-const RING_PAUSE: u8 = 50;
 
 /// Tracking cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +101,7 @@ enum Request {
 pub struct Tracking {
     requests: Sender<Request>,
     stop: Arc<AtomicBool>,
+    kick: Kick,
     threads: Vec<JoinHandle<()>>,
     /// What is tracked.
     pub roots: Vec<Root>,
@@ -125,40 +123,33 @@ impl Tracking {
         let (batches, inbox) = bounded(1024);
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
-        let collected: Vec<_> = (0..8).map(|_| engine::Batch::default()).collect();
-        let sink = |shard: u32| {
-            let batch = collected[shard as usize].clone();
+        let batch = engine::Batch::default();
+        let sink = {
+            let batch = batch.clone();
             move |event| batch.push(event)
         };
-        let mut kicks = Vec::new();
-        for ((ring, kick), batch) in hooks
-            .rings(sink)?
-            .into_iter()
-            .zip(collected.iter().cloned())
-        {
-            kicks.push(kick);
-            let (stop, batches) = (Arc::clone(&stop), batches.clone());
-            let ring = SendRing(ring);
-            threads.push(thread::Builder::new().name("ring".into()).spawn(move || {
-                let SendRing(ring) = { ring };
-                let mut more = false;
+        let mut rings = hooks.rings(sink)?;
+        let kick = rings.kick();
+        let reader = {
+            let stop = Arc::clone(&stop);
+            move || {
                 while !stop.load(Ordering::Relaxed) {
-                    let pause = PollTimeout::from(if more { 0 } else { RING_PAUSE });
-                    more = ring.read(pause);
+                    rings.read();
                     let events = batch.take();
                     if !events.is_empty() && batches.send(events).is_err() {
                         return;
                     }
                 }
-            })?);
-        }
+            }
+        };
+        threads.push(thread::Builder::new().name("rings".into()).spawn(reader)?);
         let roots_of: Vec<_> = roots.iter().map(|root| (root.id.0, root.level)).collect();
         hooks.set_roots(&roots_of);
         let (programs, fills) = (hooks.programs().clone(), hooks.fills()?);
         let (requests, requested) = bounded(16);
         let inbox = engine::Inbox {
             batches: inbox,
-            kicks,
+            kick: kick.clone(),
         };
         let engine = engine::Engine::new(hooks, iterators, roots.clone(), inbox, requested)?;
         threads.push(
@@ -169,6 +160,7 @@ impl Tracking {
         Ok(Self {
             requests,
             stop,
+            kick,
             threads,
             roots,
             programs,
@@ -193,6 +185,7 @@ impl Tracking {
 impl Drop for Tracking {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+        self.kick.now();
         // The thread may be gone already; it is joined in any case.
         let _ = self.requests.send(Request::Stop);
         for thread in self.threads.drain(..) {
@@ -200,6 +193,3 @@ impl Drop for Tracking {
         }
     }
 }
-
-/// A ring with its callback, moved to its thread once.
-struct SendRing(crate::bpf::ring::Ring);

@@ -1,7 +1,12 @@
 //! Puts the events of all rings back into their one order.
 
 use crate::model::event::Event;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Numbers ahead of the next one that have a place of their own; what is further ahead is
+/// kept in a tree. A reader takes the rings one after another, so events of one batch are
+/// about this far from their order.
+const WINDOW: u64 = 1 << 16;
 
 /// Holds events back until all before them are there. Numbers have no gaps: each
 /// was taken for a record that had its room in a ring already.
@@ -9,22 +14,52 @@ use std::collections::BTreeMap;
 pub struct Order {
     /// Number of the last event handed out.
     done: u64,
-    early: BTreeMap<u64, Event>,
+    /// Those with the numbers from `done + 1` on.
+    window: VecDeque<Option<Event>>,
+    /// How many of them are there.
+    near: usize,
+    far: BTreeMap<u64, Event>,
 }
 
 impl Order {
     /// Takes an event in.
     pub fn push(&mut self, event: Event) {
-        if event.seq > self.done {
-            self.early.insert(event.seq, event);
+        // Numbers at or before the last one handed out were skipped.
+        let Some(ahead) = event
+            .seq
+            .checked_sub(self.done)
+            .and_then(|n| n.checked_sub(1))
+        else {
+            return;
+        };
+        match usize::try_from(ahead) {
+            Ok(ahead) if ahead < self.window.len() => {
+                self.near += usize::from(self.window[ahead].is_none());
+                self.window[ahead] = Some(event);
+            }
+            Ok(at) if ahead < WINDOW => {
+                self.window.resize(at, None);
+                self.window.push_back(Some(event));
+                self.near += 1;
+            }
+            _ => {
+                self.far.insert(event.seq, event);
+            }
         }
     }
 
     /// The next event, if it is there.
     pub fn pop(&mut self) -> Option<Event> {
-        let event = self.early.remove(&(self.done + 1))?;
-        self.done = event.seq;
-        Some(event)
+        let event = if let Some(Some(_)) = self.window.front() {
+            self.near -= 1;
+            self.window.pop_front().flatten()
+        } else {
+            let event = self.far.remove(&self.done.checked_add(1)?)?;
+            self.window.pop_front();
+            Some(event)
+        };
+        self.done += 1;
+        event
     }
 
     /// Number of the last event handed out.
@@ -36,15 +71,20 @@ impl Order {
     /// Events waiting for one before them.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.early.len()
+        self.near + self.far.len()
     }
 
     /// Gives up on the missing ones: returns how many there were.
     pub fn skip_gap(&mut self) -> u64 {
-        let Some(first) = self.early.keys().next() else {
+        let near = self.window.iter().position(Option::is_some);
+        let near = near.map(|ahead| self.done + 1 + ahead as u64);
+        let far = self.far.keys().next().copied();
+        let Some(first) = near.into_iter().chain(far).min() else {
             return 0;
         };
         let missing = first - self.done - 1;
+        let skipped = usize::try_from(missing).unwrap_or(usize::MAX);
+        self.window.drain(..skipped.min(self.window.len()));
         self.done = first - 1;
         missing
     }
@@ -98,5 +138,22 @@ mod tests {
         assert_eq!(order.skip_gap(), 3);
         assert_eq!(drain(&mut order), [4]);
         assert_eq!(order.skip_gap(), 0);
+    }
+
+    #[test]
+    fn a_far_number_waits_for_those_before_it() {
+        let mut order = Order::default();
+        let far = WINDOW + 5;
+        order.push(event(far));
+        order.push(event(far + 1));
+        order.push(event(u64::MAX));
+        for seq in (1..far).rev() {
+            order.push(event(seq));
+        }
+        assert_eq!(drain(&mut order).len() as u64, far + 1);
+        assert_eq!(order.waiting(), 1);
+        assert!(order.window.capacity() as u64 <= 2 * WINDOW);
+        assert_eq!(order.skip_gap(), u64::MAX - far - 2);
+        assert_eq!(drain(&mut order), [u64::MAX]);
     }
 }

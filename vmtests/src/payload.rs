@@ -11,11 +11,36 @@ use anyhow::{Context, Result, bail};
 /// Where the guest's programs lie in it.
 pub const TESTS_DIR: &str = "/usr/lib/tracker/tests";
 
+/// How the programs are compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// Quickly, for tests.
+    Dev,
+    /// As they are shipped, for benchmarks.
+    Release,
+}
+
+impl Profile {
+    /// Cargo's output directory for it.
+    #[must_use]
+    pub fn directory(self, workspace: &Path) -> PathBuf {
+        let name = match self {
+            Profile::Dev => "debug",
+            Profile::Release => "release",
+        };
+        let beside = std::env::current_exe().ok();
+        let beside = beside.and_then(|exe| Some(exe.parent()?.parent()?.join(name)));
+        beside
+            .filter(|dir| dir.join("guestd").exists())
+            .unwrap_or_else(|| workspace.join("target").join(name))
+    }
+}
+
 /// Builds the workspace's programs for the guest.
 ///
 /// # Errors
 /// If cargo fails.
-pub fn build(workspace: &Path) -> Result<()> {
+pub fn build(workspace: &Path, profile: Profile) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         .current_dir(workspace)
@@ -30,6 +55,7 @@ pub fn build(workspace: &Path) -> Result<()> {
             "iter_check",
             "--bins",
         ])
+        .args((profile == Profile::Release).then_some("--release"))
         .status()
         .context("Run cargo build")?;
     if !status.success() {

@@ -14,7 +14,7 @@ use serde::Serialize;
 use vmtests::apps;
 use vmtests::image::Kernel;
 use vmtests::load::Load;
-use vmtests::payload::TESTS_DIR;
+use vmtests::payload::{Profile, TESTS_DIR};
 use vmtests::vm::{Exec, Vm};
 
 use crate::{setup, workspace};
@@ -83,6 +83,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     setup::for_vm()?;
     let builder = Vm::builder(workspace())
         .kernel(arguments.kernel)
+        .profile(Profile::Release)
         .quiet(arguments.json);
     let vm = apps::forwarded(builder).start()?;
     apps::start_redis(&vm, arguments.data)?;

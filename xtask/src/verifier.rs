@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use vmtests::image::Kernel;
+use vmtests::payload::{self, Profile};
 use vmtests::vm::{Exec, Vm};
 
 use crate::{setup, shell, workspace};
@@ -54,8 +55,8 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 }
 
 fn on_host(command: &[&str]) -> Result<()> {
-    vmtests::payload::build(&workspace())?;
-    let program = workspace().join("target/debug").join(command[0]);
+    payload::build(&workspace(), Profile::Dev)?;
+    let program = Profile::Dev.directory(&workspace()).join(command[0]);
     println!("This machine");
     let program = program
         .to_str()

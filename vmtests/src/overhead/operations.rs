@@ -17,7 +17,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, m
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socket};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, dup2_raw, fork, getppid, read, write};
+use nix::unistd::{ForkResult, close, dup2_raw, fork, getppid, read, write};
 
 use super::meter::Meter;
 
@@ -178,19 +178,19 @@ fn recv_batch(count: usize) -> Result<Batch> {
 fn open_batch(count: usize) -> Result<Batch> {
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     repeat(count, move || {
-        drop(open("/etc/passwd", flags, Mode::empty())?);
+        close(open("/etc/passwd", flags, Mode::empty())?)?;
         Ok(())
     })
 }
 
 fn socket_batch(count: usize) -> Result<Batch> {
     repeat(count, || {
-        drop(socket(
+        close(socket(
             AddressFamily::Inet,
             SockType::Stream,
             SockFlag::SOCK_CLOEXEC,
             None,
-        )?);
+        )?)?;
         Ok(())
     })
 }
@@ -206,7 +206,7 @@ fn accept_batch(count: usize) -> Result<Batch> {
             .context("Connect")?;
         meter.measure(|| {
             for _ in 0..count {
-                drop(listener.accept()?);
+                close(listener.accept()?.0)?;
             }
             Ok(())
         })?;

@@ -14,8 +14,9 @@ use super::{PATIENCE, Vm};
 use crate::control::{Control, Shared};
 use crate::guest::init::SHELL_WORD;
 use crate::image::{Image, Kernel};
+use crate::payload::{self, Profile};
 use crate::protocol::PORT_NAME;
-use crate::{payload, slot::Slot};
+use crate::slot::Slot;
 
 /// Settings of a VM that has not been started.
 #[derive(Debug, Clone)]
@@ -31,6 +32,7 @@ pub struct VmBuilder {
     workspace: PathBuf,
     keep: bool,
     quiet: bool,
+    profile: Profile,
 }
 
 impl VmBuilder {
@@ -47,6 +49,7 @@ impl VmBuilder {
             workspace,
             keep: false,
             quiet: false,
+            profile: Profile::Dev,
         }
     }
 
@@ -120,16 +123,23 @@ impl VmBuilder {
         self
     }
 
+    /// How our programs are compiled, for development unless set.
+    #[must_use]
+    pub fn profile(mut self, profile: Profile) -> Self {
+        self.profile = profile;
+        self
+    }
+
     /// Builds our programs, boots, and waits for the guest's hello.
     ///
     /// # Errors
     /// If the image is missing, the build fails or the guest does not come up.
     pub fn start(self) -> Result<Vm> {
-        payload::build(&self.workspace)?;
+        payload::build(&self.workspace, self.profile)?;
         let slot = Slot::take()?;
         let dir = WorkDir::create(&self.workspace, self.keep)?;
         payload::pack(
-            &programs(&self.workspace),
+            &self.profile.directory(&self.workspace),
             &dir.path.join("stage"),
             &dir.path.join("programs.tar"),
         )?;
@@ -289,14 +299,6 @@ impl VmBuilder {
 }
 
 /// Directory of the programs that cargo builds: the one this program is in.
-fn programs(workspace: &Path) -> PathBuf {
-    std::env::current_exe()
-        .ok()
-        .and_then(|exe| exe.parent().map(Path::to_path_buf))
-        .filter(|dir| dir.join("guestd").exists())
-        .unwrap_or_else(|| workspace.join("target/debug"))
-}
-
 fn path(path: &Path) -> Result<&str> {
     path.to_str()
         .filter(|text| !text.contains(','))

@@ -15,7 +15,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use vmtests::image::Kernel;
 use vmtests::overhead::{Cost, NAMES};
-use vmtests::payload::TESTS_DIR;
+use vmtests::payload::{Profile, TESTS_DIR};
 use vmtests::vm::{Exec, Vm};
 
 use crate::{setup, workspace};
@@ -164,6 +164,7 @@ fn measure(arguments: &Arguments, kernel: Kernel) -> Result<Report> {
     let vm = Vm::builder(workspace())
         .kernel(kernel)
         .icount(true)
+        .profile(Profile::Release)
         // Where things lie changes what they cost, a little.
         .append("nokaslr")
         .append("norandmaps")
