@@ -92,6 +92,13 @@ fn render(status: &Status) -> String {
         "kind",
         anomalies,
     );
+    by(
+        &mut registry,
+        "resyncs",
+        "Objects read again because they were suspect",
+        "kind",
+        &counters.resyncs,
+    );
     single(
         &mut registry,
         "lag_events",
