@@ -33,9 +33,8 @@ static __always_inline u64 anon_name8(struct file *file)
 /* Fills all but the header, after the number was taken. */
 static __always_inline void fill_install(const bool typed, struct install_event *e,
 					 struct files_struct *files, u32 fd, struct file *file,
-					 int cloexec)
+					 struct inode *inode, u32 mode, int cloexec)
 {
-	struct inode *inode = MEMBER(typed, file, f_inode);
 	struct super_block *sb = MEMBER(typed, inode, i_sb);
 
 	e->files = (u64)files;
@@ -45,15 +44,16 @@ static __always_inline void fill_install(const bool typed, struct install_event 
 	e->dev = MEMBER(typed, sb, s_dev);
 	e->fd = fd;
 	e->cloexec = cloexec < 0 ? cloexec_at(typed, files, fd) : cloexec;
-	e->mode = MEMBER(typed, inode, i_mode);
+	e->mode = mode;
 	e->flags = MEMBER(typed, file, f_flags);
 	e->empty = 0;
 	e->pad = 0;
 }
 
 static __always_inline void send_install_socket(const bool typed, struct files_struct *files,
-						u32 fd, struct file *file, struct sock *sk,
-						int cloexec)
+						u32 fd, struct file *file,
+						struct inode *inode, u32 mode,
+						struct sock *sk, int cloexec)
 {
 	struct install_socket_event *e;
 
@@ -61,18 +61,11 @@ static __always_inline void send_install_socket(const bool typed, struct files_s
 	if (!e)
 		return;
 	number(&e->install.ev, EVENT_FD_INSTALL_SOCKET, sizeof(*e));
-	fill_install(typed, &e->install, files, fd, file, cloexec);
+	fill_install(typed, &e->install, files, fd, file, inode, mode, cloexec);
 	e->install.kind = FILE_SOCKET;
 	e->install.object = (u64)sk;
 	fill_socket(typed, &e->socket, sk, e->install.ino);
 	submit(e);
-}
-
-/* Whether the kind of a file can only be told from its name. */
-static __always_inline bool kind_by_name(u64 magic, u32 nlink)
-{
-	return magic == ANON_INODE_FS_MAGIC ||
-	       (nlink == 0 && (magic == TMPFS_MAGIC || magic == HUGETLBFS_MAGIC));
 }
 
 /* Reports what descriptor fd refers to from now on; cloexec < 0 says: as the table has it.
@@ -81,27 +74,32 @@ static __always_inline void send_install(const bool typed, struct files_struct *
 					 struct file *file, int cloexec)
 {
 	struct inode *inode = MEMBER(typed, file, f_inode);
-	struct super_block *sb = MEMBER(typed, inode, i_sb);
+	u32 mode = MEMBER(typed, inode, i_mode);
+	struct super_block *sb;
 	struct install_event *e;
-	u64 magic;
-	u32 nlink;
+	u64 magic, name8 = 0;
+	u32 nlink = 1;
 
-	if ((MEMBER(typed, inode, i_mode) & S_IFMT) == S_IFSOCK) {
+	if ((mode & S_IFMT) == S_IFSOCK) {
 		struct sock *sk = typed ? typed_sock_of(file) : sock_of_file(file);
 
 		if (sk) {
-			send_install_socket(typed, files, fd, file, sk, cloexec);
+			send_install_socket(typed, files, fd, file, inode, mode, sk, cloexec);
 			return;
 		}
 	}
 	e = EVENT(struct install_event, EVENT_FD_INSTALL, files, CLASS_FILES);
 	if (!e)
 		return;
-	fill_install(typed, e, files, fd, file, cloexec);
+	fill_install(typed, e, files, fd, file, inode, mode, cloexec);
+	sb = MEMBER(typed, inode, i_sb);
 	magic = MEMBER(typed, sb, s_magic);
-	nlink = MEMBER(typed, inode, i_nlink);
-	e->kind = file_kind_of(magic, e->mode, nlink,
-			       kind_by_name(magic, nlink) ? anon_name8(file) : 0);
+	/* few kinds are told by more than this */
+	if (magic == TMPFS_MAGIC || magic == HUGETLBFS_MAGIC)
+		nlink = MEMBER(typed, inode, i_nlink);
+	if (magic == ANON_INODE_FS_MAGIC || !nlink)
+		name8 = anon_name8(file);
+	e->kind = file_kind_of(magic, mode, nlink, name8);
 	if (e->kind == FILE_EPOLL) {
 		struct eventpoll *ep = BPF_CORE_READ(file, private_data);
 
