@@ -29,6 +29,8 @@ const MMS_PAUSE: Duration = Duration::from_secs(1);
 /// How long an event may be missing: a BPF program that holds room in a ring ends
 /// in microseconds, but its virtual CPU may not run meanwhile.
 const GAP_PATIENCE: Duration = Duration::from_secs(5);
+/// How many may wait for it: some hundred megabytes.
+const GAP_EVENTS: usize = 1 << 20;
 /// More processes than this are read by one pass over all.
 const FEW_PROCESSES: usize = 4;
 const SETTLE_ROUNDS: usize = 5;
@@ -170,14 +172,17 @@ impl Engine {
     }
 
     fn take_in(&mut self, batch: Vec<Option<Event>>) {
+        // Read after the batch was: no event in it can have a higher number.
+        let last = self.hooks.last_seq();
+        let mut malformed = 0;
         for event in batch {
-            match event {
-                Some(event) => self.order.push(event),
-                None => {
-                    self.counters.malformed += 1;
-                    self.read_all = true;
-                }
+            if !event.is_some_and(|event| self.order.push(event, last)) {
+                malformed += 1;
             }
+        }
+        if malformed > 0 {
+            self.counters.malformed += malformed;
+            self.suspect_everything();
         }
         while let Some(event) = self.order.pop() {
             self.progressed = Instant::now();
@@ -280,7 +285,7 @@ impl Engine {
     fn mind_gaps(&mut self) {
         if self.order.waiting() == 0 {
             self.progressed = Instant::now();
-        } else if self.progressed.elapsed() > GAP_PATIENCE {
+        } else if self.progressed.elapsed() > GAP_PATIENCE || self.order.waiting() > GAP_EVENTS {
             let missing = self.order.skip_gap();
             tracing::error!(missing, "events are missing; reading everything again");
             self.counters.gaps += missing;

@@ -2,9 +2,11 @@
 
 use crate::model::event::Event;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// Holds events back until all before them are there. Numbers have no gaps: each
-/// was taken for a record that had its room in a ring already.
+/// was taken for a record that had its room in a ring already. A number that no event
+/// can have would open a gap that never closes, so it is not let in.
 #[derive(Debug, Default)]
 pub struct Order {
     /// Number of the last event handed out.
@@ -13,16 +15,29 @@ pub struct Order {
 }
 
 impl Order {
-    /// Takes an event in.
-    pub fn push(&mut self, event: Event) {
-        if event.seq > self.done {
-            self.early.insert(event.seq, event);
+    /// Takes an event in, while `last` is the number of the last one that happened. One that
+    /// was given up on is late and ignored. Says whether the number can be its own: it is not
+    /// if none was that high yet, or if another event waits under it.
+    #[must_use]
+    pub fn push(&mut self, event: Event, last: u64) -> bool {
+        if event.seq > last {
+            return false;
+        }
+        if event.seq <= self.done {
+            return true;
+        }
+        match self.early.entry(event.seq) {
+            Entry::Vacant(place) => {
+                place.insert(event);
+                true
+            }
+            Entry::Occupied(_) => false,
         }
     }
 
     /// The next event, if it is there.
     pub fn pop(&mut self) -> Option<Event> {
-        let event = self.early.remove(&(self.done + 1))?;
+        let event = self.early.remove(&self.done.checked_add(1)?)?;
         self.done = event.seq;
         Some(event)
     }
@@ -72,10 +87,10 @@ mod tests {
     fn shards_interleave_to_one_order() {
         let mut order = Order::default();
         for seq in [2, 4, 1] {
-            order.push(event(seq));
+            assert!(order.push(event(seq), 4));
         }
         assert_eq!(drain(&mut order), [1, 2]);
-        order.push(event(3));
+        assert!(order.push(event(3), 4));
         assert_eq!(drain(&mut order), [3, 4]);
         assert_eq!(order.done(), 4);
     }
@@ -83,9 +98,9 @@ mod tests {
     #[test]
     fn an_old_number_is_not_handed_out_again() {
         let mut order = Order::default();
-        order.push(event(1));
+        assert!(order.push(event(1), 1));
         assert_eq!(drain(&mut order), [1]);
-        order.push(event(1));
+        assert!(order.push(event(1), 1));
         assert_eq!(drain(&mut order), Vec::<u64>::new());
         assert_eq!(order.waiting(), 0);
     }
@@ -93,10 +108,29 @@ mod tests {
     #[test]
     fn a_gap_is_counted_when_it_is_skipped() {
         let mut order = Order::default();
-        order.push(event(4));
+        assert!(order.push(event(4), 4));
         assert_eq!(drain(&mut order), Vec::<u64>::new());
         assert_eq!(order.skip_gap(), 3);
         assert_eq!(drain(&mut order), [4]);
         assert_eq!(order.skip_gap(), 0);
+    }
+
+    #[test]
+    fn a_number_that_cannot_be_is_not_let_in() {
+        let mut order = Order::default();
+        assert!(!order.push(event(u64::MAX), 2), "never given");
+        assert!(order.push(event(2), 2));
+        assert!(!order.push(event(2), 2), "given to another");
+        assert_eq!((order.waiting(), order.skip_gap()), (1, 1));
+        assert_eq!(drain(&mut order), [2]);
+    }
+
+    #[test]
+    fn numbers_end_without_a_panic() {
+        let mut order = Order::default();
+        assert!(order.push(event(u64::MAX), u64::MAX));
+        assert_eq!(order.skip_gap(), u64::MAX - 1);
+        assert_eq!(drain(&mut order), [u64::MAX]);
+        assert_eq!(drain(&mut order), Vec::<u64>::new());
     }
 }
