@@ -27,7 +27,7 @@ proptest! {
     #[test]
     fn any_bytes_decode_or_are_malformed(bytes in prop::collection::vec(any::<u8>(), 0..700)) {
         match decode(&bytes) {
-            Ok(event) => prop_assert_eq!(event.seq.to_ne_bytes(), bytes[8..16]),
+            Ok(event) => prop_assert_eq!(event.seq.to_ne_bytes().to_vec(), bytes[8..16].to_vec()),
             Err(_) => prop_assert!(bytes.len() < 16),
         }
     }
