@@ -1,9 +1,10 @@
 //! Open file descriptions and what refers to them, for `apply`.
 
 use super::apply::{Anomaly, Step};
-use super::event::{FileKind, OfdInfo, Owner, SockInfo, Watch};
+use super::event::{FileKind, Object, OfdInfo, Owner, SockInfo, Watch};
 use super::ids::{Fd, FilesId, GroupId, OfdId};
 use super::state::{Epoll, Inotify, Ofd, Slot, Socket, Trust};
+use std::collections::btree_map::Entry;
 
 /// How many events a description without descriptors is kept.
 const UNHELD_EVENTS: u64 = 4096;
@@ -12,24 +13,24 @@ impl Step<'_> {
     /// Makes a descriptor of a known table refer to a description, unless later
     /// news of the descriptor came first.
     pub(super) fn set_slot(&mut self, files: FilesId, fd: Fd, ofd: &OfdInfo, cloexec: bool) {
-        let Some(table) = self.state.tables.get(&files) else {
+        let Some(table) = self.state.tables.get_mut(&files) else {
             return;
         };
-        if table.fds.get(&fd).is_some_and(|slot| slot.seq > self.seq) {
-            return;
-        }
-        // The new reference first: it may be the one that is replaced.
-        self.reference(ofd);
         let slot = Slot {
             seq: self.seq,
             ofd: ofd.id,
             cloexec,
         };
-        let old = self
-            .state
-            .tables
-            .get_mut(&files)
-            .and_then(|table| table.fds.insert(fd, slot));
+        let old = match table.fds.entry(fd) {
+            Entry::Vacant(place) => {
+                place.insert(slot);
+                None
+            }
+            Entry::Occupied(known) if known.get().seq > self.seq => return,
+            Entry::Occupied(mut known) => Some(known.insert(slot)),
+        };
+        // The new reference first: it may be the one that is replaced.
+        self.reference(ofd);
         if let Some(old) = old {
             self.unref(old.ofd);
         }
@@ -67,33 +68,40 @@ impl Step<'_> {
             sock: info.sock,
             group: info.group,
         };
-        let old = self.state.ofds.insert(info.id, ofd);
-        self.forget_details(info.id, old);
+        let old = self.state.ofds.insert(info.id, Box::new(ofd));
+        if let Some(old) = old {
+            self.forget_details(info.id, &old);
+        }
+        self.detail(info);
+    }
+
+    /// Makes what is kept apart from a description that is new.
+    fn detail(&mut self, info: &OfdInfo) {
+        let (seq, ofd) = (self.seq, info.id);
+        // One with something in it already was not seen from its beginning.
+        let trust = if info.empty {
+            Trust::Verified
+        } else {
+            Trust::Suspect
+        };
         if info.kind == FileKind::Epoll {
-            let trust = if info.empty {
-                Trust::Verified
-            } else {
-                Trust::Suspect
-            };
             let epoll = Epoll {
                 seq,
-                trust,
                 ..Epoll::default()
             };
-            self.state.epolls.insert(info.id, epoll);
+            self.state.epolls.insert(ofd, epoll);
+            self.state.set_trust(Object::Epoll(ofd), trust);
         }
         if let Some(group) = info.group {
-            let trust = if info.empty {
-                Trust::Verified
-            } else {
-                Trust::Suspect
-            };
             let inotify = Inotify {
                 seq,
-                trust,
+                ofd,
                 ..Inotify::default()
             };
-            self.state.inotifies.insert(group, inotify);
+            if let Some(old) = self.state.inotifies.insert(group, inotify) {
+                self.bereave(old.ofd, ofd, |ofd| ofd.group = None);
+            }
+            self.state.set_trust(Object::Inotify(group), trust);
         }
         if let Some(sock) = info.sock {
             let info = SockInfo {
@@ -103,9 +111,26 @@ impl Step<'_> {
             let socket = Socket {
                 seq,
                 trust: Trust::Suspect,
+                ofd,
                 info,
             };
-            self.state.sockets.insert(sock, socket);
+            if let Some(old) = self.state.sockets.insert(sock, Box::new(socket)) {
+                self.bereave(old.ofd, ofd, |ofd| ofd.sock = None);
+            }
+            self.state.set_trust(Object::Socket(sock), Trust::Suspect);
+        }
+    }
+
+    /// A description lost to another what only one can have: its address is used again, so it
+    /// is gone, whoever still seems to refer to it.
+    fn bereave(&mut self, old: OfdId, new: OfdId, forget: impl FnOnce(&mut Ofd)) {
+        if old != new
+            && let Some(ofd) = self.state.ofds.get_mut(&old)
+        {
+            forget(ofd);
+            if ofd.refs > 0 {
+                self.anomalies.push(Anomaly::Conflict(old));
+            }
         }
     }
 
@@ -116,6 +141,8 @@ impl Step<'_> {
             ofd.refs = ofd.refs.saturating_sub(1);
             if ofd.refs == 0 {
                 ofd.seq = ofd.seq.max(self.seq);
+                let seq = ofd.seq;
+                self.state.note_unheld(seq, id);
             }
         }
     }
@@ -123,24 +150,30 @@ impl Step<'_> {
     /// Forgets the descriptions that nothing has referred to for long.
     pub(super) fn purge(&mut self) {
         let old = self.seq.saturating_sub(UNHELD_EVENTS);
-        let gone = self
-            .state
-            .ofds
-            .extract_if(.., |_, ofd| ofd.refs == 0 && ofd.seq <= old);
-        for (id, ofd) in gone.collect::<Vec<_>>() {
-            self.forget_details(id, Some(ofd));
+        while let Some(id) = self.state.next_unheld(old) {
+            // What had news since is on the list once more.
+            let gone = |ofd: &Box<Ofd>| ofd.refs == 0 && ofd.seq <= old;
+            if self.state.ofds.get(&id).is_some_and(gone)
+                && let Some(ofd) = self.state.ofds.remove(&id)
+            {
+                self.forget_details(id, &ofd);
+            }
         }
     }
 
     /// Forgets what is kept apart from a description that is gone.
-    fn forget_details(&mut self, id: OfdId, ofd: Option<Ofd>) {
-        self.state.epolls.remove(&id);
-        let Some(ofd) = ofd else { return };
+    fn forget_details(&mut self, id: OfdId, ofd: &Ofd) {
+        if ofd.kind == FileKind::Epoll {
+            self.state.epolls.remove(&id);
+            self.state.gone(Object::Epoll(id));
+        }
         if let Some(sock) = ofd.sock {
             self.state.sockets.remove(&sock);
+            self.state.gone(Object::Socket(sock));
         }
         if let Some(group) = ofd.group {
             self.state.inotifies.remove(&group);
+            self.state.gone(Object::Inotify(group));
         }
     }
 
@@ -152,6 +185,9 @@ impl Step<'_> {
             ofd.seq = self.seq;
             ofd.flags = flags;
             ofd.owner = owner;
+            if ofd.refs == 0 {
+                self.state.note_unheld(self.seq, id);
+            }
         }
     }
 
