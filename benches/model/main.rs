@@ -1,13 +1,15 @@
 //! How fast events are applied to the model, and how much memory it takes.
 //!
-//! `cargo bench --bench model` prints both; one processor is used.
+//! `cargo bench --bench model` prints both. Time is the CPU time of the one thread that does the
+//! work, median of some rounds, so that it means something on a machine that does other things.
 
 mod workload;
 
-use criterion::{BatchSize, Criterion, Throughput};
+use nix::time::{ClockId, clock_gettime};
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use std::alloc::System;
 use std::hint::black_box;
+use std::time::Duration;
 use tracker::model::apply::apply;
 use tracker::model::event::Event;
 use tracker::model::snapshot::absorb;
@@ -20,14 +22,15 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 const PROCESSES: usize = 1_000;
 const FDS: usize = 100;
 const MAPPINGS: u64 = 100;
-/// Events of one measurement.
-const EVENTS: usize = 200_000;
+/// Events of one round.
+const EVENTS: usize = 400_000;
+const ROUNDS: usize = 11;
+/// Looks at what is suspect in one round.
+const TICKS: usize = 100_000;
 
 fn main() {
     sizes();
-    let mut criterion = Criterion::default().configure_from_args().sample_size(10);
-    rates(&mut criterion);
-    criterion.final_summary();
+    rates();
 }
 
 fn replay(state: &mut State, events: &[Event]) {
@@ -73,30 +76,64 @@ fn sizes() {
     print("all: half sockets, 100 mappings each", both + mappings, 1);
 }
 
-fn rates(criterion: &mut Criterion) {
-    let mut server = Server::new(PROCESSES, FDS, Kinds::Both);
-    let start = std::mem::take(&mut server.events);
-    let (mut large, _) = build(&start);
-    absorb(&mut large, &server.mappings(MAPPINGS));
-    let events = server.serve(EVENTS);
+/// Prints how fast events are applied.
+fn rates() {
+    let print = |what: &str, of: usize, time: Duration| {
+        let each = time.as_secs_f64() / u32::try_from(of).map_or(f64::NAN, f64::from);
+        let (nanoseconds, rate) = (each * 1e9, 1e-6 / each);
+        println!("{what:<40} {nanoseconds:>8.1} ns {rate:>8.2} million/s");
+    };
+    let mut looks = Vec::new();
+    for processes in [10, PROCESSES] {
+        let mut server = Server::new(processes, FDS, Kinds::Both);
+        let start = std::mem::take(&mut server.events);
+        let (mut state, _) = build(&start);
+        absorb(&mut state, &server.mappings(MAPPINGS));
+        let events = server.serve(EVENTS);
+        let served = median(|| {
+            let mut state = state.clone();
+            let time = cpu_time(|| replay(&mut state, &events));
+            (time, state)
+        });
+        print(
+            &format!("an event while {processes} processes serve"),
+            events.len(),
+            served,
+        );
+        let started = median(|| {
+            let mut state = State::default();
+            let time = cpu_time(|| replay(&mut state, &start));
+            (time, state)
+        });
+        print(
+            &format!("an event while {processes} processes start"),
+            start.len(),
+            started,
+        );
+        looks.push((format!("all suspects of {processes} processes"), state));
+    }
+    for (what, state) in &looks {
+        let looked = median(|| {
+            let look = || (0..TICKS).for_each(|_| drop(black_box(black_box(state).suspects())));
+            (cpu_time(look), ())
+        });
+        print(what, TICKS, looked);
+    }
+}
 
-    let mut group = criterion.benchmark_group("model");
-    group.throughput(Throughput::Elements(events.len() as u64));
-    group.bench_function("serve", |bencher| {
-        let run = |mut state: State| {
-            replay(&mut state, &events);
-            state
-        };
-        bencher.iter_batched(|| large.clone(), run, BatchSize::PerIteration);
-    });
-    group.throughput(Throughput::Elements(start.len() as u64));
-    group.bench_function("start", |bencher| {
-        bencher.iter_with_large_drop(|| build(&start));
-    });
-    group.finish();
+/// The median time of some rounds; what they leave is dropped outside of it.
+fn median<T>(mut round: impl FnMut() -> (Duration, T)) -> Duration {
+    let mut times: Vec<_> = (0..ROUNDS).map(|_| round().0).collect();
+    times.sort_unstable();
+    times[ROUNDS / 2]
+}
 
-    // What the agent does every 50 ms, however much it tracks.
-    criterion.bench_function("tick", |bencher| {
-        bencher.iter(|| black_box(&large).suspects())
-    });
+fn cpu_time(work: impl FnOnce()) -> Duration {
+    let now = || {
+        let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+        Duration::from(time.expect("every kernel has this clock"))
+    };
+    let before = now();
+    work();
+    now() - before
 }

@@ -75,10 +75,7 @@ impl Step<'_> {
                 ref socket,
             } => {
                 if self.table(files).is_some() {
-                    self.set_slot(files, fd, ofd, cloexec);
-                    if let Some(info) = socket {
-                        self.socket(info);
-                    }
+                    self.set_slot(files, fd, ofd, cloexec, socket.as_deref());
                 }
             }
             Body::FdClose { files, fd } => {
@@ -261,7 +258,7 @@ impl Step<'_> {
                     ..Table::default()
                 },
             );
-            self.state.suspect(Object::Files(files));
+            self.state.note(Object::Files(files), Trust::Suspect);
         }
         if let Some(table) = self.state.tables.get_mut(&files) {
             table.users.insert(task);
@@ -299,7 +296,7 @@ impl Step<'_> {
             ..Mm::default()
         };
         self.state.mms.insert(mm, new);
-        self.state.suspect(Object::Mm(mm));
+        self.state.note(Object::Mm(mm), Trust::Suspect);
     }
 
     fn leave_mm(&mut self, task: TaskId, mm: Option<MmId>) {
@@ -350,7 +347,7 @@ impl Step<'_> {
                 id: *id,
                 ..OfdInfo::default()
             };
-            self.set_slot(files, *fd, &info, *cloexec);
+            self.set_slot(files, *fd, &info, *cloexec, None);
             if !known {
                 self.state.suspect(Object::Files(files));
             }
@@ -393,7 +390,7 @@ impl Step<'_> {
         }
     }
 
-    fn socket(&mut self, info: &SockInfo) {
+    pub(super) fn socket(&mut self, info: &SockInfo) {
         // A socket no descriptor refers to is described again when one does.
         if let Some(socket) = self.state.sockets.get_mut(&info.sock)
             && socket.seq <= self.seq

@@ -11,8 +11,15 @@ const UNHELD_EVENTS: u64 = 4096;
 
 impl Step<'_> {
     /// Makes a descriptor of a known table refer to a description, unless later
-    /// news of the descriptor came first.
-    pub(super) fn set_slot(&mut self, files: FilesId, fd: Fd, ofd: &OfdInfo, cloexec: bool) {
+    /// news of the descriptor came first; `socket` is its socket, if that was said too.
+    pub(super) fn set_slot(
+        &mut self,
+        files: FilesId,
+        fd: Fd,
+        ofd: &OfdInfo,
+        cloexec: bool,
+        socket: Option<&SockInfo>,
+    ) {
         let Some(table) = self.state.tables.get_mut(&files) else {
             return;
         };
@@ -30,13 +37,13 @@ impl Step<'_> {
             Entry::Occupied(mut known) => Some(known.insert(slot)),
         };
         // The new reference first: it may be the one that is replaced.
-        self.reference(ofd);
+        self.reference(ofd, socket);
         if let Some(old) = old {
             self.unref(old.ofd);
         }
     }
 
-    fn reference(&mut self, info: &OfdInfo) {
+    fn reference(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
         let seq = self.seq;
         let mut refs = 1;
         if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
@@ -51,6 +58,9 @@ impl Step<'_> {
                 || (same && revived)
                 || (known && was_held && ofd.seq > seq)
             {
+                if let Some(socket) = socket {
+                    self.socket(socket);
+                }
                 return;
             }
             if known && was_held {
@@ -72,11 +82,11 @@ impl Step<'_> {
         if let Some(old) = old {
             self.forget_details(info.id, &old);
         }
-        self.detail(info);
+        self.detail(info, socket);
     }
 
     /// Makes what is kept apart from a description that is new.
-    fn detail(&mut self, info: &OfdInfo) {
+    fn detail(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
         let (seq, ofd) = (self.seq, info.id);
         // One with something in it already was not seen from its beginning.
         let trust = if info.empty {
@@ -87,37 +97,41 @@ impl Step<'_> {
         if info.kind == FileKind::Epoll {
             let epoll = Epoll {
                 seq,
+                trust,
                 ..Epoll::default()
             };
             self.state.epolls.insert(ofd, epoll);
-            self.state.set_trust(Object::Epoll(ofd), trust);
+            self.state.note(Object::Epoll(ofd), trust);
         }
         if let Some(group) = info.group {
             let inotify = Inotify {
                 seq,
+                trust,
                 ofd,
                 ..Inotify::default()
             };
             if let Some(old) = self.state.inotifies.insert(group, inotify) {
                 self.bereave(old.ofd, ofd, |ofd| ofd.group = None);
             }
-            self.state.set_trust(Object::Inotify(group), trust);
+            self.state.note(Object::Inotify(group), trust);
         }
         if let Some(sock) = info.sock {
-            let info = SockInfo {
+            let said = socket.filter(|info| info.sock == sock);
+            let trust = said.map_or(Trust::Suspect, |_| Trust::Verified);
+            let unsaid = || SockInfo {
                 sock,
                 ..SockInfo::default()
             };
             let socket = Socket {
                 seq,
-                trust: Trust::Suspect,
+                trust,
                 ofd,
-                info,
+                info: said.cloned().unwrap_or_else(unsaid),
             };
             if let Some(old) = self.state.sockets.insert(sock, Box::new(socket)) {
                 self.bereave(old.ofd, ofd, |ofd| ofd.sock = None);
             }
-            self.state.set_trust(Object::Socket(sock), Trust::Suspect);
+            self.state.note(Object::Socket(sock), trust);
         }
     }
 

@@ -4,7 +4,7 @@
 
 use super::event::SockInfo;
 use super::ids::{Fd, FilesId, FsId, GroupId, MmId, OfdId, SockId, TaskId};
-use super::map::Keyed;
+use super::map::{Keyed, Map};
 use super::state::{
     Epoll, EpollItem, Fs, Inotify, Mm, Ofd, Slot, Socket, State, Table, Task, Trust,
 };
@@ -107,7 +107,7 @@ pub fn diff(a: &State, b: &State) -> Diff {
         ofds: map_diff(&a.ofds, &b.ofds, |_, new| **new),
         sockets: map_diff(&a.sockets, &b.sockets, |_, new| Socket::clone(new)),
         epolls: map_diff(&a.epolls, &b.epolls, |old, new| {
-            let none = BTreeMap::new();
+            let none = Map::default();
             let items = map_diff(
                 old.map_or(&none, |old| &old.items),
                 &new.items,

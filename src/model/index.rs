@@ -76,8 +76,7 @@ impl State {
         all.into_iter().for_each(|object| self.suspect(object));
     }
 
-    /// Sets whether an object is right. To be called too for one that was put in its place,
-    /// with the trust it has, or that was taken out.
+    /// Sets whether an object is right, if it is there.
     pub(super) fn set_trust(&mut self, object: Object, trust: Trust) {
         let field = match object {
             Object::Tasks => None,
@@ -87,15 +86,18 @@ impl State {
             Object::Socket(id) => self.sockets.get_mut(&id).map(|socket| &mut socket.trust),
             Object::Inotify(id) => self.inotifies.get_mut(&id).map(|i| &mut i.trust),
         };
-        let suspect = field.is_some_and(|field| {
+        if let Some(field) = field {
             *field = trust;
-            trust == Trust::Suspect
-        });
-        if suspect {
-            self.index.suspects.insert(object);
-        } else {
-            self.index.suspects.remove(&object);
+            self.note(object, trust);
         }
+    }
+
+    /// Notes the trust that an object was given, or put in its place with.
+    pub(super) fn note(&mut self, object: Object, trust: Trust) {
+        match trust {
+            Trust::Suspect => self.index.suspects.insert(object),
+            Trust::Verified => self.index.suspects.remove(&object),
+        };
     }
 
     /// Takes an object that is gone off the list.

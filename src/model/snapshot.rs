@@ -203,7 +203,7 @@ impl Step<'_> {
         self.state.set_trust(Object::Files(files), Trust::Verified);
         for (fd, info, cloexec) in fds {
             self.describe(info);
-            self.set_slot(files, *fd, info, *cloexec);
+            self.set_slot(files, *fd, info, *cloexec, None);
         }
         for ofd in gone {
             self.unref(ofd);

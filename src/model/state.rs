@@ -175,7 +175,7 @@ pub struct Epoll {
     /// Whether all items are right.
     pub trust: Trust,
     /// Items by the description watched and the number it was added under.
-    pub items: BTreeMap<(OfdId, Fd), EpollItem>,
+    pub items: Map<(OfdId, Fd), EpollItem>,
 }
 
 /// An epoll item.
