@@ -220,3 +220,111 @@ impl Step<'_> {
         };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::apply::apply;
+    use crate::model::check::check;
+    use crate::model::event::{Body, Event, TaskInfo};
+    use crate::model::ids::{CgroupId, MmId, Pid, SockId, TaskId, Tid};
+    use crate::model::state::State;
+
+    const FILES: FilesId = FilesId(64);
+    const SOCK: SockId = SockId(128);
+
+    /// One process; the events begin with number 3.
+    fn start() -> State {
+        let mut state = State::default();
+        let task = TaskInfo {
+            task: TaskId(64),
+            tid: Tid(7),
+            tgid: Pid(7),
+            parent: Pid(1),
+            files: Some(FILES),
+            mm: Some(MmId(64)),
+            cgroup: CgroupId(1),
+            comm: "server".into(),
+        };
+        for (seq, body) in [
+            (1, Body::FilesNew { files: FILES }),
+            (2, Body::TaskNew(task)),
+        ] {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+        }
+        state
+    }
+
+    fn open(fd: i32, ofd: u64) -> Body {
+        let ofd = OfdInfo {
+            id: OfdId(ofd),
+            kind: FileKind::Socket,
+            sock: Some(SOCK),
+            ..OfdInfo::default()
+        };
+        let socket = SockInfo {
+            sock: SOCK,
+            ino: ofd.id.0,
+            ..SockInfo::default()
+        };
+        Body::FdInstall {
+            files: FILES,
+            fd: Fd(fd),
+            cloexec: false,
+            ofd,
+            socket: Some(Box::new(socket)),
+        }
+    }
+
+    fn close(fd: i32) -> Body {
+        Body::FdClose {
+            files: FILES,
+            fd: Fd(fd),
+        }
+    }
+
+    /// A socket whose address is used again outlives the description that had it before.
+    #[test]
+    fn a_socket_belongs_to_its_last_description() {
+        let mut state = start();
+        for (seq, body) in (3..).zip([open(3, 256), close(3), open(4, 320)]) {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+        }
+        assert_eq!(check(&state), []);
+        let body = Body::FdCloexec {
+            files: FILES,
+            fd: Fd(4),
+            cloexec: true,
+        };
+        let seq = 10 + UNHELD_EVENTS;
+        apply(&mut state, &Event { seq, body });
+        assert!(!state.ofds.contains_key(&OfdId(256)), "kept for ever");
+        assert_eq!(
+            state.sockets.get(&SOCK).map(|socket| socket.info.ino),
+            Some(320)
+        );
+        assert_eq!(check(&state), []);
+    }
+
+    /// That is a contradiction while the other still has descriptors.
+    #[test]
+    fn a_socket_has_one_description() {
+        let mut state = start();
+        apply(
+            &mut state,
+            &Event {
+                seq: 3,
+                body: open(3, 256),
+            },
+        );
+        let anomalies = apply(
+            &mut state,
+            &Event {
+                seq: 4,
+                body: open(4, 320),
+            },
+        );
+        assert_eq!(anomalies, [Anomaly::Conflict(OfdId(256))]);
+        assert_eq!(check(&state), []);
+    }
+}

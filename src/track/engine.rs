@@ -12,7 +12,7 @@ use crate::model::apply::{Anomaly, apply};
 use crate::model::event::{Body, Event, Object};
 use crate::model::ids::{FilesId, Pid};
 use crate::model::snapshot::{absorb, replay};
-use crate::model::state::{State, Trust};
+use crate::model::state::State;
 use crossbeam_channel::{Receiver, Sender, select};
 use std::collections::BTreeSet;
 use std::io;
@@ -74,6 +74,11 @@ pub(super) struct Engine {
     log: Option<Vec<Event>>,
     /// Threads may be missing: everything is to be read.
     read_all: bool,
+    /// All details are suspect, and to be marked so once no reading is under way: that one
+    /// began before, and what it says of them may be old.
+    spread: bool,
+    /// Everything was marked while a reading was under way, which is no news of it.
+    repeat: bool,
     files_read: Instant,
     mms_read: Instant,
     ticked: Instant,
@@ -105,6 +110,8 @@ impl Engine {
             reader: Some(reader),
             log: None,
             read_all: true,
+            spread: false,
+            repeat: false,
             files_read: now.checked_sub(FILES_PAUSE).unwrap_or(now),
             mms_read: now.checked_sub(MMS_PAUSE).unwrap_or(now),
             ticked: now,
@@ -140,14 +147,13 @@ impl Engine {
                 self.absorb(reading);
             },
             recv(requests) -> request => match request {
-                Ok(Request::View { settle, reply }) => {
+                Ok(Request::Look { settle, look }) => {
                     match settle {
                         Settle::No => {}
                         Settle::Events => self.catch_up(),
                         Settle::Suspects => self.settle(),
                     }
-                    // Whoever asked may have gone.
-                    let _ = reply.send(self.view());
+                    look(self.view());
                 }
                 Ok(Request::Stop) | Err(_) => self.stopped = true,
             },
@@ -230,46 +236,15 @@ impl Engine {
     fn spread(&mut self, object: Object) {
         match object {
             Object::Tasks => self.read_all = true,
-            Object::Files(_) if self.hooks.set == HookSet::Fallback => {
-                self.state
-                    .epolls
-                    .values_mut()
-                    .for_each(|epoll| epoll.trust = Trust::Suspect);
-                self.state
-                    .sockets
-                    .values_mut()
-                    .for_each(|sock| sock.trust = Trust::Suspect);
-                self.state
-                    .inotifies
-                    .values_mut()
-                    .for_each(|inotify| inotify.trust = Trust::Suspect);
-            }
+            Object::Files(_) if self.hooks.set == HookSet::Fallback => self.spread = true,
             _ => {}
         }
     }
 
     fn suspect_everything(&mut self) {
         self.read_all = true;
-        self.state
-            .tables
-            .values_mut()
-            .for_each(|table| table.trust = Trust::Suspect);
-        self.state
-            .epolls
-            .values_mut()
-            .for_each(|epoll| epoll.trust = Trust::Suspect);
-        self.state
-            .sockets
-            .values_mut()
-            .for_each(|sock| sock.trust = Trust::Suspect);
-        self.state
-            .inotifies
-            .values_mut()
-            .for_each(|inotify| inotify.trust = Trust::Suspect);
-        self.state
-            .mms
-            .values_mut()
-            .for_each(|mm| mm.trust = Trust::Suspect);
+        self.state.suspect_everything();
+        self.repeat = self.log.is_some();
     }
 
     fn tick(&mut self) {
@@ -346,12 +321,12 @@ impl Engine {
         }
     }
 
-    fn view(&self) -> View {
+    fn view(&self) -> View<'_> {
         View {
-            state: self.state.clone(),
-            counters: self.counters.clone(),
+            state: &self.state,
+            counters: &self.counters,
             hooks: self.hooks.set,
-            refused: self.hooks.refused.clone(),
+            refused: self.hooks.refused.as_deref(),
             last_seq: self.hooks.last_seq(),
         }
     }
@@ -387,7 +362,11 @@ impl Engine {
     }
 
     /// Whether there is something suspect of which descriptors tell, and mappings.
-    fn wanted(&self) -> (bool, bool) {
+    fn wanted(&mut self) -> (bool, bool) {
+        if self.spread && self.log.is_none() {
+            self.spread = false;
+            self.state.suspect_details();
+        }
         let suspects = self.state.suspects();
         let is_mm = |object: &Object| matches!(object, Object::Mm(_));
         let files = self.read_all || !suspects.iter().all(is_mm);
@@ -492,13 +471,10 @@ impl Engine {
                     ofds.insert(id);
                 }
                 Object::Socket(sock) if files => {
-                    let holders = self.state.ofds.iter().filter(|(_, o)| o.sock == Some(sock));
-                    ofds.extend(holders.map(|(id, _)| *id));
+                    ofds.extend(self.state.sockets.get(&sock).map(|socket| socket.ofd));
                 }
                 Object::Inotify(group) if files => {
-                    let holders = self.state.ofds.iter();
-                    let holders = holders.filter(|(_, o)| o.group == Some(group));
-                    ofds.extend(holders.map(|(id, _)| *id));
+                    ofds.extend(self.state.inotifies.get(&group).map(|inotify| inotify.ofd));
                 }
                 Object::Mm(id) if mms => {
                     users.extend(self.state.mms[&id].users.iter().copied());
@@ -528,6 +504,9 @@ impl Engine {
                 let since: Vec<Event> = since.cloned().collect();
                 // Judged when they were applied first.
                 replay(&mut self.state, &since);
+                if std::mem::take(&mut self.repeat) {
+                    self.state.suspect_everything();
+                }
             }
             Err(error) => {
                 self.counters.failed_readings += 1;
