@@ -166,8 +166,8 @@ impl Step<'_> {
         let old = self.seq.saturating_sub(UNHELD_EVENTS);
         while let Some(id) = self.state.next_unheld(old) {
             // What had news since is on the list once more.
-            let gone = |ofd: &Box<Ofd>| ofd.refs == 0 && ofd.seq <= old;
-            if self.state.ofds.get(&id).is_some_and(gone)
+            let ofd = self.state.ofds.get(&id);
+            if ofd.is_some_and(|ofd| ofd.refs == 0 && ofd.seq <= old)
                 && let Some(ofd) = self.state.ofds.remove(&id)
             {
                 self.forget_details(id, &ofd);

@@ -9,9 +9,9 @@ use super::ids::{OfdId, Pid, TaskId};
 use super::state::{State, Task, Trust};
 use std::collections::{BTreeSet, VecDeque};
 
-/// Derived from the objects of a state.
+/// Derived from the objects of a state; only functions of the state use it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Index {
+pub struct Index {
     /// Every object whose trust is [`Trust::Suspect`], and no other.
     suspects: BTreeSet<Object>,
     /// Threads by their thread group.

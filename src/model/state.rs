@@ -35,7 +35,7 @@ pub struct State {
     pub fss: Map<FsId, Fs>,
     /// What is derived from these; [`State::reindex`] makes it where they came from elsewhere.
     #[serde(skip)]
-    pub(super) index: Index,
+    pub index: Index,
 }
 
 /// The objects decide.
