@@ -127,11 +127,15 @@ impl Follower {
             stream => stream.map_err(failed(socket))?,
         };
         match ask_over(&mut stream, socket, Request::Model)? {
-            Answer::Model(state) => Ok(Some(Self {
-                socket: socket.to_owned(),
-                stream,
-                state: *state,
-            })),
+            Answer::Model(mut state) => {
+                // It does not travel.
+                state.reindex();
+                Ok(Some(Self {
+                    socket: socket.to_owned(),
+                    stream,
+                    state: *state,
+                }))
+            }
             _ => Err(unexpected(socket)),
         }
     }

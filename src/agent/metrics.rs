@@ -336,13 +336,13 @@ mod tests {
     #[test]
     fn an_audit_is_shown_only_once_there_was_one() {
         let view = View {
-            state: State::default(),
-            counters: Counters::default(),
+            state: &State::default(),
+            counters: &Counters::default(),
             hooks: HookSet::Fallback,
             refused: None,
             last_seq: 0,
         };
-        let mut status = Status::of(&view, &[]);
+        let mut status = Status::of(view, &BTreeMap::new());
         status.rings = vec![RingFill {
             bytes: 64,
             size: 4096,

@@ -129,7 +129,7 @@ pub fn run(config: &Config) -> Result<(), AgentError> {
     let tracking = Tracking::start(&config.hooks, roots)?;
     // The first reading is in the model before anyone is told that the agent is ready.
     tracking
-        .view(Settle::Suspects)
+        .look(Settle::Suspects, |_| ())
         .map_err(|gone| AgentError::System("Reading the applications", io::Error::other(gone)))?;
 
     let shared = Arc::new(Shared::new(tracking, started));

@@ -3,9 +3,9 @@
 use super::protocol::{Answer, Request, receive, send};
 use super::shared::Shared;
 use super::{AgentError, share};
-use crate::model::diff::diff;
+use crate::model::diff::{diff, patch};
 use crate::model::state::State;
-use crate::track::Settle;
+use crate::track::{Settle, View};
 use crossbeam_channel::Sender;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Gid;
@@ -93,15 +93,21 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
                 .status()
                 .map(|status| Answer::Status(Box::new(status))),
             Request::Audit => shared.audit().map(Answer::Audit),
-            Request::Model => shared.tracking.view(Settle::Suspects).map(|view| {
-                sent.clone_from(&view.state);
-                Answer::Model(Box::new(view.state))
+            Request::Model => shared.tracking.state(Settle::Suspects).map(|state| {
+                sent.clone_from(&state);
+                Answer::Model(Box::new(state))
             }),
-            Request::Delta => shared.tracking.view(Settle::Events).map(|view| {
-                let delta = diff(&sent, &view.state);
-                sent = view.state;
-                Answer::Delta(Box::new(delta))
-            }),
+            Request::Delta => {
+                let before = std::mem::take(&mut sent);
+                let look = move |view: View<'_>| (diff(&before, view.state), before);
+                shared
+                    .tracking
+                    .look(Settle::Events, look)
+                    .map(|(delta, before)| {
+                        sent = patch(before, delta.clone());
+                        Answer::Delta(Box::new(delta))
+                    })
+            }
             Request::Shutdown => Ok(Answer::Done),
         };
         let reply = reply.unwrap_or_else(|error| Answer::Error(error.to_string()));

@@ -1,9 +1,9 @@
 //! What the agent's threads share: tracking, and the agent's account of itself.
 
-use super::status::{AgentStatus, LastAudit, Status};
+use super::status::{AgentStatus, LastAudit, Status, names};
 use crate::sys::clock;
 use crate::track::audit::{Report, audit};
-use crate::track::{Gone, Settle, Tracking};
+use crate::track::{Gone, Settle, Tracking, View};
 use std::sync::{Mutex, PoisonError};
 
 pub(super) struct Shared {
@@ -24,11 +24,13 @@ impl Shared {
 
     /// How everything is right now.
     pub(super) fn status(&self) -> Result<Status, Gone> {
-        let view = self.tracking.view(Settle::No)?;
+        let names = names(&self.tracking.roots);
+        let look = move |view: View<'_>| Status::of(view, &names);
+        let model = self.tracking.look(Settle::No, look)?;
         let last_audit = self.last_audit.lock();
         let last_audit = *last_audit.unwrap_or_else(PoisonError::into_inner);
         let agent = AgentStatus::now(self.started);
-        Ok(Status::now(&view, &self.tracking, agent, last_audit))
+        Ok(Status::now(model, &self.tracking, agent, last_audit))
     }
 
     /// An audit, the outcome of which is kept for the status.

@@ -6,6 +6,7 @@ use crate::bpf::track::HookSet;
 use crate::handover::report::UpdateReport;
 use crate::model::event::FileKind;
 use crate::model::ids::{CgroupId, OfdId, Pid};
+use crate::model::map::Set;
 use crate::model::state::State;
 use crate::sys::clock;
 use crate::track::audit::Report;
@@ -128,10 +129,10 @@ pub struct Sizes {
 }
 
 impl Status {
-    /// The account of a view, of the programs and rings behind it and of the update before it.
+    /// The account of the model, of the programs and rings behind it and of the update before it.
     #[must_use]
     pub fn now(
-        view: &View,
+        model: Self,
         tracking: &Tracking,
         agent: AgentStatus,
         last_audit: Option<LastAudit>,
@@ -150,20 +151,20 @@ impl Status {
             rings: tracking.fills.now(),
             last_audit,
             last_update: last_update.unwrap_or_default(),
-            ..Self::of(view, &tracking.roots)
+            ..model
         }
     }
 
-    /// What a view tells by itself.
-    pub(super) fn of(view: &View, roots: &[Root]) -> Self {
-        let state = &view.state;
+    /// What a view tells by itself, and the names of the applications by their cgroups. The
+    /// model stands still meanwhile.
+    pub(super) fn of(view: View<'_>, names: &BTreeMap<CgroupId, String>) -> Self {
+        let state = view.state;
         let mut suspects = BTreeMap::<String, u64>::new();
         for object in state.suspects() {
             *suspects.entry(object.kind().to_owned()).or_default() += 1;
         }
-        let names = names(roots);
         let mut members = BTreeMap::<String, BTreeSet<CgroupId>>::new();
-        for (cgroup, name) in &names {
+        for (cgroup, name) in names {
             members.entry(name.clone()).or_default().insert(*cgroup);
         }
         let applications = members.iter().filter_map(|(name, cgroups)| {
@@ -181,7 +182,7 @@ impl Status {
         });
         Self {
             hooks: view.hooks,
-            refused: view.refused.clone(),
+            refused: view.refused.map(ToOwned::to_owned),
             lag: view.last_seq.saturating_sub(state.seq),
             counters: view.counters.clone(),
             total: Sizes::of(state, |_| true),
@@ -203,7 +204,7 @@ impl Status {
 }
 
 /// The application each cgroup belongs to.
-fn names(roots: &[Root]) -> BTreeMap<CgroupId, String> {
+pub(super) fn names(roots: &[Root]) -> BTreeMap<CgroupId, String> {
     let mut names = BTreeMap::new();
     for root in roots {
         for (id, below) in root.subtree() {
@@ -219,25 +220,27 @@ fn names(roots: &[Root]) -> BTreeMap<CgroupId, String> {
 impl Sizes {
     fn of(state: &State, member: impl Fn(CgroupId) -> bool) -> Self {
         let tasks = || state.tasks.values().filter(|task| member(task.cgroup));
-        let tables: BTreeSet<_> = tasks().filter_map(|task| task.files).collect();
-        let tables = tables.iter().filter_map(|id| state.tables.get(id));
-        let slots: Vec<OfdId> = tables
-            .flat_map(|t| t.fds.values())
-            .map(|slot| slot.ofd)
+        let tables: Set<_> = tasks().filter_map(|task| task.files).collect();
+        let tables: Vec<_> = tables
+            .iter()
+            .filter_map(|id| state.tables.get(id))
             .collect();
-        let ofds: BTreeSet<OfdId> = slots.iter().copied().collect();
-        let mms: BTreeSet<_> = tasks().filter_map(|task| task.mm).collect();
-        let mut kinds = BTreeMap::<String, u64>::new();
+        let slots = || tables.iter().flat_map(|table| table.fds.values());
+        let ofds: Set<OfdId> = slots().map(|slot| slot.ofd).collect();
+        let mms: Set<_> = tasks().filter_map(|task| task.mm).collect();
+        let mut numbers = BTreeMap::<FileKind, u64>::new();
         for ofd in ofds.iter().filter_map(|id| state.ofds.get(id)) {
-            *kinds.entry(kind_name(ofd.kind)).or_default() += 1;
+            *numbers.entry(ofd.kind).or_default() += 1;
         }
+        let kinds = numbers.iter().map(|(kind, n)| (kind_name(*kind), *n));
+        let kinds: BTreeMap<String, u64> = kinds.collect();
         let epolls = ofds.iter().filter_map(|id| state.epolls.get(id));
         let mappings = mms.iter().filter_map(|id| state.mms.get(id)?.vmas.as_ref());
-        let processes: BTreeSet<Pid> = tasks().map(|task| task.tgid).collect();
+        let processes: Set<Pid> = tasks().map(|task| task.tgid).collect();
         Self {
             processes: count(processes.len()),
             threads: count(tasks().count()),
-            descriptors: count(slots.len()),
+            descriptors: tables.iter().map(|table| count(table.fds.len())).sum(),
             open_files: count(ofds.len()),
             sockets: kinds.get("socket").copied().unwrap_or(0),
             kinds,

@@ -1,5 +1,11 @@
 //! Decodes the events of the tracking hooks: the only place that knows their layout.
 
+mod encode;
+#[cfg(test)]
+mod tests;
+
+pub use encode::encode;
+
 use super::events::{self, EpollCtlEvent};
 use super::events::{
     EventClass, EventKind, FdEvent, FileKind as Kind, InstallEvent, InstallSocketEvent, MoveEvent,

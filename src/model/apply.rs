@@ -6,7 +6,7 @@
 
 use super::event::{Body, Event, Object, OfdInfo, SockInfo, TaskInfo};
 use super::ids::{CgroupId, Fd, FilesId, MmId, OfdId, Pid, SockId, TaskId};
-use super::state::{EpollItem, Mm, Socket, State, Table, Task, Trust};
+use super::state::{EpollItem, Mm, State, Table, Task, Trust};
 
 /// Something an event says that the state cannot explain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -27,9 +27,6 @@ pub enum Anomaly {
     Malformed,
 }
 
-/// How often descriptions without descriptors are looked for.
-const PURGE_EVENTS: u64 = 1024;
-
 /// Applies one event and says what did not fit.
 pub fn apply(state: &mut State, event: &Event) -> Vec<Anomaly> {
     let mut step = Step {
@@ -38,9 +35,7 @@ pub fn apply(state: &mut State, event: &Event) -> Vec<Anomaly> {
         anomalies: Vec::new(),
     };
     step.body(&event.body);
-    if event.seq.is_multiple_of(PURGE_EVENTS) {
-        step.purge();
-    }
+    step.purge();
     step.state.seq = step.state.seq.max(event.seq);
     step.anomalies
 }
@@ -80,10 +75,7 @@ impl Step<'_> {
                 ref socket,
             } => {
                 if self.table(files).is_some() {
-                    self.set_slot(files, fd, ofd, cloexec);
-                    if let Some(info) = socket {
-                        self.socket(info);
-                    }
+                    self.set_slot(files, fd, ofd, cloexec, socket.as_deref());
                 }
             }
             Body::FdClose { files, fd } => {
@@ -127,7 +119,7 @@ impl Step<'_> {
             Body::EpollDel { epoll, target, fd } => self.epoll_item(epoll, (target, fd), None),
             Body::Stale(object) => {
                 self.anomalies.push(Anomaly::Stale(object));
-                self.suspect(object);
+                self.state.suspect(object);
             }
             Body::Malformed => self.anomalies.push(Anomaly::Malformed),
         }
@@ -163,21 +155,6 @@ impl Step<'_> {
         }
     }
 
-    /// Marks an object for being read again.
-    pub(super) fn suspect(&mut self, object: Object) {
-        let trust = match object {
-            Object::Tasks => None,
-            Object::Files(id) => self.state.tables.get_mut(&id).map(|table| &mut table.trust),
-            Object::Mm(id) => self.state.mms.get_mut(&id).map(|mm| &mut mm.trust),
-            Object::Epoll(id) => self.state.epolls.get_mut(&id).map(|epoll| &mut epoll.trust),
-            Object::Socket(id) => self.state.sockets.get_mut(&id).map(|sock| &mut sock.trust),
-            Object::Inotify(id) => self.state.inotifies.get_mut(&id).map(|i| &mut i.trust),
-        };
-        if let Some(trust) = trust {
-            *trust = Trust::Suspect;
-        }
-    }
-
     pub(super) fn task_new(&mut self, info: &TaskInfo, zombie: bool) {
         let id = info.task;
         let (mut fs, mut ids) = (None, None);
@@ -208,7 +185,7 @@ impl Step<'_> {
             fs,
             ids,
         };
-        self.state.tasks.insert(id, task);
+        self.state.put_task(id, task);
         self.join_table(id, info.files);
         self.join_mm(id, info.mm);
     }
@@ -224,22 +201,10 @@ impl Step<'_> {
         self.leave_fs(id, fs);
         self.leave_table(id, files);
         self.leave_mm(id, mm);
-        let alive = self
-            .state
-            .tasks
-            .values()
-            .any(|task| task.tgid == tgid && !task.zombie);
-        if !alive {
-            self.orphan_children(tgid);
-        }
-    }
-
-    /// The children of a process that died have a new parent, which no hook names.
-    fn orphan_children(&mut self, parent: Pid) {
-        for task in self.state.tasks.values_mut() {
-            if task.parent == Some(parent) && task.seq < self.seq {
-                task.parent = None;
-            }
+        let dead = |id: &TaskId| self.state.tasks.get(id).is_none_or(|task| task.zombie);
+        if self.state.threads(tgid).all(|id| dead(&id)) {
+            // The children have a new parent, which no hook names.
+            self.state.orphan(tgid, self.seq);
         }
     }
 
@@ -250,7 +215,7 @@ impl Step<'_> {
     }
 
     pub(super) fn forget_task(&mut self, id: TaskId) {
-        if let Some(task) = self.state.tasks.remove(&id) {
+        if let Some(task) = self.state.take_task(id) {
             self.leave_fs(id, task.fs);
             self.leave_table(id, task.files);
             self.leave_mm(id, task.mm);
@@ -258,8 +223,7 @@ impl Step<'_> {
     }
 
     fn cgroup_move(&mut self, tgid: Pid, cgroup: CgroupId, tracked: bool) {
-        let of_process = |(id, task): (&TaskId, &Task)| (task.tgid == tgid).then_some(*id);
-        let members: Vec<TaskId> = self.state.tasks.iter().filter_map(of_process).collect();
+        let members: Vec<TaskId> = self.state.threads(tgid).collect();
         if tracked && members.is_empty() {
             self.anomalies.push(Anomaly::UnknownProcess(tgid));
         }
@@ -294,6 +258,7 @@ impl Step<'_> {
                     ..Table::default()
                 },
             );
+            self.state.note(Object::Files(files), Trust::Suspect);
         }
         if let Some(table) = self.state.tables.get_mut(&files) {
             table.users.insert(task);
@@ -312,6 +277,7 @@ impl Step<'_> {
 
     pub(super) fn forget_table(&mut self, files: FilesId) {
         if let Some(table) = self.state.tables.remove(&files) {
+            self.state.gone(Object::Files(files));
             for slot in table.fds.values() {
                 self.unref(slot.ofd);
             }
@@ -320,17 +286,17 @@ impl Step<'_> {
 
     fn join_mm(&mut self, task: TaskId, mm: Option<MmId>) {
         let Some(mm) = mm else { return };
-        let seq = self.seq;
-        let new = || Mm {
-            seq,
+        if let Some(known) = self.state.mms.get_mut(&mm) {
+            known.users.insert(task);
+            return;
+        }
+        let new = Mm {
+            seq: self.seq,
+            users: [task].into(),
             ..Mm::default()
         };
-        self.state
-            .mms
-            .entry(mm)
-            .or_insert_with(new)
-            .users
-            .insert(task);
+        self.state.mms.insert(mm, new);
+        self.state.note(Object::Mm(mm), Trust::Suspect);
     }
 
     fn leave_mm(&mut self, task: TaskId, mm: Option<MmId>) {
@@ -340,6 +306,7 @@ impl Step<'_> {
             && mm.users.is_empty()
         {
             self.state.mms.remove(&id);
+            self.state.gone(Object::Mm(id));
         }
     }
 
@@ -380,9 +347,9 @@ impl Step<'_> {
                 id: *id,
                 ..OfdInfo::default()
             };
-            self.set_slot(files, *fd, &info, *cloexec);
+            self.set_slot(files, *fd, &info, *cloexec, None);
             if !known {
-                self.suspect(Object::Files(files));
+                self.state.suspect(Object::Files(files));
             }
         }
     }
@@ -423,16 +390,15 @@ impl Step<'_> {
         }
     }
 
-    fn socket(&mut self, info: &SockInfo) {
+    pub(super) fn socket(&mut self, info: &SockInfo) {
         // A socket no descriptor refers to is described again when one does.
         if let Some(socket) = self.state.sockets.get_mut(&info.sock)
             && socket.seq <= self.seq
         {
-            *socket = Socket {
-                seq: self.seq,
-                trust: Trust::Verified,
-                info: info.clone(),
-            };
+            socket.seq = self.seq;
+            socket.info.clone_from(info);
+            self.state
+                .set_trust(Object::Socket(info.sock), Trust::Verified);
         }
     }
 

@@ -15,10 +15,16 @@ impl Step<'_> {
         let new = attrs.fs.map(|(fs, _)| fs);
         let old = std::mem::replace(&mut task.fs, new);
         // All threads of a process are in its session and group.
-        let others = self.state.tasks.values_mut();
-        let others = others.filter(|task| task.tgid == tgid);
-        for ids in others.filter_map(|task| task.ids.as_mut()) {
-            (ids.session, ids.group) = session;
+        let threads: Vec<TaskId> = self.state.threads(tgid).collect();
+        for id in threads {
+            if let Some(ids) = self
+                .state
+                .tasks
+                .get_mut(&id)
+                .and_then(|task| task.ids.as_mut())
+            {
+                (ids.session, ids.group) = session;
+            }
         }
         if old != new {
             self.leave_fs(id, old);

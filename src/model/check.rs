@@ -1,7 +1,7 @@
 //! What must hold between the parts of a state, whatever events made it.
 
 use super::event::FileKind;
-use super::ids::{FilesId, MmId, OfdId, SockId, TaskId};
+use super::ids::{FilesId, GroupId, MmId, OfdId, SockId, TaskId};
 use super::state::State;
 use std::collections::BTreeMap;
 
@@ -22,6 +22,10 @@ pub enum Inconsistency {
     Socket(SockId),
     /// A description of kind epoll has no item set, or an item set no description.
     Epoll(OfdId),
+    /// An inotify instance and its description do not name each other.
+    Inotify(GroupId),
+    /// What is derived from the objects says otherwise than they do.
+    Index,
 }
 
 /// Everything that is contradictory; empty for a sound state.
@@ -72,30 +76,42 @@ pub fn check(state: &State) -> Vec<Inconsistency> {
     for id in refs.keys().filter(|id| !state.ofds.contains_key(id)) {
         found.push(Inconsistency::References(*id));
     }
-    let mut holders = BTreeMap::<SockId, OfdId>::new();
     for (id, ofd) in &state.ofds {
         if refs.get(id).copied().unwrap_or(0) != ofd.refs {
             found.push(Inconsistency::References(*id));
         }
-        if let Some(sock) = ofd.sock {
-            holders.insert(sock, *id);
-            if ofd.refs > 0 && !state.sockets.contains_key(&sock) {
-                found.push(Inconsistency::Socket(sock));
-            }
+        if let Some(sock) = ofd.sock
+            && state.sockets.get(&sock).is_none_or(|s| s.ofd != *id)
+        {
+            found.push(Inconsistency::Socket(sock));
+        }
+        if let Some(group) = ofd.group
+            && state.inotifies.get(&group).is_none_or(|i| i.ofd != *id)
+        {
+            found.push(Inconsistency::Inotify(group));
         }
         if (ofd.kind == FileKind::Epoll) != state.epolls.contains_key(id) {
             found.push(Inconsistency::Epoll(*id));
         }
     }
-    let unheld = state
-        .sockets
-        .keys()
-        .filter(|sock| !holders.contains_key(sock));
-    found.extend(unheld.map(|sock| Inconsistency::Socket(*sock)));
+    let holder = |id: &OfdId| state.ofds.get(id);
+    for (id, socket) in &state.sockets {
+        if holder(&socket.ofd).is_none_or(|ofd| ofd.sock != Some(*id)) {
+            found.push(Inconsistency::Socket(*id));
+        }
+    }
+    for (id, inotify) in &state.inotifies {
+        if holder(&inotify.ofd).is_none_or(|ofd| ofd.group != Some(*id)) {
+            found.push(Inconsistency::Inotify(*id));
+        }
+    }
     let unnamed = state
         .epolls
         .keys()
         .filter(|id| !state.ofds.contains_key(id));
     found.extend(unnamed.map(|id| Inconsistency::Epoll(*id)));
+    if !state.is_indexed() {
+        found.push(Inconsistency::Index);
+    }
     found
 }

@@ -1,41 +1,49 @@
 //! Open file descriptions and what refers to them, for `apply`.
 
 use super::apply::{Anomaly, Step};
-use super::event::{FileKind, OfdInfo, Owner, SockInfo, Watch};
+use super::event::{FileKind, Object, OfdInfo, Owner, SockInfo, Watch};
 use super::ids::{Fd, FilesId, GroupId, OfdId};
 use super::state::{Epoll, Inotify, Ofd, Slot, Socket, Trust};
+use std::collections::btree_map::Entry;
 
 /// How many events a description without descriptors is kept.
 const UNHELD_EVENTS: u64 = 4096;
 
 impl Step<'_> {
     /// Makes a descriptor of a known table refer to a description, unless later
-    /// news of the descriptor came first.
-    pub(super) fn set_slot(&mut self, files: FilesId, fd: Fd, ofd: &OfdInfo, cloexec: bool) {
-        let Some(table) = self.state.tables.get(&files) else {
+    /// news of the descriptor came first; `socket` is its socket, if that was said too.
+    pub(super) fn set_slot(
+        &mut self,
+        files: FilesId,
+        fd: Fd,
+        ofd: &OfdInfo,
+        cloexec: bool,
+        socket: Option<&SockInfo>,
+    ) {
+        let Some(table) = self.state.tables.get_mut(&files) else {
             return;
         };
-        if table.fds.get(&fd).is_some_and(|slot| slot.seq > self.seq) {
-            return;
-        }
-        // The new reference first: it may be the one that is replaced.
-        self.reference(ofd);
         let slot = Slot {
             seq: self.seq,
             ofd: ofd.id,
             cloexec,
         };
-        let old = self
-            .state
-            .tables
-            .get_mut(&files)
-            .and_then(|table| table.fds.insert(fd, slot));
+        let old = match table.fds.entry(fd) {
+            Entry::Vacant(place) => {
+                place.insert(slot);
+                None
+            }
+            Entry::Occupied(known) if known.get().seq > self.seq => return,
+            Entry::Occupied(mut known) => Some(known.insert(slot)),
+        };
+        // The new reference first: it may be the one that is replaced.
+        self.reference(ofd, socket);
         if let Some(old) = old {
             self.unref(old.ofd);
         }
     }
 
-    fn reference(&mut self, info: &OfdInfo) {
+    fn reference(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
         let seq = self.seq;
         let mut refs = 1;
         if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
@@ -50,6 +58,9 @@ impl Step<'_> {
                 || (same && revived)
                 || (known && was_held && ofd.seq > seq)
             {
+                if let Some(socket) = socket {
+                    self.socket(socket);
+                }
                 return;
             }
             if known && was_held {
@@ -67,45 +78,73 @@ impl Step<'_> {
             sock: info.sock,
             group: info.group,
         };
-        let old = self.state.ofds.insert(info.id, ofd);
-        self.forget_details(info.id, old);
+        let old = self.state.ofds.insert(info.id, Box::new(ofd));
+        if let Some(old) = old {
+            self.forget_details(info.id, &old);
+        }
+        self.detail(info, socket);
+    }
+
+    /// Makes what is kept apart from a description that is new.
+    fn detail(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
+        let (seq, ofd) = (self.seq, info.id);
+        // One with something in it already was not seen from its beginning.
+        let trust = if info.empty {
+            Trust::Verified
+        } else {
+            Trust::Suspect
+        };
         if info.kind == FileKind::Epoll {
-            let trust = if info.empty {
-                Trust::Verified
-            } else {
-                Trust::Suspect
-            };
             let epoll = Epoll {
                 seq,
                 trust,
                 ..Epoll::default()
             };
-            self.state.epolls.insert(info.id, epoll);
+            self.state.epolls.insert(ofd, epoll);
+            self.state.note(Object::Epoll(ofd), trust);
         }
         if let Some(group) = info.group {
-            let trust = if info.empty {
-                Trust::Verified
-            } else {
-                Trust::Suspect
-            };
             let inotify = Inotify {
                 seq,
                 trust,
+                ofd,
                 ..Inotify::default()
             };
-            self.state.inotifies.insert(group, inotify);
+            if let Some(old) = self.state.inotifies.insert(group, inotify) {
+                self.bereave(old.ofd, ofd, |ofd| ofd.group = None);
+            }
+            self.state.note(Object::Inotify(group), trust);
         }
         if let Some(sock) = info.sock {
-            let info = SockInfo {
+            let said = socket.filter(|info| info.sock == sock);
+            let trust = said.map_or(Trust::Suspect, |_| Trust::Verified);
+            let unsaid = || SockInfo {
                 sock,
                 ..SockInfo::default()
             };
             let socket = Socket {
                 seq,
-                trust: Trust::Suspect,
-                info,
+                trust,
+                ofd,
+                info: said.cloned().unwrap_or_else(unsaid),
             };
-            self.state.sockets.insert(sock, socket);
+            if let Some(old) = self.state.sockets.insert(sock, Box::new(socket)) {
+                self.bereave(old.ofd, ofd, |ofd| ofd.sock = None);
+            }
+            self.state.note(Object::Socket(sock), trust);
+        }
+    }
+
+    /// A description lost to another what only one can have: its address is used again, so it
+    /// is gone, whoever still seems to refer to it.
+    fn bereave(&mut self, old: OfdId, new: OfdId, forget: impl FnOnce(&mut Ofd)) {
+        if old != new
+            && let Some(ofd) = self.state.ofds.get_mut(&old)
+        {
+            forget(ofd);
+            if ofd.refs > 0 {
+                self.anomalies.push(Anomaly::Conflict(old));
+            }
         }
     }
 
@@ -116,6 +155,8 @@ impl Step<'_> {
             ofd.refs = ofd.refs.saturating_sub(1);
             if ofd.refs == 0 {
                 ofd.seq = ofd.seq.max(self.seq);
+                let seq = ofd.seq;
+                self.state.note_unheld(seq, id);
             }
         }
     }
@@ -123,24 +164,30 @@ impl Step<'_> {
     /// Forgets the descriptions that nothing has referred to for long.
     pub(super) fn purge(&mut self) {
         let old = self.seq.saturating_sub(UNHELD_EVENTS);
-        let gone = self
-            .state
-            .ofds
-            .extract_if(.., |_, ofd| ofd.refs == 0 && ofd.seq <= old);
-        for (id, ofd) in gone.collect::<Vec<_>>() {
-            self.forget_details(id, Some(ofd));
+        while let Some(id) = self.state.next_unheld(old) {
+            // What had news since is on the list once more.
+            let ofd = self.state.ofds.get(&id);
+            if ofd.is_some_and(|ofd| ofd.refs == 0 && ofd.seq <= old)
+                && let Some(ofd) = self.state.ofds.remove(&id)
+            {
+                self.forget_details(id, &ofd);
+            }
         }
     }
 
     /// Forgets what is kept apart from a description that is gone.
-    fn forget_details(&mut self, id: OfdId, ofd: Option<Ofd>) {
-        self.state.epolls.remove(&id);
-        let Some(ofd) = ofd else { return };
+    fn forget_details(&mut self, id: OfdId, ofd: &Ofd) {
+        if ofd.kind == FileKind::Epoll {
+            self.state.epolls.remove(&id);
+            self.state.gone(Object::Epoll(id));
+        }
         if let Some(sock) = ofd.sock {
             self.state.sockets.remove(&sock);
+            self.state.gone(Object::Socket(sock));
         }
         if let Some(group) = ofd.group {
             self.state.inotifies.remove(&group);
+            self.state.gone(Object::Inotify(group));
         }
     }
 
@@ -152,6 +199,9 @@ impl Step<'_> {
             ofd.seq = self.seq;
             ofd.flags = flags;
             ofd.owner = owner;
+            if ofd.refs == 0 {
+                self.state.note_unheld(self.seq, id);
+            }
         }
     }
 
@@ -168,5 +218,113 @@ impl Step<'_> {
             Some(watch) => inotify.watches.insert(wd, watch),
             None => inotify.watches.remove(&wd),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::apply::apply;
+    use crate::model::check::check;
+    use crate::model::event::{Body, Event, TaskInfo};
+    use crate::model::ids::{CgroupId, MmId, Pid, SockId, TaskId, Tid};
+    use crate::model::state::State;
+
+    const FILES: FilesId = FilesId(64);
+    const SOCK: SockId = SockId(128);
+
+    /// One process; the events begin with number 3.
+    fn start() -> State {
+        let mut state = State::default();
+        let task = TaskInfo {
+            task: TaskId(64),
+            tid: Tid(7),
+            tgid: Pid(7),
+            parent: Pid(1),
+            files: Some(FILES),
+            mm: Some(MmId(64)),
+            cgroup: CgroupId(1),
+            comm: "server".into(),
+        };
+        for (seq, body) in [
+            (1, Body::FilesNew { files: FILES }),
+            (2, Body::TaskNew(task)),
+        ] {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+        }
+        state
+    }
+
+    fn open(fd: i32, ofd: u64) -> Body {
+        let ofd = OfdInfo {
+            id: OfdId(ofd),
+            kind: FileKind::Socket,
+            sock: Some(SOCK),
+            ..OfdInfo::default()
+        };
+        let socket = SockInfo {
+            sock: SOCK,
+            ino: ofd.id.0,
+            ..SockInfo::default()
+        };
+        Body::FdInstall {
+            files: FILES,
+            fd: Fd(fd),
+            cloexec: false,
+            ofd,
+            socket: Some(Box::new(socket)),
+        }
+    }
+
+    fn close(fd: i32) -> Body {
+        Body::FdClose {
+            files: FILES,
+            fd: Fd(fd),
+        }
+    }
+
+    /// A socket whose address is used again outlives the description that had it before.
+    #[test]
+    fn a_socket_belongs_to_its_last_description() {
+        let mut state = start();
+        for (seq, body) in (3..).zip([open(3, 256), close(3), open(4, 320)]) {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+        }
+        assert_eq!(check(&state), []);
+        let body = Body::FdCloexec {
+            files: FILES,
+            fd: Fd(4),
+            cloexec: true,
+        };
+        let seq = 10 + UNHELD_EVENTS;
+        apply(&mut state, &Event { seq, body });
+        assert!(!state.ofds.contains_key(&OfdId(256)), "kept for ever");
+        assert_eq!(
+            state.sockets.get(&SOCK).map(|socket| socket.info.ino),
+            Some(320)
+        );
+        assert_eq!(check(&state), []);
+    }
+
+    /// That is a contradiction while the other still has descriptors.
+    #[test]
+    fn a_socket_has_one_description() {
+        let mut state = start();
+        apply(
+            &mut state,
+            &Event {
+                seq: 3,
+                body: open(3, 256),
+            },
+        );
+        let anomalies = apply(
+            &mut state,
+            &Event {
+                seq: 4,
+                body: open(4, 320),
+            },
+        );
+        assert_eq!(anomalies, [Anomaly::Conflict(OfdId(256))]);
+        assert_eq!(check(&state), []);
     }
 }

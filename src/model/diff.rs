@@ -4,6 +4,7 @@
 
 use super::event::SockInfo;
 use super::ids::{Fd, FilesId, FsId, GroupId, MmId, OfdId, SockId, TaskId};
+use super::map::{Keyed, Map};
 use super::state::{
     Epoll, EpollItem, Fs, Inotify, Mm, Ofd, Slot, Socket, State, Table, Task, Trust,
 };
@@ -103,10 +104,10 @@ pub fn diff(a: &State, b: &State) -> Diff {
             };
             TableDiff { rest, fds }
         }),
-        ofds: map_diff(&a.ofds, &b.ofds, |_, new| *new),
-        sockets: map_diff(&a.sockets, &b.sockets, |_, new| new.clone()),
+        ofds: map_diff(&a.ofds, &b.ofds, |_, new| **new),
+        sockets: map_diff(&a.sockets, &b.sockets, |_, new| Socket::clone(new)),
         epolls: map_diff(&a.epolls, &b.epolls, |old, new| {
-            let none = BTreeMap::new();
+            let none = Map::default();
             let items = map_diff(
                 old.map_or(&none, |old| &old.items),
                 &new.items,
@@ -134,8 +135,8 @@ pub fn patch(mut state: State, diff: Diff) -> State {
         map_patch(&mut fds, new.fds, |_, slot| slot);
         Table { fds, ..new.rest }
     });
-    map_patch(&mut state.ofds, diff.ofds, |_, new| new);
-    map_patch(&mut state.sockets, diff.sockets, |_, new| new);
+    map_patch(&mut state.ofds, diff.ofds, |_, new| Box::new(new));
+    map_patch(&mut state.sockets, diff.sockets, |_, new| Box::new(new));
     map_patch(&mut state.epolls, diff.epolls, |old, new| {
         let mut items = old.map(|old| old.items).unwrap_or_default();
         map_patch(&mut items, new.items, |_, item| item);
@@ -148,6 +149,7 @@ pub fn patch(mut state: State, diff: Diff) -> State {
     map_patch(&mut state.inotifies, diff.inotifies, |_, new| new);
     map_patch(&mut state.mms, diff.mms, |_, new| new);
     map_patch(&mut state.fss, diff.fss, |_, new| new);
+    state.reindex();
     state
 }
 
@@ -157,35 +159,32 @@ pub fn socket_identity(info: &SockInfo) -> (u64, u16, u16, u16) {
     (info.ino, info.family, info.kind, info.protocol)
 }
 
-fn map_diff<K: Ord + Copy, V: PartialEq, D>(
-    a: &BTreeMap<K, V>,
-    b: &BTreeMap<K, V>,
+fn map_diff<K: Ord + Copy, V: PartialEq, D, M: Keyed<K, V>>(
+    a: &M,
+    b: &M,
     change: impl Fn(Option<&V>, &V) -> D,
 ) -> MapDiff<K, D> {
-    let changed = b.iter().filter_map(|(key, new)| {
-        let old = a.get(key);
+    let changed = b.entries().filter_map(|(key, new)| {
+        let old = a.at(key);
         (old != Some(new)).then(|| (*key, change(old, new)))
     });
+    let known = a.entries().map(|(key, _)| *key);
     MapDiff {
         set: changed.collect(),
-        removed: a
-            .keys()
-            .filter(|key| !b.contains_key(key))
-            .copied()
-            .collect(),
+        removed: known.filter(|key| b.at(key).is_none()).collect(),
     }
 }
 
 fn map_patch<K: Ord, V, D>(
-    map: &mut BTreeMap<K, V>,
+    map: &mut impl Keyed<K, V>,
     diff: MapDiff<K, D>,
     change: impl Fn(Option<V>, D) -> V,
 ) {
     for key in &diff.removed {
-        map.remove(key);
+        map.take(key);
     }
     for (key, value) in diff.set {
-        let new = change(map.remove(&key), value);
-        map.insert(key, new);
+        let new = change(map.take(&key), value);
+        map.put(key, new);
     }
 }

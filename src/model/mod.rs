@@ -11,6 +11,8 @@ pub mod check;
 mod descriptions;
 pub mod diff;
 pub mod event;
+mod index;
+pub mod map;
 pub mod plan;
 pub mod snapshot;
 pub mod state;

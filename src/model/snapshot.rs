@@ -5,9 +5,9 @@
 //! the events since then afterwards gives the state as if it had always been known.
 
 use super::apply::{Anomaly, Step, apply};
-use super::event::{Event, FileKind, OfdInfo, SockInfo, TaskAttrs, TaskInfo, Vma, Watch};
+use super::event::{Event, FileKind, Object, OfdInfo, SockInfo, TaskAttrs, TaskInfo, Vma, Watch};
 use super::ids::{Fd, FilesId, GroupId, MmId, OfdId, SockId, TaskId};
-use super::state::{Epoll, EpollItem, Inotify, Socket, State, Table, Trust};
+use super::state::{EpollItem, State, Table, Trust};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Objects as they were read, each complete.
@@ -80,11 +80,9 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
         if let Some(socket) = step.state.sockets.get_mut(id)
             && (socket.seq <= seq || socket.trust == Trust::Suspect)
         {
-            *socket = Socket {
-                seq,
-                trust: Trust::Verified,
-                info: info.clone(),
-            };
+            socket.seq = seq;
+            socket.info.clone_from(info);
+            step.state.set_trust(Object::Socket(*id), Trust::Verified);
         }
     }
     for (id, items) in &snapshot.epolls {
@@ -102,28 +100,24 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
                     },
                 )
             };
-            *epoll = Epoll {
-                seq,
-                trust: Trust::Verified,
-                items: items.iter().map(item).collect(),
-            };
+            epoll.seq = seq;
+            epoll.items = items.iter().map(item).collect();
+            step.state.set_trust(Object::Epoll(*id), Trust::Verified);
         }
     }
     for (id, watches) in &snapshot.inotifies {
         if let Some(inotify) = step.state.inotifies.get_mut(id)
             && (inotify.seq <= seq || inotify.trust == Trust::Suspect)
         {
-            *inotify = Inotify {
-                seq,
-                trust: Trust::Verified,
-                watches: watches.clone(),
-            };
+            inotify.seq = seq;
+            inotify.watches.clone_from(watches);
+            step.state.set_trust(Object::Inotify(*id), Trust::Verified);
         }
     }
     for (id, vmas) in &snapshot.mms {
         if let Some(mm) = step.state.mms.get_mut(id) {
-            mm.trust = Trust::Verified;
             mm.vmas = Some(vmas.clone());
+            step.state.set_trust(Object::Mm(*id), Trust::Verified);
         }
     }
     if snapshot.all_tasks {
@@ -200,16 +194,16 @@ impl Step<'_> {
         if table.born > seq {
             return; // another table, made at the same address since
         }
-        table.trust = Trust::Verified;
         table.seq = seq;
         let read: BTreeSet<Fd> = fds.iter().map(|(fd, _, _)| *fd).collect();
         let gone = table
             .fds
             .extract_if(.., |fd, slot| slot.seq <= seq && !read.contains(fd));
         let gone: Vec<OfdId> = gone.map(|(_, slot)| slot.ofd).collect();
+        self.state.set_trust(Object::Files(files), Trust::Verified);
         for (fd, info, cloexec) in fds {
             self.describe(info);
-            self.set_slot(files, *fd, info, *cloexec);
+            self.set_slot(files, *fd, info, *cloexec, None);
         }
         for ofd in gone {
             self.unref(ofd);

@@ -3,37 +3,71 @@
 //! Values only; `apply` changes them. Everything is keyed by the identity the
 //! kernel gives it, and each object says whether it is known to be right.
 
-use super::event::{FileKind, FsInfo, Ids, Object, Owner, SockInfo, Vma, Watch};
+use super::event::{FileKind, FsInfo, Ids, Owner, SockInfo, Vma, Watch};
 use super::ids::{
     CgroupId, Fd, FilesId, FsId, GroupId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid,
 };
+use super::index::Index;
+use super::map::Map;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// All that is known.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct State {
     /// Number of the last event applied.
     pub seq: u64,
     /// Threads.
-    pub tasks: BTreeMap<TaskId, Task>,
+    pub tasks: Map<TaskId, Task>,
     /// Descriptor tables.
-    pub tables: BTreeMap<FilesId, Table>,
+    pub tables: Map<FilesId, Table>,
     /// Open file descriptions that some descriptor refers to, or did lately.
-    pub ofds: BTreeMap<OfdId, Ofd>,
+    pub ofds: Map<OfdId, Box<Ofd>>,
     /// Sockets that some description holds.
-    pub sockets: BTreeMap<SockId, Socket>,
+    pub sockets: Map<SockId, Box<Socket>>,
     /// Epoll instances that some descriptor refers to.
-    pub epolls: BTreeMap<OfdId, Epoll>,
+    pub epolls: Map<OfdId, Epoll>,
     /// Inotify instances that some description holds.
-    pub inotifies: BTreeMap<GroupId, Inotify>,
+    pub inotifies: Map<GroupId, Inotify>,
     /// Address spaces.
-    pub mms: BTreeMap<MmId, Mm>,
+    pub mms: Map<MmId, Mm>,
     /// Directories and umasks.
-    pub fss: BTreeMap<FsId, Fs>,
+    pub fss: Map<FsId, Fs>,
+    /// What is derived from these; [`State::reindex`] makes it where they came from elsewhere.
+    #[serde(skip)]
+    pub index: Index,
 }
 
-/// Whether an object is known to be as the kernel has it.
+/// The objects decide.
+impl PartialEq for State {
+    fn eq(&self, other: &Self) -> bool {
+        let Self {
+            seq,
+            tasks,
+            tables,
+            ofds,
+            sockets,
+            epolls,
+            inotifies,
+            mms,
+            fss,
+            index: _,
+        } = self;
+        *seq == other.seq
+            && *tasks == other.tasks
+            && *tables == other.tables
+            && *ofds == other.ofds
+            && *sockets == other.sockets
+            && *epolls == other.epolls
+            && *inotifies == other.inotifies
+            && *mms == other.mms
+            && *fss == other.fss
+    }
+}
+
+impl Eq for State {}
+
+/// Whether an object is known to be as the kernel has it. Only the functions of `index` set it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Trust {
@@ -127,6 +161,8 @@ pub struct Socket {
     pub seq: u64,
     /// Whether `info` is right.
     pub trust: Trust,
+    /// The description that holds it.
+    pub ofd: OfdId,
     /// Its state.
     pub info: SockInfo,
 }
@@ -139,7 +175,7 @@ pub struct Epoll {
     /// Whether all items are right.
     pub trust: Trust,
     /// Items by the description watched and the number it was added under.
-    pub items: BTreeMap<(OfdId, Fd), EpollItem>,
+    pub items: Map<(OfdId, Fd), EpollItem>,
 }
 
 /// An epoll item.
@@ -184,6 +220,8 @@ pub struct Inotify {
     pub seq: u64,
     /// Whether all watches are right.
     pub trust: Trust,
+    /// The description that holds it.
+    pub ofd: OfdId,
     /// Watches by watch descriptor.
     pub watches: BTreeMap<i32, Watch>,
 }
@@ -205,49 +243,9 @@ impl State {
         for (id, task) in &self.tasks {
             processes.entry(task.tgid).or_default().push((*id, task));
         }
+        for threads in processes.values_mut() {
+            threads.sort_unstable_by_key(|(id, _)| *id);
+        }
         processes
-    }
-
-    /// Everything that must be read again before it is used.
-    #[must_use]
-    pub fn suspects(&self) -> BTreeSet<Object> {
-        let suspect = |trust: Trust| trust == Trust::Suspect;
-        let held = |id: &OfdId| self.ofds.get(id).is_some_and(|ofd| ofd.refs > 0);
-        let socks: BTreeSet<SockId> = self
-            .ofds
-            .values()
-            .filter(|ofd| ofd.refs > 0)
-            .filter_map(|ofd| ofd.sock)
-            .collect();
-        let tables = self
-            .tables
-            .iter()
-            .filter(|(_, t)| suspect(t.trust) && !t.users.is_empty());
-        let mms = self.mms.iter().filter(|(_, m)| suspect(m.trust));
-        let epolls = self
-            .epolls
-            .iter()
-            .filter(|(id, e)| suspect(e.trust) && held(id));
-        let groups: BTreeSet<GroupId> = self
-            .ofds
-            .values()
-            .filter(|ofd| ofd.refs > 0)
-            .filter_map(|ofd| ofd.group)
-            .collect();
-        let inotifies = self
-            .inotifies
-            .iter()
-            .filter(|(id, i)| suspect(i.trust) && groups.contains(id));
-        let sockets = self
-            .sockets
-            .iter()
-            .filter(|(id, s)| suspect(s.trust) && socks.contains(id));
-        tables
-            .map(|(id, _)| Object::Files(*id))
-            .chain(mms.map(|(id, _)| Object::Mm(*id)))
-            .chain(epolls.map(|(id, _)| Object::Epoll(*id)))
-            .chain(sockets.map(|(id, _)| Object::Socket(*id)))
-            .chain(inotifies.map(|(id, _)| Object::Inotify(*id)))
-            .collect()
     }
 }

@@ -159,7 +159,7 @@ mod tests {
             events: 1 | ONESHOT,
             data: 7,
         };
-        let items = BTreeMap::from([((OfdId(8), Fd(0)), item)]);
+        let items = [((OfdId(8), Fd(0)), item)].into_iter().collect();
         let epoll = Epoll {
             seq: 1,
             trust,

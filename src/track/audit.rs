@@ -61,12 +61,12 @@ pub fn audit(tracking: &Tracking) -> Result<Report, Gone> {
     let mut report = Report::default();
     let mut before = BTreeMap::new();
     for round in 1..=ROUNDS {
-        let view = tracking.view(Settle::Suspects)?;
+        let state = tracking.state(Settle::Suspects)?;
         let cgroups = tracking.roots.iter().flat_map(|root| {
             let path = |below: PathBuf| root.path.join(below);
             root.subtree().into_values().map(path).collect::<Vec<_>>()
         });
-        let (found, compared) = compare(&view.state, &cgroups.collect::<Vec<_>>());
+        let (found, compared) = compare(&state, &cgroups.collect::<Vec<_>>());
         report = Report {
             compared,
             rounds: round,

@@ -12,7 +12,7 @@ use crate::model::apply::{Anomaly, apply};
 use crate::model::event::{Body, Event, Object};
 use crate::model::ids::{FilesId, Pid};
 use crate::model::snapshot::{absorb, replay};
-use crate::model::state::{State, Trust};
+use crate::model::state::State;
 use crossbeam_channel::{Receiver, Sender, select};
 use std::collections::BTreeSet;
 use std::io;
@@ -29,6 +29,8 @@ const MMS_PAUSE: Duration = Duration::from_secs(1);
 /// How long an event may be missing: a BPF program that holds room in a ring ends
 /// in microseconds, but its virtual CPU may not run meanwhile.
 const GAP_PATIENCE: Duration = Duration::from_secs(5);
+/// How many may wait for it: some hundred megabytes.
+const GAP_EVENTS: usize = 1 << 20;
 /// More processes than this are read by one pass over all.
 const FEW_PROCESSES: usize = 4;
 const SETTLE_ROUNDS: usize = 5;
@@ -72,6 +74,11 @@ pub(super) struct Engine {
     log: Option<Vec<Event>>,
     /// Threads may be missing: everything is to be read.
     read_all: bool,
+    /// All details are suspect, and to be marked so once no reading is under way: that one
+    /// began before, and what it says of them may be old.
+    spread: bool,
+    /// Everything was marked while a reading was under way, which is no news of it.
+    repeat: bool,
     files_read: Instant,
     mms_read: Instant,
     ticked: Instant,
@@ -103,6 +110,8 @@ impl Engine {
             reader: Some(reader),
             log: None,
             read_all: true,
+            spread: false,
+            repeat: false,
             files_read: now.checked_sub(FILES_PAUSE).unwrap_or(now),
             mms_read: now.checked_sub(MMS_PAUSE).unwrap_or(now),
             ticked: now,
@@ -138,14 +147,13 @@ impl Engine {
                 self.absorb(reading);
             },
             recv(requests) -> request => match request {
-                Ok(Request::View { settle, reply }) => {
+                Ok(Request::Look { settle, look }) => {
                     match settle {
                         Settle::No => {}
                         Settle::Events => self.catch_up(),
                         Settle::Suspects => self.settle(),
                     }
-                    // Whoever asked may have gone.
-                    let _ = reply.send(self.view());
+                    look(self.view());
                 }
                 Ok(Request::Stop) | Err(_) => self.stopped = true,
             },
@@ -170,20 +178,24 @@ impl Engine {
     }
 
     fn take_in(&mut self, batch: Vec<Option<Event>>) {
-        // Asked for after the batch was read: no event in it can have a later number.
-        let last_seq = self.hooks.last_seq();
+        // Read after the batch was: no event in it can have a higher number.
+        let last = self.hooks.last_seq();
+        let mut malformed = 0;
         for event in batch {
-            match event {
-                Some(event) if event.seq <= last_seq => self.order.push(event),
-                _ => {
-                    self.counters.malformed += 1;
-                    self.read_all = true;
-                }
+            if !event.is_some_and(|event| self.order.push(event, last)) {
+                malformed += 1;
             }
         }
+        if malformed > 0 {
+            self.counters.malformed += malformed;
+            self.suspect_everything();
+        }
+        let before = self.order.done();
         while let Some(event) = self.order.pop() {
-            self.progressed = Instant::now();
             self.apply(event);
+        }
+        if self.order.done() > before {
+            self.progressed = Instant::now();
         }
     }
 
@@ -227,46 +239,15 @@ impl Engine {
     fn spread(&mut self, object: Object) {
         match object {
             Object::Tasks => self.read_all = true,
-            Object::Files(_) if self.hooks.set == HookSet::Fallback => {
-                self.state
-                    .epolls
-                    .values_mut()
-                    .for_each(|epoll| epoll.trust = Trust::Suspect);
-                self.state
-                    .sockets
-                    .values_mut()
-                    .for_each(|sock| sock.trust = Trust::Suspect);
-                self.state
-                    .inotifies
-                    .values_mut()
-                    .for_each(|inotify| inotify.trust = Trust::Suspect);
-            }
+            Object::Files(_) if self.hooks.set == HookSet::Fallback => self.spread = true,
             _ => {}
         }
     }
 
     fn suspect_everything(&mut self) {
         self.read_all = true;
-        self.state
-            .tables
-            .values_mut()
-            .for_each(|table| table.trust = Trust::Suspect);
-        self.state
-            .epolls
-            .values_mut()
-            .for_each(|epoll| epoll.trust = Trust::Suspect);
-        self.state
-            .sockets
-            .values_mut()
-            .for_each(|sock| sock.trust = Trust::Suspect);
-        self.state
-            .inotifies
-            .values_mut()
-            .for_each(|inotify| inotify.trust = Trust::Suspect);
-        self.state
-            .mms
-            .values_mut()
-            .for_each(|mm| mm.trust = Trust::Suspect);
+        self.state.suspect_everything();
+        self.repeat = self.log.is_some();
     }
 
     fn tick(&mut self) {
@@ -282,7 +263,7 @@ impl Engine {
     fn mind_gaps(&mut self) {
         if self.order.waiting() == 0 {
             self.progressed = Instant::now();
-        } else if self.progressed.elapsed() > GAP_PATIENCE {
+        } else if self.progressed.elapsed() > GAP_PATIENCE || self.order.waiting() > GAP_EVENTS {
             let missing = self.order.skip_gap();
             tracing::error!(missing, "events are missing; reading everything again");
             self.counters.gaps += missing;
@@ -343,12 +324,12 @@ impl Engine {
         }
     }
 
-    fn view(&self) -> View {
+    fn view(&self) -> View<'_> {
         View {
-            state: self.state.clone(),
-            counters: self.counters.clone(),
+            state: &self.state,
+            counters: &self.counters,
             hooks: self.hooks.set,
-            refused: self.hooks.refused.clone(),
+            refused: self.hooks.refused.as_deref(),
             last_seq: self.hooks.last_seq(),
         }
     }
@@ -384,7 +365,11 @@ impl Engine {
     }
 
     /// Whether there is something suspect of which descriptors tell, and mappings.
-    fn wanted(&self) -> (bool, bool) {
+    fn wanted(&mut self) -> (bool, bool) {
+        if self.spread && self.log.is_none() {
+            self.spread = false;
+            self.state.suspect_details();
+        }
         let suspects = self.state.suspects();
         let is_mm = |object: &Object| matches!(object, Object::Mm(_));
         let files = self.read_all || !suspects.iter().all(is_mm);
@@ -489,13 +474,10 @@ impl Engine {
                     ofds.insert(id);
                 }
                 Object::Socket(sock) if files => {
-                    let holders = self.state.ofds.iter().filter(|(_, o)| o.sock == Some(sock));
-                    ofds.extend(holders.map(|(id, _)| *id));
+                    ofds.extend(self.state.sockets.get(&sock).map(|socket| socket.ofd));
                 }
                 Object::Inotify(group) if files => {
-                    let holders = self.state.ofds.iter();
-                    let holders = holders.filter(|(_, o)| o.group == Some(group));
-                    ofds.extend(holders.map(|(id, _)| *id));
+                    ofds.extend(self.state.inotifies.get(&group).map(|inotify| inotify.ofd));
                 }
                 Object::Mm(id) if mms => {
                     users.extend(self.state.mms[&id].users.iter().copied());
@@ -525,6 +507,9 @@ impl Engine {
                 let since: Vec<Event> = since.cloned().collect();
                 // Judged when they were applied first.
                 replay(&mut self.state, &since);
+                if std::mem::take(&mut self.repeat) {
+                    self.state.suspect_everything();
+                }
             }
             Err(error) => {
                 self.counters.failed_readings += 1;

@@ -65,17 +65,17 @@ pub struct Counters {
     pub failed_readings: u64,
 }
 
-/// The model at one instant.
-#[derive(Clone, Debug)]
-pub struct View {
+/// The model at one instant, in the hands of its thread.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
     /// The state.
-    pub state: State,
+    pub state: &'a State,
     /// The counters.
-    pub counters: Counters,
+    pub counters: &'a Counters,
     /// The hook set in use.
     pub hooks: HookSet,
     /// Why the better one is not.
-    pub refused: Option<String>,
+    pub refused: Option<&'a str>,
     /// Number of the last event that happened; `state.seq` is the last applied.
     pub last_seq: u64,
 }
@@ -91,8 +91,11 @@ pub enum Settle {
     Suspects,
 }
 
+/// What somebody wants to know of the model.
+type Look = Box<dyn FnOnce(View<'_>) + Send>;
+
 enum Request {
-    View { settle: Settle, reply: Sender<View> },
+    Look { settle: Settle, look: Look },
     Stop,
 }
 
@@ -168,17 +171,35 @@ impl Tracking {
         })
     }
 
-    /// The model, with regard to what happened before the call.
+    /// Has the model's thread look at it, with regard to what happened before the call. No
+    /// event is applied meanwhile, so a look must be short and wait for nothing.
     ///
     /// # Errors
     ///
     /// The model's thread is gone.
-    pub fn view(&self, settle: Settle) -> Result<View, Gone> {
+    pub fn look<T: Send + 'static>(
+        &self,
+        settle: Settle,
+        look: impl FnOnce(View<'_>) -> T + Send + 'static,
+    ) -> Result<T, Gone> {
         let (reply, answer) = bounded(1);
+        let look = Box::new(move |view: View<'_>| {
+            // Whoever asked may have gone.
+            let _ = reply.send(look(view));
+        });
         self.requests
-            .send(Request::View { settle, reply })
+            .send(Request::Look { settle, look })
             .map_err(|_| Gone)?;
         answer.recv().map_err(|_| Gone)
+    }
+
+    /// A copy of the state.
+    ///
+    /// # Errors
+    ///
+    /// The model's thread is gone.
+    pub fn state(&self, settle: Settle) -> Result<State, Gone> {
+        self.look(settle, |view| view.state.clone())
     }
 }
 

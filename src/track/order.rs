@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, VecDeque};
 const WINDOW: u64 = 1 << 16;
 
 /// Holds events back until all before them are there. Numbers have no gaps: each
-/// was taken for a record that had its room in a ring already.
+/// was taken for a record that had its room in a ring already. A number that no event
+/// can have would open a gap that never closes, so it is not let in.
 #[derive(Debug, Default)]
 pub struct Order {
     /// Number of the last event handed out.
@@ -22,20 +23,31 @@ pub struct Order {
 }
 
 impl Order {
-    /// Takes an event in.
-    pub fn push(&mut self, event: Event) {
-        // Numbers at or before the last one handed out were skipped.
+    /// Takes an event in, while `last` is the number of the last one that happened. One that
+    /// was given up on is late and ignored. Says whether the number can be its own: it is not
+    /// if none was that high yet, or if another event waits under it.
+    #[must_use]
+    pub fn push(&mut self, event: Event, last: u64) -> bool {
+        if event.seq > last {
+            return false;
+        }
         let Some(ahead) = event
             .seq
             .checked_sub(self.done)
             .and_then(|n| n.checked_sub(1))
         else {
-            return;
+            return true;
         };
+        if self.far.contains_key(&event.seq) {
+            return false;
+        }
         match usize::try_from(ahead) {
             Ok(ahead) if ahead < self.window.len() => {
-                self.near += usize::from(self.window[ahead].is_none());
+                if self.window[ahead].is_some() {
+                    return false;
+                }
                 self.window[ahead] = Some(event);
+                self.near += 1;
             }
             Ok(at) if ahead < WINDOW => {
                 self.window.resize(at, None);
@@ -46,6 +58,7 @@ impl Order {
                 self.far.insert(event.seq, event);
             }
         }
+        true
     }
 
     /// The next event, if it is there.
@@ -112,10 +125,10 @@ mod tests {
     fn shards_interleave_to_one_order() {
         let mut order = Order::default();
         for seq in [2, 4, 1] {
-            order.push(event(seq));
+            assert!(order.push(event(seq), 4));
         }
         assert_eq!(drain(&mut order), [1, 2]);
-        order.push(event(3));
+        assert!(order.push(event(3), 4));
         assert_eq!(drain(&mut order), [3, 4]);
         assert_eq!(order.done(), 4);
     }
@@ -123,9 +136,9 @@ mod tests {
     #[test]
     fn an_old_number_is_not_handed_out_again() {
         let mut order = Order::default();
-        order.push(event(1));
+        assert!(order.push(event(1), 1));
         assert_eq!(drain(&mut order), [1]);
-        order.push(event(1));
+        assert!(order.push(event(1), 1));
         assert_eq!(drain(&mut order), Vec::<u64>::new());
         assert_eq!(order.waiting(), 0);
     }
@@ -133,7 +146,7 @@ mod tests {
     #[test]
     fn a_gap_is_counted_when_it_is_skipped() {
         let mut order = Order::default();
-        order.push(event(4));
+        assert!(order.push(event(4), 4));
         assert_eq!(drain(&mut order), Vec::<u64>::new());
         assert_eq!(order.skip_gap(), 3);
         assert_eq!(drain(&mut order), [4]);
@@ -141,14 +154,33 @@ mod tests {
     }
 
     #[test]
+    fn a_number_that_cannot_be_is_not_let_in() {
+        let mut order = Order::default();
+        assert!(!order.push(event(u64::MAX), 2), "never given");
+        assert!(order.push(event(2), 2));
+        assert!(!order.push(event(2), 2), "given to another");
+        assert_eq!((order.waiting(), order.skip_gap()), (1, 1));
+        assert_eq!(drain(&mut order), [2]);
+    }
+
+    #[test]
+    fn numbers_end_without_a_panic() {
+        let mut order = Order::default();
+        assert!(order.push(event(u64::MAX), u64::MAX));
+        assert_eq!(order.skip_gap(), u64::MAX - 1);
+        assert_eq!(drain(&mut order), [u64::MAX]);
+        assert_eq!(drain(&mut order), Vec::<u64>::new());
+    }
+
+    #[test]
     fn a_far_number_waits_for_those_before_it() {
         let mut order = Order::default();
         let far = WINDOW + 5;
-        order.push(event(far));
-        order.push(event(far + 1));
-        order.push(event(u64::MAX));
+        for seq in [far, far + 1, u64::MAX] {
+            assert!(order.push(event(seq), u64::MAX));
+        }
         for seq in (1..far).rev() {
-            order.push(event(seq));
+            assert!(order.push(event(seq), u64::MAX));
         }
         assert_eq!(drain(&mut order).len() as u64, far + 1);
         assert_eq!(order.waiting(), 1);

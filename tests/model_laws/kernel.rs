@@ -467,7 +467,8 @@ impl Kernel {
             })
             .collect();
         assert_eq!(model, self.epolls, "epoll items");
-        let model: Vec<_> = state.tasks.iter().map(|(id, t)| (*id, t.files)).collect();
+        let mut model: Vec<_> = state.tasks.iter().map(|(id, t)| (*id, t.files)).collect();
+        model.sort_unstable();
         let mut threads: Vec<_> = self
             .threads
             .iter()

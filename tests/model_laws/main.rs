@@ -4,10 +4,11 @@ mod kernel;
 
 use kernel::{Kernel, history, op};
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tracker::model::apply::{Anomaly, apply};
+use tracker::model::check::check;
 use tracker::model::diff::{diff, patch};
-use tracker::model::event::Event;
+use tracker::model::event::{Body, Event, Object};
 use tracker::model::snapshot::{Snapshot, absorb, replay as repeat};
 use tracker::model::state::{State, Trust};
 
@@ -16,6 +17,38 @@ fn replay(state: &mut State, events: &[Event]) -> Vec<Anomaly> {
         .iter()
         .flat_map(|event| apply(state, event))
         .collect()
+}
+
+/// An object that may be there.
+fn any_object(state: &State, kind: u8, which: prop::sample::Index) -> Object {
+    fn pick<K: Copy + Ord + Default>(
+        keys: impl Iterator<Item = K>,
+        which: prop::sample::Index,
+    ) -> K {
+        let mut keys: Vec<K> = keys.chain([K::default()]).collect();
+        keys.sort_unstable();
+        *which.get(&keys)
+    }
+    match kind % 3 {
+        0 => Object::Files(pick(state.tables.keys().copied(), which)),
+        1 => Object::Epoll(pick(state.epolls.keys().copied(), which)),
+        _ => Object::Mm(pick(state.mms.keys().copied(), which)),
+    }
+}
+
+/// What is suspect and used, by looking at everything.
+fn scan(state: &State) -> BTreeSet<Object> {
+    let suspect = |trust| trust == Trust::Suspect;
+    let held = |id| state.ofds.get(id).is_some_and(|ofd| ofd.refs > 0);
+    let tables = state.tables.iter();
+    let tables = tables.filter(|(_, table)| suspect(table.trust) && !table.users.is_empty());
+    let epolls = state.epolls.iter();
+    let epolls = epolls.filter(|(id, epoll)| suspect(epoll.trust) && held(id));
+    let mms = state.mms.iter().filter(|(_, mm)| suspect(mm.trust));
+    let tables = tables.map(|(id, _)| Object::Files(*id));
+    let epolls = epolls.map(|(id, _)| Object::Epoll(*id));
+    let mms = mms.map(|(id, _)| Object::Mm(*id));
+    tables.chain(epolls).chain(mms).collect()
 }
 
 proptest! {
@@ -115,6 +148,35 @@ proptest! {
         }
         absorb(&mut state, &kernel.snapshot(true));
         kernel.assert_model(&state);
+    }
+
+    /// What is suspect is known without looking for it.
+    #[test]
+    fn suspects_are_what_a_scan_finds(
+        ops in prop::collection::vec(op(), 0..150),
+        lost in prop::collection::vec(prop::bool::weighted(0.1), 2000),
+        marks in prop::collection::vec((any::<u8>(), any::<prop::sample::Index>()), 0..60),
+        read in any::<bool>(),
+    ) {
+        let kernel = history(&ops);
+        let mut state = State::default();
+        let mut marks = marks.iter();
+        for (event, lost) in kernel.events.iter().zip(&lost) {
+            if !lost {
+                apply(&mut state, event);
+            } else if let Some((kind, which)) = marks.next() {
+                let object = any_object(&state, *kind, *which);
+                apply(&mut state, &Event { seq: event.seq, body: Body::Stale(object) });
+            }
+            prop_assert_eq!(state.suspects(), scan(&state));
+        }
+        if read {
+            absorb(&mut state, &kernel.snapshot(true));
+        } else {
+            state.suspect_everything();
+        }
+        prop_assert_eq!(state.suspects(), scan(&state));
+        prop_assert_eq!(check(&state), vec![]);
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! Developer commands: `cargo xtask setup|demo|test|vm|vmtest|verifier|bench|overhead`.
+//! Developer commands: `cargo xtask setup|demo|test|fuzz|vm|vmtest|verifier|bench|overhead`.
 
 mod apt;
 mod bench;
 mod demo;
+mod fuzz;
 mod guest_image;
 mod overhead;
 mod setup;
@@ -34,6 +35,8 @@ enum Task {
     Setup(setup::Arguments),
     /// Updates a VM's kernel under redis and memcached with clients connected.
     Demo(demo::Arguments),
+    /// Feeds hostile input to what decodes records and images.
+    Fuzz(fuzz::Arguments),
     /// Boots a VM with freshly built programs: a shell, or one command.
     Vm(vm::Arguments),
     /// Prints what each kernel makes of the BPF programs.
@@ -50,6 +53,7 @@ fn main() -> std::process::ExitCode {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Overhead(arguments) => overhead::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Verifier(arguments) => verifier::run(&arguments),
         Task::Vm(arguments) => vm::run(&arguments),
