@@ -15,12 +15,16 @@ static long introduce_fd(u64 index, void *ctx)
 	struct introduction *to = ctx;
 	struct files_struct *files = to->files;
 	struct fdtable *fdt = to->fdt;
+	struct fown_struct *owner;
 	struct file *file = NULL;
 
 	bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(fdt, fd) + index);
 	if (!file)
 		return 0;
-	send_install(false, files, index, file, -1);
+	send_install(false, files, index, file, -1, false);
+	owner = file_owner(file);
+	if (owner && BPF_CORE_READ(owner, pid))
+		send_ofd(file);
 	return 0;
 }
 

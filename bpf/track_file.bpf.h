@@ -53,7 +53,8 @@ static __always_inline void fill_install(const bool typed, struct install_event 
 static __always_inline void send_install_socket(const bool typed, struct files_struct *files,
 						u32 fd, struct file *file,
 						struct inode *inode, u32 mode,
-						struct sock *sk, int cloexec)
+						struct sock *sk, int cloexec,
+						bool fresh)
 {
 	struct install_socket_event *e;
 
@@ -62,16 +63,28 @@ static __always_inline void send_install_socket(const bool typed, struct files_s
 		return;
 	number(&e->install.ev, EVENT_FD_INSTALL_SOCKET, sizeof(*e));
 	fill_install(typed, &e->install, files, fd, file, inode, mode, cloexec);
+	e->install.empty = fresh;
 	e->install.kind = FILE_SOCKET;
 	e->install.object = (u64)sk;
 	fill_socket(typed, &e->socket, sk, e->install.ino);
 	submit(e);
 }
 
+/* Whether nothing refers to a file but who installs it now: it was just made. Whatever
+ * installs another one has taken a reference for the descriptor by then. */
+static __always_inline bool just_made(struct file *file)
+{
+	struct file___ref *ref = (void *)file;
+
+	if (bpf_core_field_exists(ref->f_ref))
+		return !ref->f_ref.refcnt.counter;
+	return file->f_count.counter == 1;
+}
+
 /* Reports what descriptor fd refers to from now on; cloexec < 0 says: as the table has it.
  * `typed` is about the table and the file. */
 static __always_inline void send_install(const bool typed, struct files_struct *files, u32 fd,
-					 struct file *file, int cloexec)
+					 struct file *file, int cloexec, bool fresh)
 {
 	struct inode *inode = MEMBER(typed, file, f_inode);
 	u32 mode = MEMBER(typed, inode, i_mode);
@@ -84,7 +97,8 @@ static __always_inline void send_install(const bool typed, struct files_struct *
 		struct sock *sk = typed ? typed_sock_of(file) : sock_of_file(file);
 
 		if (sk) {
-			send_install_socket(typed, files, fd, file, inode, mode, sk, cloexec);
+			send_install_socket(typed, files, fd, file, inode, mode, sk, cloexec,
+					    fresh);
 			return;
 		}
 	}
@@ -100,6 +114,7 @@ static __always_inline void send_install(const bool typed, struct files_struct *
 	if (magic == ANON_INODE_FS_MAGIC || !nlink)
 		name8 = anon_name8(file);
 	e->kind = file_kind_of(magic, mode, nlink, name8);
+	e->empty = fresh;
 	if (e->kind == FILE_EPOLL) {
 		struct eventpoll *ep = BPF_CORE_READ(file, private_data);
 
@@ -132,7 +147,7 @@ SEC("fentry/fd_install")
 int BPF_PROG(fd_install, unsigned int fd, struct file *file)
 {
 	if (current_tracked())
-		send_install(true, current_files(), fd, file, -1);
+		send_install(true, current_files(), fd, file, -1, just_made(file));
 	return 0;
 }
 
@@ -167,7 +182,7 @@ int BPF_PROG(do_dup2, struct files_struct *files, struct file *file, unsigned in
 		return 0;
 	if (!file_at(files, fd) && bit_at(files->fdt->open_fds, fd))
 		return 0;
-	send_install(true, files, fd, file, !!(flags & O_CLOEXEC));
+	send_install(true, files, fd, file, !!(flags & O_CLOEXEC), false);
 	return 0;
 }
 

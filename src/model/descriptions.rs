@@ -9,6 +9,16 @@ use std::collections::btree_map::Entry;
 /// How many events a description without descriptors is kept.
 const UNHELD_EVENTS: u64 = 4096;
 
+/// Of a set that begins with this description: one with something in it already was not seen
+/// from its beginning.
+fn trust(info: &OfdInfo) -> Trust {
+    if info.empty {
+        Trust::Verified
+    } else {
+        Trust::Suspect
+    }
+}
+
 impl Step<'_> {
     /// Makes a descriptor of a known table refer to a description, unless later
     /// news of the descriptor came first; `socket` is its socket, if that was said too.
@@ -52,12 +62,15 @@ impl Step<'_> {
             refs = ofd.refs;
             let known = ofd.kind != FileKind::Unknown;
             let same = ofd.kind == info.kind && ofd.inode == info.inode && ofd.sock == info.sock;
-            // All epoll instances share an inode, but only a new one is empty.
+            // Many files share an inode, but only a new one is just made or empty.
             let revived = was_held || !info.empty;
             if info.kind == FileKind::Unknown
                 || (same && revived)
                 || (known && was_held && ofd.seq > seq)
             {
+                if same {
+                    self.hold_details(info, socket);
+                }
                 if let Some(socket) = socket {
                     self.socket(socket);
                 }
@@ -88,13 +101,8 @@ impl Step<'_> {
     /// Makes what is kept apart from a description that is new.
     fn detail(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
         let (seq, ofd) = (self.seq, info.id);
-        // One with something in it already was not seen from its beginning.
-        let trust = if info.empty {
-            Trust::Verified
-        } else {
-            Trust::Suspect
-        };
         if info.kind == FileKind::Epoll {
+            let trust = trust(info);
             let epoll = Epoll {
                 seq,
                 trust,
@@ -103,42 +111,59 @@ impl Step<'_> {
             self.state.epolls.insert(ofd, epoll);
             self.state.note(Object::Epoll(ofd), trust);
         }
+        self.hold_details(info, socket);
+    }
+
+    /// Makes what is kept apart from a description, unless it is there or has a later
+    /// holder: an event that is repeated may tell of one that is gone by now.
+    fn hold_details(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
+        let (seq, holder) = (self.seq, info.id);
+        let missing = |known: Option<(OfdId, u64)>| {
+            known.is_none_or(|(by, since)| by != holder && since <= seq)
+        };
         if let Some(group) = info.group {
-            let inotify = Inotify {
-                seq,
-                trust,
-                ofd,
-                ..Inotify::default()
-            };
-            if let Some(old) = self.state.inotifies.insert(group, inotify) {
-                self.bereave(old.ofd, ofd, |ofd| ofd.group = None);
+            let known = self.state.inotifies.get(&group);
+            let known = known.map(|inotify| (inotify.holder, inotify.seq));
+            if missing(known) {
+                let trust = trust(info);
+                let inotify = Inotify {
+                    seq,
+                    trust,
+                    holder,
+                    ..Inotify::default()
+                };
+                self.state.inotifies.insert(group, inotify);
+                self.state.note(Object::Inotify(group), trust);
+                self.bereave(known, |ofd| ofd.group = None);
             }
-            self.state.note(Object::Inotify(group), trust);
         }
         if let Some(sock) = info.sock {
-            let said = socket.filter(|info| info.sock == sock);
-            let trust = said.map_or(Trust::Suspect, |_| Trust::Verified);
-            let unsaid = || SockInfo {
-                sock,
-                ..SockInfo::default()
-            };
-            let socket = Socket {
-                seq,
-                trust,
-                ofd,
-                info: said.cloned().unwrap_or_else(unsaid),
-            };
-            if let Some(old) = self.state.sockets.insert(sock, Box::new(socket)) {
-                self.bereave(old.ofd, ofd, |ofd| ofd.sock = None);
+            let known = self.state.sockets.get(&sock);
+            let known = known.map(|socket| (socket.holder, socket.seq));
+            if missing(known) {
+                let said = socket.filter(|info| info.sock == sock);
+                let trust = said.map_or(Trust::Suspect, |_| Trust::Verified);
+                let unsaid = || SockInfo {
+                    sock,
+                    ..SockInfo::default()
+                };
+                let socket = Socket {
+                    seq,
+                    trust,
+                    holder,
+                    info: said.cloned().unwrap_or_else(unsaid),
+                };
+                self.state.sockets.insert(sock, Box::new(socket));
+                self.state.note(Object::Socket(sock), trust);
+                self.bereave(known, |ofd| ofd.sock = None);
             }
-            self.state.note(Object::Socket(sock), trust);
         }
     }
 
     /// A description lost to another what only one can have: its address is used again, so it
     /// is gone, whoever still seems to refer to it.
-    fn bereave(&mut self, old: OfdId, new: OfdId, forget: impl FnOnce(&mut Ofd)) {
-        if old != new
+    fn bereave(&mut self, old: Option<(OfdId, u64)>, forget: impl FnOnce(&mut Ofd)) {
+        if let Some((old, _)) = old
             && let Some(ofd) = self.state.ofds.get_mut(&old)
         {
             forget(ofd);
@@ -181,11 +206,22 @@ impl Step<'_> {
             self.state.epolls.remove(&id);
             self.state.gone(Object::Epoll(id));
         }
-        if let Some(sock) = ofd.sock {
+        // Another description may have what has the same address now.
+        let held = |holder: Option<OfdId>| holder == Some(id);
+        if let Some(sock) = ofd.sock
+            && held(self.state.sockets.get(&sock).map(|socket| socket.holder))
+        {
             self.state.sockets.remove(&sock);
             self.state.gone(Object::Socket(sock));
         }
-        if let Some(group) = ofd.group {
+        if let Some(group) = ofd.group
+            && held(
+                self.state
+                    .inotifies
+                    .get(&group)
+                    .map(|inotify| inotify.holder),
+            )
+        {
             self.state.inotifies.remove(&group);
             self.state.gone(Object::Inotify(group));
         }

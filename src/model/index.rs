@@ -46,8 +46,8 @@ impl State {
             Object::Tasks | Object::Mm(_) => true,
             Object::Files(id) => self.tables.get(&id).is_some_and(|t| !t.users.is_empty()),
             Object::Epoll(id) => held(&id),
-            Object::Socket(id) => self.sockets.get(&id).is_some_and(|s| held(&s.ofd)),
-            Object::Inotify(id) => self.inotifies.get(&id).is_some_and(|i| held(&i.ofd)),
+            Object::Socket(id) => self.sockets.get(&id).is_some_and(|s| held(&s.holder)),
+            Object::Inotify(id) => self.inotifies.get(&id).is_some_and(|i| held(&i.holder)),
         }
     }
 

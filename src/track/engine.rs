@@ -474,10 +474,15 @@ impl Engine {
                     ofds.insert(id);
                 }
                 Object::Socket(sock) if files => {
-                    ofds.extend(self.state.sockets.get(&sock).map(|socket| socket.ofd));
+                    ofds.extend(self.state.sockets.get(&sock).map(|socket| socket.holder));
                 }
                 Object::Inotify(group) if files => {
-                    ofds.extend(self.state.inotifies.get(&group).map(|inotify| inotify.ofd));
+                    ofds.extend(
+                        self.state
+                            .inotifies
+                            .get(&group)
+                            .map(|inotify| inotify.holder),
+                    );
                 }
                 Object::Mm(id) if mms => {
                     users.extend(self.state.mms[&id].users.iter().copied());

@@ -16,6 +16,8 @@ fn replay(state: &mut State, events: &[Event]) -> Vec<Anomaly> {
     events
         .iter()
         .flat_map(|event| apply(state, event))
+        // Changes of mappings are said as marks.
+        .filter(|anomaly| !matches!(anomaly, Anomaly::Stale(Object::Mm(_))))
         .collect()
 }
 
