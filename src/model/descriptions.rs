@@ -61,7 +61,8 @@ impl Step<'_> {
             ofd.refs += 1;
             refs = ofd.refs;
             let known = ofd.kind != FileKind::Unknown;
-            let same = ofd.kind == info.kind && ofd.inode == info.inode && ofd.sock == info.sock;
+            let same = (ofd.kind, ofd.inode, ofd.sock, ofd.group)
+                == (info.kind, info.inode, info.sock, info.group);
             // Many files share an inode, but only a new one is just made or empty.
             let revived = was_held || !info.empty;
             if info.kind == FileKind::Unknown
@@ -135,6 +136,8 @@ impl Step<'_> {
                 self.state.inotifies.insert(group, inotify);
                 self.state.note(Object::Inotify(group), trust);
                 self.bereave(known, |ofd| ofd.group = None);
+            } else if known.is_some_and(|(by, _)| by != holder) {
+                self.disclaim(holder, |ofd| ofd.group = None);
             }
         }
         if let Some(sock) = info.sock {
@@ -156,20 +159,26 @@ impl Step<'_> {
                 self.state.sockets.insert(sock, Box::new(socket));
                 self.state.note(Object::Socket(sock), trust);
                 self.bereave(known, |ofd| ofd.sock = None);
+            } else if known.is_some_and(|(by, _)| by != holder) {
+                self.disclaim(holder, |ofd| ofd.sock = None);
             }
+        }
+    }
+
+    /// A description does not have what another has had since.
+    fn disclaim(&mut self, id: OfdId, forget: impl FnOnce(&mut Ofd)) {
+        if let Some(ofd) = self.state.ofds.get_mut(&id) {
+            forget(ofd);
         }
     }
 
     /// A description lost to another what only one can have: its address is used again, so it
     /// is gone, whoever still seems to refer to it.
     fn bereave(&mut self, old: Option<(OfdId, u64)>, forget: impl FnOnce(&mut Ofd)) {
-        if let Some((old, _)) = old
-            && let Some(ofd) = self.state.ofds.get_mut(&old)
-        {
-            forget(ofd);
-            if ofd.refs > 0 {
-                self.anomalies.push(Anomaly::Conflict(old));
-            }
+        let Some((old, _)) = old else { return };
+        self.disclaim(old, forget);
+        if self.state.ofds.get(&old).is_some_and(|ofd| ofd.refs > 0) {
+            self.anomalies.push(Anomaly::Conflict(old));
         }
     }
 

@@ -153,6 +153,7 @@ impl Kernel {
                 .map(|vmas| vmas.values().copied().collect());
             assert_eq!(mm.vmas, vmas, "mappings of {id} are verified");
         }
-        assert!(state.mms.keys().eq(self.mms.keys()), "address spaces");
+        let mms: BTreeSet<_> = state.mms.keys().collect();
+        assert!(mms.into_iter().eq(self.mms.keys()), "address spaces");
     }
 }

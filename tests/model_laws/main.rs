@@ -9,6 +9,7 @@ use tracker::model::apply::{Anomaly, apply};
 use tracker::model::check::check;
 use tracker::model::diff::{diff, patch};
 use tracker::model::event::{Body, Event, Object};
+use tracker::model::ids::OfdId;
 use tracker::model::snapshot::{Snapshot, absorb, replay as repeat};
 use tracker::model::state::{State, Trust};
 
@@ -41,7 +42,7 @@ fn any_object(state: &State, kind: u8, which: prop::sample::Index) -> Object {
 /// What is suspect and used, by looking at everything.
 fn scan(state: &State) -> BTreeSet<Object> {
     let suspect = |trust| trust == Trust::Suspect;
-    let held = |id| state.ofds.get(id).is_some_and(|ofd| ofd.refs > 0);
+    let held = |id: &OfdId| state.ofds.get(id).is_some_and(|ofd| ofd.refs > 0);
     let tables = state.tables.iter();
     let tables = tables.filter(|(_, table)| suspect(table.trust) && !table.users.is_empty());
     let epolls = state.epolls.iter();
@@ -50,7 +51,14 @@ fn scan(state: &State) -> BTreeSet<Object> {
     let tables = tables.map(|(id, _)| Object::Files(*id));
     let epolls = epolls.map(|(id, _)| Object::Epoll(*id));
     let mms = mms.map(|(id, _)| Object::Mm(*id));
-    tables.chain(epolls).chain(mms).collect()
+    let sockets = state.sockets.iter();
+    let sockets = sockets.filter(|(_, socket)| suspect(socket.trust) && held(&socket.holder));
+    let sockets = sockets.map(|(id, _)| Object::Socket(*id));
+    let inotifies = state.inotifies.iter();
+    let inotifies = inotifies.filter(|(_, i)| suspect(i.trust) && held(&i.holder));
+    let inotifies = inotifies.map(|(id, _)| Object::Inotify(*id));
+    let details = epolls.chain(sockets).chain(inotifies);
+    tables.chain(details).chain(mms).collect()
 }
 
 proptest! {
@@ -81,7 +89,7 @@ proptest! {
         prop_assert_eq!(&once.tables, &state.tables);
         let held = |state: &State| {
             let held = state.ofds.iter().filter(|(_, ofd)| ofd.refs > 0);
-            held.map(|(id, ofd)| (*id, ofd.kind, ofd.inode)).collect::<Vec<_>>()
+            held.map(|(id, ofd)| (*id, (ofd.kind, ofd.inode))).collect::<BTreeMap<_, _>>()
         };
         prop_assert_eq!(held(&once), held(&state));
         prop_assert_eq!(&once.tasks, &state.tasks);
