@@ -47,7 +47,7 @@ impl SharedPage {
                 protection,
                 libc::MAP_SHARED,
                 map.as_raw_fd(),
-                page * PAGE as i64,
+                page * 4096,
             )
         };
         if address == libc::MAP_FAILED {

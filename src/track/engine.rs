@@ -26,6 +26,8 @@ const KICK_PATIENCE: Duration = Duration::from_millis(2);
 /// Between two readings of descriptors, and of mappings.
 const FILES_PAUSE: Duration = Duration::from_millis(200);
 const MMS_PAUSE: Duration = Duration::from_secs(1);
+/// Between two looks at what each hook says of itself.
+const MISSES_PAUSE: Duration = Duration::from_secs(1);
 /// How long an event may be missing: a BPF program that holds room in a ring ends
 /// in microseconds, but its virtual CPU may not run meanwhile.
 const GAP_PATIENCE: Duration = Duration::from_secs(5);
@@ -84,6 +86,9 @@ pub(super) struct Engine {
     ticked: Instant,
     progressed: Instant,
     lost: u64,
+    /// Runs of hooks that were left out.
+    misses: u64,
+    misses_read: Instant,
     stopped: bool,
 }
 
@@ -117,6 +122,8 @@ impl Engine {
             ticked: now,
             progressed: now,
             lost: 0,
+            misses: 0,
+            misses_read: now,
             stopped: false,
         })
     }
@@ -256,6 +263,9 @@ impl Engine {
         }
         self.ticked = Instant::now();
         self.note_losses();
+        if self.misses_read.elapsed() >= MISSES_PAUSE {
+            self.note_misses();
+        }
         self.mind_gaps();
         self.maybe_read();
     }
@@ -313,6 +323,24 @@ impl Engine {
         }
     }
 
+    /// Makes everything suspect if a hook did not run where it should have: the kernel leaves
+    /// out a program that is running on the CPU already, and nobody knows for what.
+    fn note_misses(&mut self) {
+        self.misses_read = Instant::now();
+        let misses = self.hooks.recursion_misses();
+        if misses > self.misses {
+            let missed = misses - self.misses;
+            tracing::warn!(missed, "hooks were left out; reading everything again");
+            *self
+                .counters
+                .anomalies
+                .entry("missed-run".to_owned())
+                .or_default() += missed;
+            self.misses = misses;
+            self.suspect_everything();
+        }
+    }
+
     fn is_unknown(&self, object: Object) -> bool {
         match object {
             Object::Files(id) => !self.state.tables.contains_key(&id),
@@ -336,6 +364,7 @@ impl Engine {
 
     /// Applies everything up to now and reads what is suspect.
     fn settle(&mut self) {
+        self.note_misses();
         for _ in 0..SETTLE_ROUNDS {
             self.finish_reading();
             self.catch_up();
