@@ -365,6 +365,9 @@ impl Engine {
     /// Applies everything up to now and reads what is suspect.
     fn settle(&mut self) {
         self.note_misses();
+        if self.hooks.set == HookSet::Fallback {
+            self.suspect_unseen();
+        }
         for _ in 0..SETTLE_ROUNDS {
             self.finish_reading();
             self.catch_up();
@@ -376,6 +379,21 @@ impl Engine {
             self.order_reading(files, mms);
             self.finish_reading();
             self.catch_up();
+        }
+    }
+
+    /// No tracepoint tells that a watch went with what it watched, or after its one event,
+    /// nor that a socket was bound because it sent.
+    fn suspect_unseen(&mut self) {
+        let inotifies = self.state.inotifies.iter();
+        let watching = inotifies.filter(|(_, inotify)| !inotify.watches.is_empty());
+        let watching = watching.map(|(id, _)| Object::Inotify(*id));
+        let sockets = self.state.sockets.iter();
+        let unbound = sockets
+            .filter(|(_, socket)| socket.info.local_port == 0 && socket.info.name.is_empty());
+        let unbound = unbound.map(|(id, _)| Object::Socket(*id));
+        for object in watching.chain(unbound).collect::<Vec<_>>() {
+            self.state.suspect(object);
         }
     }
 
