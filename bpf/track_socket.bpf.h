@@ -107,6 +107,28 @@ int BPF_PROG(sys_listen, int fd)
 	return 0;
 }
 
+/* A socket that sends without having been bound gets a port or name on the way. */
+static __always_inline int bound(struct sock *sk)
+{
+	struct file *file = BPF_CORE_READ(sk, sk_socket, file);
+
+	if (file && current_tracked())
+		send_socket(sk, BPF_CORE_READ(file, f_inode, i_ino));
+	return 0;
+}
+
+SEC("fexit/inet_autobind")
+int BPF_PROG(inet_bound, struct sock *sk)
+{
+	return bound(sk);
+}
+
+SEC("fexit/unix_autobind")
+int BPF_PROG(unix_bound, struct sock *sk)
+{
+	return bound(sk);
+}
+
 SEC("fexit/__sys_connect_file")
 int BPF_PROG(sys_connect, struct file *file)
 {

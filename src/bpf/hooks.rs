@@ -109,6 +109,8 @@ pub(super) const PROGRAMS: &[(&str, Target, When)] = &[
     ("sys_bind", Function("__sys_bind"), Fentry),
     ("sys_listen", Function("__sys_listen"), Fentry),
     ("sys_connect", Function("__sys_connect_file"), Fentry),
+    ("inet_bound", Function("inet_autobind"), Fentry),
+    ("unix_bound", Function("unix_autobind"), Fentry),
     ("sys_shutdown", Function("__sys_shutdown"), Fentry),
     ("epoll_ctl", Function("do_epoll_ctl"), Fentry),
     ("epoll_ctl_exit", Function("do_epoll_ctl"), Fentry),

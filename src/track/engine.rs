@@ -12,7 +12,7 @@ use crate::model::apply::{Anomaly, apply};
 use crate::model::event::{Body, Event, Object};
 use crate::model::ids::{FilesId, Pid};
 use crate::model::snapshot::{absorb, replay};
-use crate::model::state::{State, Trust};
+use crate::model::state::{Socket, State, Trust};
 use crossbeam_channel::{Receiver, Sender, select};
 use std::collections::BTreeSet;
 use std::io;
@@ -353,6 +353,9 @@ impl Engine {
 
     /// Applies everything up to now and reads what is suspect.
     fn settle(&mut self) {
+        if self.hooks.set == HookSet::Fallback {
+            self.suspect_unseen();
+        }
         for _ in 0..SETTLE_ROUNDS {
             self.finish_reading();
             self.catch_up();
@@ -364,6 +367,21 @@ impl Engine {
             self.order_reading(files, mms);
             self.finish_reading();
             self.catch_up();
+        }
+    }
+
+    /// No tracepoint tells that a watch went with what it watched, or after its one event,
+    /// nor that a socket was bound because it sent.
+    fn suspect_unseen(&mut self) {
+        let watching = self.state.inotifies.values_mut();
+        for inotify in watching.filter(|inotify| !inotify.watches.is_empty()) {
+            inotify.trust = Trust::Suspect;
+        }
+        let sockets = self.state.sockets.values_mut();
+        let unbound =
+            |socket: &&mut Socket| socket.info.local_port == 0 && socket.info.name.is_empty();
+        for socket in sockets.filter(unbound) {
+            socket.trust = Trust::Suspect;
         }
     }
 
