@@ -10,9 +10,7 @@ mod op;
 use op::Kind;
 pub use op::{Op, op};
 use std::collections::{BTreeMap, BTreeSet};
-use tracker::model::event::{
-    Body, Event, FileKind, FsInfo, Ids, OfdInfo, SockInfo, TaskInfo, Vma, Watch,
-};
+use tracker::model::event::{Body, Event, FsInfo, Ids, OfdInfo, SockInfo, TaskInfo, Vma, Watch};
 use tracker::model::ids::{
     CgroupId, Fd, FilesId, FsId, GroupId, MmId, OfdId, Pid, SockId, TaskId, Tid,
 };
