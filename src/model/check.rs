@@ -110,15 +110,17 @@ fn descriptions(state: &State, found: &mut Vec<Inconsistency>) {
         if refs.get(id).copied().unwrap_or(0) != ofd.refs {
             found.push(Inconsistency::References(*id));
         }
-        if let Some(sock) = ofd.sock {
-            if ofd.refs > 0 && !state.sockets.contains_key(&sock) {
-                found.push(Inconsistency::Socket(sock));
-            }
+        if let Some(sock) = ofd.sock
+            && ofd.refs > 0
+            && !state.sockets.contains_key(&sock)
+        {
+            found.push(Inconsistency::Socket(sock));
         }
-        if let Some(group) = ofd.group {
-            if ofd.refs > 0 && !state.inotifies.contains_key(&group) {
-                found.push(Inconsistency::Inotify(group));
-            }
+        if let Some(group) = ofd.group
+            && ofd.refs > 0
+            && !state.inotifies.contains_key(&group)
+        {
+            found.push(Inconsistency::Inotify(group));
         }
         if (ofd.kind == FileKind::Epoll) != state.epolls.contains_key(id) {
             found.push(Inconsistency::Epoll(*id));

@@ -99,33 +99,33 @@ impl Step<'_> {
         let missing = |known: Option<(OfdId, u64)>| {
             known.is_none_or(|(by, since)| by != holder && since <= seq)
         };
-        if let Some(group) = info.group {
-            let known = self.state.inotifies.get(&group);
-            if missing(known.map(|inotify| (inotify.holder, inotify.seq))) {
-                let inotify = Inotify {
-                    seq,
-                    trust: trust(info),
-                    holder,
-                    ..Inotify::default()
-                };
-                self.state.inotifies.insert(group, inotify);
-            }
+        let known = |group| self.state.inotifies.get(group);
+        if let Some(group) = info.group
+            && missing(known(&group).map(|inotify| (inotify.holder, inotify.seq)))
+        {
+            let inotify = Inotify {
+                seq,
+                trust: trust(info),
+                holder,
+                ..Inotify::default()
+            };
+            self.state.inotifies.insert(group, inotify);
         }
-        if let Some(sock) = info.sock {
-            let known = self.state.sockets.get(&sock);
-            if missing(known.map(|socket| (socket.holder, socket.seq))) {
-                let info = SockInfo {
-                    sock,
-                    ..SockInfo::default()
-                };
-                let socket = Socket {
-                    seq,
-                    trust: Trust::Suspect,
-                    holder,
-                    info,
-                };
-                self.state.sockets.insert(sock, socket);
-            }
+        let known = |sock| self.state.sockets.get(sock);
+        if let Some(sock) = info.sock
+            && missing(known(&sock).map(|socket| (socket.holder, socket.seq)))
+        {
+            let info = SockInfo {
+                sock,
+                ..SockInfo::default()
+            };
+            let socket = Socket {
+                seq,
+                trust: Trust::Suspect,
+                holder,
+                info,
+            };
+            self.state.sockets.insert(sock, socket);
         }
     }
 
