@@ -147,6 +147,7 @@ impl Engine {
                     // Whoever asked may have gone.
                     let _ = reply.send(self.view());
                 }
+                Ok(Request::Alive { reply }) => drop(reply.send(())),
                 Ok(Request::Stop) | Err(_) => self.stopped = true,
             },
             default(patience) => {}

@@ -13,7 +13,7 @@ use crate::bpf::programs::Programs;
 use crate::bpf::rings::Fills;
 use crate::bpf::track::{HookSet, Hooks, Options};
 use crate::model::state::State;
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use nix::poll::PollTimeout;
 use roots::Root;
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// Milliseconds that events may lie in a ring; many of them wake its reader before.
 const RING_PAUSE: u8 = 50;
@@ -96,6 +97,7 @@ pub enum Settle {
 
 enum Request {
     View { settle: Settle, reply: Sender<View> },
+    Alive { reply: Sender<()> },
     Stop,
 }
 
@@ -187,6 +189,29 @@ impl Tracking {
             .send(Request::View { settle, reply })
             .map_err(|_| Gone)?;
         answer.recv().map_err(|_| Gone)
+    }
+
+    /// Whether the model's thread does its work, as far as can be told in this time.
+    ///
+    /// # Errors
+    ///
+    /// It is gone.
+    pub fn is_alive(&self, patience: Duration) -> Result<bool, Gone> {
+        let deadline = Instant::now() + patience;
+        let (reply, answer) = bounded(1);
+        match self
+            .requests
+            .send_deadline(Request::Alive { reply }, deadline)
+        {
+            Ok(()) => {}
+            Err(SendTimeoutError::Timeout(_)) => return Ok(false),
+            Err(SendTimeoutError::Disconnected(_)) => return Err(Gone),
+        }
+        match answer.recv_deadline(deadline) {
+            Ok(()) => Ok(true),
+            Err(RecvTimeoutError::Timeout) => Ok(false),
+            Err(RecvTimeoutError::Disconnected) => Err(Gone),
+        }
     }
 }
 

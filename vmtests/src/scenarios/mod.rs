@@ -10,7 +10,11 @@ mod handover;
 mod harness;
 mod kernel;
 mod services;
+mod tracked;
 mod tracking;
+mod tracking_losses;
+mod tracking_membership;
+mod tracking_restart;
 mod way_back;
 
 /// One scenario.
@@ -35,6 +39,9 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         services::SCENARIOS,
         faults::SCENARIOS,
         tracking::SCENARIOS,
+        tracking_losses::SCENARIOS,
+        tracking_membership::SCENARIOS,
+        tracking_restart::SCENARIOS,
         way_back::SCENARIOS,
     ]
     .into_iter()
