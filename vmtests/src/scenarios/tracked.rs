@@ -221,7 +221,7 @@ pub fn lost(status: &Value) -> Result<u64> {
 pub fn storm(vm: &Vm, processes: u32) -> Result<i32> {
     let program = format!("{}/storm", crate::payload::TESTS_DIR);
     let seed = std::process::id().to_string();
-    let words = [&program, "endless", &processes.to_string(), &seed].map(String::as_str);
+    let words = [program.as_str(), "endless", &processes.to_string(), &seed];
     start(vm, "storm", &words, "storm: seed")
 }
 

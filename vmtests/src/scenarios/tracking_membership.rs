@@ -228,7 +228,7 @@ fn storm_moves(vm: &Vm, hooks: &str) -> Result<()> {
     let agent = start_agent(vm, hooks, &[])?;
     let program = format!("{TESTS_DIR}/storm");
     let seed = std::process::id().to_string();
-    let words = [&program, "endless", "3", &seed].map(String::as_str);
+    let words = [program.as_str(), "endless", "3", &seed];
     let storm = start_beside(vm, "storm", &words, "storm: seed")?;
     let children = vm.sh(&format!("cat /proc/{storm}/task/{storm}/children"))?;
     // The first two stay, and those after them come and go.
