@@ -1,11 +1,11 @@
 //! Changes descriptor tables, epoll sets, sockets and process trees at random, in
 //! processes whose threads share one table, then keeps still to be audited.
 //!
-//! `storm OPS|endless [PROCESSES [SEED]]`: each of two threads of each process performs OPS
-//! operations; the seed is printed. SIGUSR1 lets a process keep still at once, SIGTERM ends it.
+//! `storm OPS [PROCESSES [SEED]]`: each of two threads of each process performs OPS
+//! operations; the seed is printed. SIGTERM ends it.
 
 use std::os::raw::c_int;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,53 +14,37 @@ const FIRST: u64 = 3;
 const NUMBERS: u64 = 90;
 const THREADS: usize = 2;
 
-/// Set by SIGUSR1.
-static CALM: AtomicBool = AtomicBool::new(false);
-
 fn main() {
-    const USAGE: &str = "usage: storm OPS|endless [PROCESSES [SEED]]";
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let number = |index: usize| args.get(index).map(|arg| arg.parse().expect(USAGE));
-    let ops: u64 = match args.first().expect(USAGE).as_str() {
-        "endless" => u64::MAX,
-        number => number.parse().expect(USAGE),
-    };
-    let processes: u64 = number(1).unwrap_or(2);
+    let mut args = std::env::args()
+        .skip(1)
+        .map(|arg| arg.parse::<u64>().expect("a number"));
+    let ops = args.next().expect("usage: storm OPS [PROCESSES [SEED]]");
+    let processes = args.next().unwrap_or(2);
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .expect("a clock")
         .as_nanos();
-    let seed = number(2).unwrap_or(u64::try_from(now & 0xffff_ffff).expect("32 bits"));
+    let seed = args
+        .next()
+        .unwrap_or(u64::try_from(now & 0xffff_ffff).expect("32 bits"));
+    println!("storm: {ops} operations, {processes} processes, seed {seed}");
     // Children of the storm's children are never waited for.
     sys::ignore_children();
-    sys::calm_on_signal();
-    let still = sys::shared_counter();
     for process in 1..processes {
         if sys::fork() == 0 {
-            storm(ops, seed ^ process << 32);
-            still.fetch_add(1, Ordering::SeqCst);
-            sys::pause_forever();
+            storm(ops, seed ^ process << 32, false);
         }
     }
-    println!("storm: seed {seed}, {ops} operations, {processes} processes");
-    storm(ops, seed);
-    while still.load(Ordering::SeqCst) + 1 < processes {
-        sys::sleep_ms(20);
-    }
-    println!("storm: still");
-    sys::pause_forever()
+    storm(ops, seed, true);
 }
 
-/// Storms in two threads that share the table, until both keep still.
-fn storm(ops: u64, seed: u64) {
+/// Storms in two threads that share the table, then waits to be killed.
+fn storm(ops: u64, seed: u64, tell: bool) -> ! {
     static STILL: AtomicUsize = AtomicUsize::new(0);
     for thread in 0..THREADS {
         let mut random = Random(seed.wrapping_mul(2) + thread as u64 + 1);
         thread::spawn(move || {
             for _ in 0..ops {
-                if CALM.load(Ordering::Relaxed) {
-                    break;
-                }
                 step(&mut random, thread == 1);
             }
             STILL.fetch_add(1, Ordering::SeqCst);
@@ -70,6 +54,10 @@ fn storm(ops: u64, seed: u64) {
     while STILL.load(Ordering::SeqCst) < THREADS {
         sys::sleep_ms(20);
     }
+    if tell {
+        println!("storm: still");
+    }
+    sys::pause_forever()
 }
 
 struct Random(u64);
@@ -138,7 +126,6 @@ mod sys {
     use std::mem::zeroed;
     use std::os::raw::c_int;
     use std::ptr::null_mut;
-    use std::sync::atomic::{AtomicU64, Ordering};
 
     macro_rules! call {
         ($call:expr) => {
@@ -346,25 +333,6 @@ mod sys {
 
     pub fn ignore_children() {
         call!(libc::signal(libc::SIGCHLD, libc::SIG_IGN));
-    }
-
-    extern "C" fn calm(_signal: c_int) {
-        super::CALM.store(true, Ordering::Relaxed);
-    }
-
-    pub fn calm_on_signal() {
-        let handler = calm as extern "C" fn(c_int);
-        call!(libc::signal(libc::SIGUSR1, handler as libc::sighandler_t));
-    }
-
-    /// Zero, and shared with all children to come.
-    pub fn shared_counter() -> &'static AtomicU64 {
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        let page = call!(libc::mmap(null_mut(), 4096, protection, flags, -1, 0));
-        assert!(page != libc::MAP_FAILED, "no memory");
-        // SAFETY: the page is zeroed, aligned and never unmapped.
-        unsafe { AtomicU64::from_ptr(page.cast()) }
     }
 
     pub fn sleep_ms(ms: i64) {

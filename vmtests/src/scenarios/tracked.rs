@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::payload::TESTS_DIR;
 use crate::vm::{Exec, Vm};
 
 /// Time for anything on a loaded machine.
@@ -214,24 +215,34 @@ pub fn lost(status: &Value) -> Result<u64> {
     Ok(by_class.values().filter_map(Value::as_u64).sum())
 }
 
+/// The storm's command, without an end: see [`calm`].
+pub fn storm_command(processes: u32) -> Vec<String> {
+    let (endless, seed) = (u32::MAX.to_string(), std::process::id().to_string());
+    let program = format!("{TESTS_DIR}/storm");
+    vec![program, endless, processes.to_string(), seed]
+}
+
 /// Starts the storm as application `storm`, without an end: see [`calm`].
 ///
 /// # Errors
 /// If it does not start.
 pub fn storm(vm: &Vm, processes: u32) -> Result<i32> {
-    let program = format!("{}/storm", crate::payload::TESTS_DIR);
-    let seed = std::process::id().to_string();
-    let words = [program.as_str(), "endless", &processes.to_string(), &seed];
-    start(vm, "storm", &words, "storm: seed")
+    let command = storm_command(processes);
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    start(vm, "storm", &command, "seed")
 }
 
-/// Lets the application `storm` come to rest.
+/// Stops an application in the middle of whatever it does, for good.
 ///
 /// # Errors
-/// If it does not.
-pub fn calm(vm: &Vm, pid: i32) -> Result<()> {
-    // What has gone meanwhile was a child of no interest.
-    vm.sh("kill -USR1 $(cat /sys/fs/cgroup/tracker/storm/cgroup.procs) 2>/dev/null || :")?
-        .check()?;
-    await_line(vm, "storm", pid, "storm: still")
+/// If it does not stop.
+pub fn calm(vm: &Vm, name: &str) -> Result<()> {
+    let cgroup = format!("/sys/fs/cgroup/tracker/{name}");
+    vm.write_file(&format!("{cgroup}/cgroup.freeze"), b"1")?;
+    let begun = Instant::now();
+    while !log(vm, &format!("{cgroup}/cgroup.events")).contains("frozen 1") {
+        ensure!(begun.elapsed() < PATIENCE, "{name} cannot be frozen");
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
 }

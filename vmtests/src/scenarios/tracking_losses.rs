@@ -41,7 +41,7 @@ fn losses(vm: &Vm, hooks: &str) -> Result<()> {
     await_status(vm, "events are lost", |now| {
         lost(now).is_ok_and(|lost| lost > 100)
     })?;
-    calm(vm, storm)?;
+    calm(vm, "storm")?;
 
     let healed = heal(vm)?;
     shown(vm, &healed)?;

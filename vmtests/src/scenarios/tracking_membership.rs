@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::Scenario;
 use super::tracked::{
     PATIENCE, PAUSE, audit, await_line, await_status, calm, end, log, start, start_agent,
-    start_beside, status, stop,
+    start_beside, status, stop, storm_command,
 };
 use crate::image::Kernel;
 use crate::payload::TESTS_DIR;
@@ -171,7 +171,7 @@ fn strangers(vm: &Vm) -> Result<()> {
     };
     let before = events(vm)?;
     let storm = format!("{TESTS_DIR}/storm");
-    let storm = start_beside(vm, "stranger", &[&storm, "500", "2"], "storm: seed")?;
+    let storm = start_beside(vm, "stranger", &[&storm, "500", "2"], "seed")?;
     await_line(vm, "stranger", storm, "storm: still")?;
     // Long enough for events to be read from the rings.
     std::thread::sleep(Duration::from_secs(1));
@@ -226,17 +226,16 @@ fn membership(vm: &Vm, hooks: &str) -> Result<()> {
 /// A storm that is moved in, out and in again while it rages is exact once it rests.
 fn storm_moves(vm: &Vm, hooks: &str) -> Result<()> {
     let agent = start_agent(vm, hooks, &[])?;
-    let program = format!("{TESTS_DIR}/storm");
-    let seed = std::process::id().to_string();
-    let words = [program.as_str(), "endless", "3", &seed];
-    let storm = start_beside(vm, "storm", &words, "storm: seed")?;
-    let children = vm.sh(&format!("cat /proc/{storm}/task/{storm}/children"))?;
-    // The first two stay, and those after them come and go.
-    let children = children.check()?.text();
-    let children = children.split_whitespace().take(2);
-    let children = children.map(str::parse).collect::<Result<Vec<i32>, _>>()?;
+    let command = storm_command(3);
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let storm = start_beside(vm, "storm", &command, "seed")?;
+    // Those of its first thread stay; others come and go.
+    let children = format!("/proc/{storm}/task/{storm}/children");
+    let wait = format!("until [ $(wc -w <{children}) = 2 ]; do sleep 0.1; done; cat {children}");
+    let children = vm.sh(&wait)?.check()?.text();
+    let children = children.split_whitespace().map(str::parse);
+    let children = children.collect::<Result<Vec<i32>, _>>()?;
     let all = [&[storm], &children[..]].concat();
-    ensure!(all.len() == 3, "The storm has the children {children:?}");
     for round in 1..=3 {
         move_to(vm, "tracker/storm", &all)?;
         let pids = |now: &Value| Some(in_model(now)?.get("storm")?.pids.clone());
@@ -254,7 +253,7 @@ fn storm_moves(vm: &Vm, hooks: &str) -> Result<()> {
             await_status(vm, "the storm is not tracked", gone)?;
         }
     }
-    calm(vm, storm)?;
+    calm(vm, "storm")?;
     check(vm, "at rest where it was moved while it raged")?;
     println!("counters {}", status(vm)?["counters"]);
     end(vm, "storm", storm)?;
