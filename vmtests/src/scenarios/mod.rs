@@ -14,6 +14,7 @@ mod tracked;
 mod tracking;
 mod tracking_losses;
 mod tracking_membership;
+mod tracking_programs;
 mod tracking_restart;
 mod way_back;
 
@@ -41,6 +42,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         tracking::SCENARIOS,
         tracking_losses::SCENARIOS,
         tracking_membership::SCENARIOS,
+        tracking_programs::SCENARIOS,
         tracking_restart::SCENARIOS,
         way_back::SCENARIOS,
     ]
