@@ -5,6 +5,7 @@ use anyhow::Result;
 use crate::image::Kernel;
 use crate::vm::{Vm, VmBuilder};
 
+mod agent;
 mod faults;
 mod handover;
 mod harness;
@@ -34,6 +35,7 @@ pub struct Scenario {
 /// Every scenario.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
     [
+        agent::SCENARIOS,
         handover::SCENARIOS,
         harness::SCENARIOS,
         kernel::SCENARIOS,
