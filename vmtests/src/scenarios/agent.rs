@@ -168,6 +168,7 @@ fn service(vm: &Vm) -> Result<()> {
     let verify = vm.sh(&format!("systemd-analyze verify {unit}"))?.check()?;
     let complaints = verify.text() + &verify.error_text();
     ensure!(!complaints.contains("tracker-agent"), "{complaints}");
+    println!("{}", vm.sh("systemctl --version")?.check()?.text());
     // A minute is long to wait for.
     vm.sh("mkdir -p /run/systemd/system/tracker-agent.service.d && \
          printf '[Service]\\nWatchdogSec=8\\n' \
