@@ -82,6 +82,14 @@ pub fn status(vm: &Vm) -> Result<Value> {
     Ok(serde_json::from_str(&output.text())?)
 }
 
+/// A status for messages: without the long list of programs.
+fn brief(mut status: Value) -> Value {
+    if let Some(fields) = status.as_object_mut() {
+        fields.remove("programs");
+    }
+    status
+}
+
 /// Looks at the status until it is as it should be.
 ///
 /// # Errors
@@ -93,7 +101,11 @@ pub fn await_status(vm: &Vm, what: &str, good: impl Fn(&Value) -> bool) -> Resul
         if good(&now) {
             return Ok(now);
         }
-        ensure!(begun.elapsed() < PATIENCE, "{what}: never, but {now:#}");
+        ensure!(
+            begun.elapsed() < PATIENCE,
+            "{what}: never, but {:#}",
+            brief(now)
+        );
         std::thread::sleep(PAUSE);
     }
 }
@@ -120,7 +132,11 @@ pub fn audited(vm: &Vm, when: &str, descriptors: u64) -> Result<Value> {
     let output = vm.exec(Exec::new(["tracker", "audit", "--json"]).timeout(PATIENCE))?;
     let report: Value = serde_json::from_str(&output.text())
         .with_context(|| format!("{when}: {}", output.error_text()))?;
-    ensure!(output.success(), "{when}: {report:#}\n{:#}", status(vm)?);
+    ensure!(
+        output.success(),
+        "{when}: {report:#}\n{:#}",
+        brief(status(vm)?)
+    );
     let compared = report["compared"]["descriptors"].as_u64();
     ensure!(
         compared.is_some_and(|compared| compared >= descriptors),

@@ -13,7 +13,7 @@ use super::tracked::{
 };
 use crate::image::Kernel;
 use crate::payload::TESTS_DIR;
-use crate::vm::Vm;
+use crate::vm::{Exec, Vm};
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
@@ -232,34 +232,38 @@ fn membership(vm: &Vm, hooks: &str) -> Result<()> {
     stop(vm, agent)
 }
 
+/// Moves everybody from one cgroup to another. Frozen until it is moved, nobody goes on outside
+/// with what those inside share: epoll sets are followed by who changes them.
+fn move_all(vm: &Vm, from: &str, to: &str) -> Result<()> {
+    let script = format!(
+        "cd /sys/fs/cgroup && mkdir -p {to} && echo 1 >{from}/cgroup.freeze && \
+         until grep -q 'frozen 1' {from}/cgroup.events; do sleep 0.1; done && \
+         for pid in $(cat {from}/cgroup.procs); do echo $pid >{to}/cgroup.procs || exit 1; done && \
+         echo 0 >{from}/cgroup.freeze && [ -z \"$(cat {from}/cgroup.procs)\" ]"
+    );
+    vm.exec(Exec::new(["sh", "-c", &script]).timeout(PATIENCE))?
+        .check()?;
+    Ok(())
+}
+
 /// A storm that is moved in, out and in again while it rages is exact once it rests.
 fn storm_moves(vm: &Vm, hooks: &str) -> Result<()> {
     let agent = start_agent(vm, hooks, &[])?;
-    let command = storm_command(3);
-    let command: Vec<&str> = command.iter().map(String::as_str).collect();
-    let storm = start_beside(vm, "storm", &command, "seed")?;
-    // Those of its first thread stay; others come and go.
-    let children = format!("/proc/{storm}/task/{storm}/children");
-    let wait = format!("until [ $(wc -w <{children}) = 2 ]; do sleep 0.1; done; cat {children}");
-    let children = vm.sh(&wait)?.check()?.text();
-    let children = children.split_whitespace().map(str::parse);
-    let children = children.collect::<Result<Vec<i32>, _>>()?;
-    let all = [&[storm], &children[..]].concat();
+    let command = storm_command(3).join(" ");
+    let (outside, inside) = (OUTSIDE, "tracker/storm");
+    let command = format!(
+        "mkdir /sys/fs/cgroup/{outside} && echo $$ >/sys/fs/cgroup/{outside}/cgroup.procs && \
+         exec {command}"
+    );
+    let storm = start_beside(vm, "storm", &["sh", "-c", &command], "seed")?;
+    let known = |now: &Value| in_model(now)?.remove("storm").map(|storm| storm.pids);
+    let has = |now: &Value| known(now).is_some_and(|pids| pids.contains(&i64::from(storm)));
     for round in 1..=3 {
-        move_to(vm, "tracker/storm", &all)?;
-        let pids = |now: &Value| Some(in_model(now)?.get("storm")?.pids.clone());
-        let there = |now: &Value| {
-            let pids = pids(now).unwrap_or_default();
-            all.iter().all(|pid| pids.contains(&i64::from(*pid)))
-        };
-        await_status(vm, "the storm is tracked", there)?;
+        move_all(vm, outside, inside)?;
+        await_status(vm, "the storm is tracked", has)?;
         if round < 3 {
-            move_to(vm, OUTSIDE, &all)?;
-            let gone = |now: &Value| {
-                let pids = pids(now).unwrap_or_default();
-                !all.iter().any(|pid| pids.contains(&i64::from(*pid)))
-            };
-            await_status(vm, "the storm is not tracked", gone)?;
+            move_all(vm, inside, outside)?;
+            await_status(vm, "the storm is not tracked", |now| known(now).is_none())?;
         }
     }
     calm(vm, "storm")?;
@@ -267,7 +271,7 @@ fn storm_moves(vm: &Vm, hooks: &str) -> Result<()> {
     let truth = in_kernel(vm)?;
     let members = &truth.get("storm").context("No storm")?.pids;
     await_status(vm, &format!("all of {members:?}"), |now| {
-        in_model(now).is_some_and(|model| model.get("storm").map(|s| &s.pids) == Some(members))
+        known(now).as_ref() == Some(members)
     })?;
     audit(vm, "at rest where it was moved while it raged", 50)?;
     println!("counters {}", status(vm)?["counters"]);
