@@ -7,6 +7,7 @@
 
 #define CLONE_FS 0x00000200
 #define CLONE_FILES 0x00000400
+#define CLONE_NEWNS 0x00020000
 #define CLONE_PIDFD 0x00001000
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -20,7 +20,7 @@ static long introduce_fd(u64 index, void *ctx)
 	bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(fdt, fd) + index);
 	if (!file)
 		return 0;
-	send_install(files, index, file, -1);
+	send_install(files, index, file, -1, false);
 	return 0;
 }
 

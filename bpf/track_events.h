@@ -156,7 +156,7 @@ struct install_event {
 	__u32 kind;  /* enum file_kind */
 	__u32 mode;  /* st_mode */
 	__u32 flags; /* O_* */
-	__u32 empty;
+	__u32 empty; /* nothing else refers to the file, which was just made; or a set of nothing */
 	__u32 pad;
 };
 TRK_ASSERT_SIZE(struct install_event, 80);

@@ -50,7 +50,7 @@ static __always_inline void fill_install(struct install_event *e, struct files_s
 }
 
 static __always_inline void send_install_socket(struct files_struct *files, u32 fd,
-						struct file *file, int cloexec)
+						struct file *file, int cloexec, bool fresh)
 {
 	struct install_socket_event *e;
 	struct sock *sk = sock_of_file(file);
@@ -60,21 +60,33 @@ static __always_inline void send_install_socket(struct files_struct *files, u32 
 		return;
 	number(&e->install.ev, EVENT_FD_INSTALL_SOCKET, sizeof(*e));
 	fill_install(&e->install, files, fd, file, cloexec);
+	e->install.empty = fresh;
 	e->install.kind = FILE_SOCKET;
 	e->install.object = (u64)sk;
 	fill_socket(&e->socket, sk, e->install.ino);
 	submit(e);
 }
 
+/* Whether nothing refers to a file but who installs it now: it was just made. Whatever
+ * installs another one has taken a reference for the descriptor by then. */
+static __always_inline bool just_made(struct file *file)
+{
+	struct file___ref *ref = (void *)file;
+
+	if (bpf_core_field_exists(ref->f_ref))
+		return !BPF_CORE_READ(ref, f_ref.refcnt.counter);
+	return BPF_CORE_READ(file, f_count.counter) == 1;
+}
+
 /* Reports what descriptor fd refers to from now on; cloexec < 0 says: as the table has it. */
 static __always_inline void send_install(struct files_struct *files, u32 fd, struct file *file,
-					 int cloexec)
+					 int cloexec, bool fresh)
 {
 	struct inode *inode = BPF_CORE_READ(file, f_inode);
 	struct install_event *e;
 
 	if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) == S_IFSOCK && sock_of_file(file)) {
-		send_install_socket(files, fd, file, cloexec);
+		send_install_socket(files, fd, file, cloexec, fresh);
 		return;
 	}
 	e = EVENT(struct install_event, EVENT_FD_INSTALL, files, CLASS_FILES);
@@ -83,6 +95,7 @@ static __always_inline void send_install(struct files_struct *files, u32 fd, str
 	fill_install(e, files, fd, file, cloexec);
 	e->kind = file_kind_of(BPF_CORE_READ(inode, i_sb, s_magic), e->mode,
 			       BPF_CORE_READ(inode, i_nlink), anon_name8(file));
+	e->empty = fresh;
 	if (e->kind == FILE_EPOLL) {
 		struct eventpoll *ep = BPF_CORE_READ(file, private_data);
 
@@ -115,7 +128,7 @@ SEC("fentry/fd_install")
 int BPF_PROG(fd_install, unsigned int fd, struct file *file)
 {
 	if (current_tracked())
-		send_install(current_files(), fd, file, -1);
+		send_install(current_files(), fd, file, -1, just_made(file));
 	return 0;
 }
 
@@ -149,7 +162,7 @@ int BPF_PROG(do_dup2, struct files_struct *files, struct file *file, unsigned in
 		return 0;
 	if (!file_at(files, fd) && bit_at(BPF_CORE_READ(files, fdt, open_fds), fd))
 		return 0;
-	send_install(files, fd, file, !!(flags & O_CLOEXEC));
+	send_install(files, fd, file, !!(flags & O_CLOEXEC), false);
 	return 0;
 }
 

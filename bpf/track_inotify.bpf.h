@@ -8,6 +8,8 @@ struct mark_search {
 	u64 end;
 	int wd;
 	u32 mask;
+	u32 found;
+	u32 pad;
 };
 
 /* bpf_loop callback: a new watch is the first of its group. */
@@ -22,6 +24,7 @@ static long search_mark(u64 index, void *ctx)
 	mark = (void *)node - bpf_core_field_offset(struct fsnotify_mark, g_list);
 	if (BPF_CORE_READ(mark, wd) == search->wd) {
 		search->mask = BPF_CORE_READ(mark, fsn_mark.mask);
+		search->found = 1;
 		return 1;
 	}
 	search->node = (u64)BPF_CORE_READ(node, next);
@@ -43,6 +46,8 @@ int BPF_PROG(watch_set, struct fsnotify_group *group, struct inode *inode, u32 a
 	search.end = (u64)group + bpf_core_field_offset(struct fsnotify_group, marks_list);
 	search.wd = wd;
 	search.mask = arg;
+	search.found = 0;
+	search.pad = 0;
 	bpf_loop(MAX_GROUP_MARKS, search_mark, &search, 0);
 	e->group = (u64)group;
 	e->ino = BPF_CORE_READ(inode, i_ino);
@@ -50,6 +55,10 @@ int BPF_PROG(watch_set, struct fsnotify_group *group, struct inode *inode, u32 a
 	e->wd = wd;
 	e->mask = search.mask;
 	e->pad = 0;
+	/* The group's lock is free by now: somebody may have removed the watch already, and
+	 * that may have been said before this. */
+	if (!search.found && search.node == search.end)
+		e->ev.hdr.kind = EVENT_WATCH_DEL;
 	submit(e);
 	return 0;
 }

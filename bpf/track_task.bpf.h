@@ -125,7 +125,8 @@ int BPF_PROG(ksys_unshare, unsigned long flags)
 {
 	if (flags & CLONE_FILES)
 		files_switched();
-	if (flags & CLONE_FS && current_tracked())
+	/* a mount namespace of its own comes with directories of its own */
+	if (flags & (CLONE_FS | CLONE_NEWNS) && current_tracked())
 		send_attrs(bpf_get_current_task_btf());
 	return 0;
 }

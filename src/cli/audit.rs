@@ -38,14 +38,20 @@ pub fn run(args: &AuditArgs) -> Result<ExitCode, ClientError> {
 
 fn print(report: &Report) {
     let compared = &report.compared;
-    println!(
-        "Compared {} processes, {} threads, {} descriptors, {} sockets, {} epoll items",
-        compared.processes,
-        compared.threads,
-        compared.descriptors,
-        compared.sockets,
-        compared.epoll_items
-    );
+    let counts = [
+        (compared.processes, "processes"),
+        (compared.threads, "threads"),
+        (compared.credentials, "sets of credentials"),
+        (compared.directories, "sets of directories"),
+        (compared.descriptors, "descriptors"),
+        (compared.sockets, "sockets"),
+        (compared.epoll_items, "epoll items"),
+        (compared.watches, "inotify watches"),
+        (compared.address_spaces, "address spaces"),
+        (compared.mappings, "mappings"),
+    ];
+    let counts = counts.map(|(count, what)| format!("{count} {what}"));
+    println!("Compared {}", counts.join(", "));
     table("Differences", &report.differences);
     table("Changing while they were compared", &report.unstable);
     if report.differences.is_empty() {

@@ -6,7 +6,7 @@
 
 use super::event::{Body, Event, Object, OfdInfo, SockInfo, TaskInfo};
 use super::ids::{CgroupId, Fd, FilesId, MmId, OfdId, Pid, SockId, TaskId};
-use super::state::{EpollItem, Mm, Socket, State, Table, Task, Trust};
+use super::state::{EpollItem, Mm, State, Table, Task, Trust};
 
 /// Something an event says that the state cannot explain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -428,11 +428,9 @@ impl Step<'_> {
         if let Some(socket) = self.state.sockets.get_mut(&info.sock)
             && socket.seq <= self.seq
         {
-            *socket = Socket {
-                seq: self.seq,
-                trust: Trust::Verified,
-                info: info.clone(),
-            };
+            socket.seq = self.seq;
+            socket.trust = Trust::Verified;
+            socket.info = info.clone();
         }
     }
 

@@ -36,7 +36,7 @@ impl Step<'_> {
     }
 
     fn reference(&mut self, info: &OfdInfo) {
-        let seq = self.seq;
+        let (seq, holder) = (self.seq, info.id);
         let mut refs = 1;
         if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
             let was_held = ofd.refs > 0;
@@ -44,7 +44,7 @@ impl Step<'_> {
             refs = ofd.refs;
             let known = ofd.kind != FileKind::Unknown;
             let same = ofd.kind == info.kind && ofd.inode == info.inode && ofd.sock == info.sock;
-            // All epoll instances share an inode, but only a new one is empty.
+            // Many files share an inode, but only a new one is just made or empty.
             let revived = was_held || !info.empty;
             if info.kind == FileKind::Unknown
                 || (same && revived)
@@ -91,6 +91,7 @@ impl Step<'_> {
             let inotify = Inotify {
                 seq,
                 trust,
+                holder,
                 ..Inotify::default()
             };
             self.state.inotifies.insert(group, inotify);
@@ -103,6 +104,7 @@ impl Step<'_> {
             let socket = Socket {
                 seq,
                 trust: Trust::Suspect,
+                holder,
                 info,
             };
             self.state.sockets.insert(sock, socket);
@@ -136,10 +138,21 @@ impl Step<'_> {
     fn forget_details(&mut self, id: OfdId, ofd: Option<Ofd>) {
         self.state.epolls.remove(&id);
         let Some(ofd) = ofd else { return };
-        if let Some(sock) = ofd.sock {
+        // Another description may have what has the same address now.
+        let held = |holder: Option<OfdId>| holder == Some(id);
+        if let Some(sock) = ofd.sock
+            && held(self.state.sockets.get(&sock).map(|socket| socket.holder))
+        {
             self.state.sockets.remove(&sock);
         }
-        if let Some(group) = ofd.group {
+        if let Some(group) = ofd.group
+            && held(
+                self.state
+                    .inotifies
+                    .get(&group)
+                    .map(|inotify| inotify.holder),
+            )
+        {
             self.state.inotifies.remove(&group);
         }
     }

@@ -370,7 +370,7 @@ pub struct OfdInfo {
     pub sock: Option<SockId>,
     /// The watches, for inotify instances.
     pub group: Option<GroupId>,
-    /// An epoll instance without items, an inotify instance without watches.
+    /// Just made, or an epoll instance without items, an inotify instance without watches.
     pub empty: bool,
 }
 

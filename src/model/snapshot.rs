@@ -7,7 +7,7 @@
 use super::apply::{Anomaly, Step, apply};
 use super::event::{Event, FileKind, OfdInfo, SockInfo, TaskAttrs, TaskInfo, Vma, Watch};
 use super::ids::{Fd, FilesId, GroupId, MmId, OfdId, SockId, TaskId};
-use super::state::{Epoll, EpollItem, Inotify, Socket, State, Table, Trust};
+use super::state::{Epoll, EpollItem, State, Table, Trust};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Objects as they were read, each complete.
@@ -80,11 +80,9 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
         if let Some(socket) = step.state.sockets.get_mut(id)
             && (socket.seq <= seq || socket.trust == Trust::Suspect)
         {
-            *socket = Socket {
-                seq,
-                trust: Trust::Verified,
-                info: info.clone(),
-            };
+            socket.seq = seq;
+            socket.trust = Trust::Verified;
+            socket.info = info.clone();
         }
     }
     for (id, items) in &snapshot.epolls {
@@ -113,11 +111,9 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
         if let Some(inotify) = step.state.inotifies.get_mut(id)
             && (inotify.seq <= seq || inotify.trust == Trust::Suspect)
         {
-            *inotify = Inotify {
-                seq,
-                trust: Trust::Verified,
-                watches: watches.clone(),
-            };
+            inotify.seq = seq;
+            inotify.trust = Trust::Verified;
+            inotify.watches = watches.clone();
         }
     }
     for (id, vmas) in &snapshot.mms {

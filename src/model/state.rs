@@ -127,6 +127,8 @@ pub struct Socket {
     pub seq: u64,
     /// Whether `info` is right.
     pub trust: Trust,
+    /// The description that holds it; its address may have been another socket's before.
+    pub holder: OfdId,
     /// Its state.
     pub info: SockInfo,
 }
@@ -184,6 +186,8 @@ pub struct Inotify {
     pub seq: u64,
     /// Whether all watches are right.
     pub trust: Trust,
+    /// The description that holds it; its address may have been another instance's before.
+    pub holder: OfdId,
     /// Watches by watch descriptor.
     pub watches: BTreeMap<i32, Watch>,
 }

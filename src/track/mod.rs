@@ -4,7 +4,6 @@
 pub mod audit;
 mod engine;
 pub mod order;
-mod proc;
 mod reader;
 pub mod roots;
 

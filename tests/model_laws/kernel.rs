@@ -1,88 +1,29 @@
 //! A kernel in miniature, which random steps drive.
 
-use proptest::prelude::*;
+#[path = "compare.rs"]
+mod compare;
+#[path = "details.rs"]
+mod details;
+#[path = "op.rs"]
+mod op;
+
+use op::Kind;
+pub use op::{Op, op};
 use std::collections::{BTreeMap, BTreeSet};
-use tracker::model::check::check;
-use tracker::model::event::{Body, Event, FileKind, OfdInfo, TaskInfo};
-use tracker::model::ids::{CgroupId, Fd, FilesId, InodeId, MmId, OfdId, Pid, TaskId, Tid};
-use tracker::model::snapshot::Snapshot;
-use tracker::model::state::State;
-
-/// What a random step tries to do; the kernel below makes it something possible.
-#[derive(Clone, Copy, Debug)]
-pub enum Op {
-    Fork {
-        who: u8,
-        share_files: bool,
-    },
-    Unshare {
-        who: u8,
-    },
-    Exec {
-        who: u8,
-    },
-    Exit {
-        who: u8,
-    },
-    Open {
-        who: u8,
-        epoll: bool,
-        cloexec: bool,
-    },
-    Close {
-        who: u8,
-        fd: u8,
-    },
-    Dup2 {
-        who: u8,
-        from: u8,
-        to: u8,
-        cloexec: bool,
-    },
-    Cloexec {
-        who: u8,
-        fd: u8,
-        on: bool,
-    },
-    RangeCloexec {
-        who: u8,
-        first: u8,
-        last: u8,
-    },
-    Watch {
-        who: u8,
-        epfd: u8,
-        fd: u8,
-        add: bool,
-        events: u32,
-    },
-}
-
-pub fn op() -> impl Strategy<Value = Op> {
-    let who = any::<u8>();
-    prop_oneof![
-        2 => (who, any::<bool>()).prop_map(|(who, share_files)| Op::Fork { who, share_files }),
-        1 => who.prop_map(|who| Op::Unshare { who }),
-        1 => who.prop_map(|who| Op::Exec { who }),
-        2 => who.prop_map(|who| Op::Exit { who }),
-        6 => (who, any::<bool>(), any::<bool>())
-            .prop_map(|(who, epoll, cloexec)| Op::Open { who, epoll, cloexec }),
-        5 => (who, any::<u8>()).prop_map(|(who, fd)| Op::Close { who, fd }),
-        4 => (who, any::<u8>(), 0..12u8, any::<bool>())
-            .prop_map(|(who, from, to, cloexec)| Op::Dup2 { who, from, to, cloexec }),
-        2 => (who, any::<u8>(), any::<bool>()).prop_map(|(who, fd, on)| Op::Cloexec { who, fd, on }),
-        1 => (who, 0..12u8, 0..12u8)
-            .prop_map(|(who, first, last)| Op::RangeCloexec { who, first, last }),
-        6 => (who, any::<u8>(), any::<u8>(), prop::bool::weighted(0.7), any::<u32>())
-            .prop_map(|(who, epfd, fd, add, events)| Op::Watch { who, epfd, fd, add, events }),
-    ]
-}
+use tracker::model::event::{
+    Body, Event, FileKind, FsInfo, Ids, OfdInfo, SockInfo, TaskInfo, Vma, Watch,
+};
+use tracker::model::ids::{
+    CgroupId, Fd, FilesId, FsId, GroupId, MmId, OfdId, Pid, SockId, TaskId, Tid,
+};
 
 #[derive(Clone, Debug)]
 pub struct Thread {
     pub task: TaskId,
     pub files: FilesId,
     pub mm: MmId,
+    pub fs: FsId,
+    pub ids: Ids,
     pub pid: i32,
 }
 
@@ -96,8 +37,12 @@ pub struct Kernel {
     pub events: Vec<Event>,
     pub threads: Vec<Thread>,
     pub tables: BTreeMap<FilesId, BTreeMap<Fd, (OfdId, bool)>>,
-    pub files: BTreeMap<OfdId, (FileKind, u64)>,
+    pub files: BTreeMap<OfdId, OfdInfo>,
     pub epolls: BTreeMap<OfdId, Items>,
+    pub inotifies: BTreeMap<GroupId, BTreeMap<i32, Watch>>,
+    pub sockets: BTreeMap<SockId, SockInfo>,
+    pub fss: BTreeMap<FsId, FsInfo>,
+    pub mms: BTreeMap<MmId, BTreeMap<u64, Vma>>,
     pub serial: u64,
 }
 
@@ -113,7 +58,8 @@ impl Kernel {
         let mut kernel = Self::default();
         kernel.emit(Body::FilesNew { files: FilesId(64) });
         kernel.tables.insert(FilesId(64), BTreeMap::new());
-        kernel.start(FilesId(64));
+        kernel.fss.insert(FsId(64), FsInfo::default());
+        kernel.start(FilesId(64), FsId(64), Ids::default());
         kernel
     }
 
@@ -138,7 +84,7 @@ impl Kernel {
         }
     }
 
-    fn start(&mut self, files: FilesId) {
+    fn start(&mut self, files: FilesId, fs: FsId, ids: Ids) {
         self.serial += 1;
         let task = free(&self.threads.iter().map(|t| t.task).collect(), TaskId);
         let mm = free(&self.threads.iter().map(|t| t.mm).collect(), MmId);
@@ -147,10 +93,14 @@ impl Kernel {
             task,
             files,
             mm,
+            fs,
+            ids,
             pid,
         };
+        self.mms.insert(mm, BTreeMap::new());
         self.emit(Body::TaskNew(Self::info(&thread)));
         self.threads.push(thread);
+        self.say_attrs(self.threads.len() - 1);
     }
 
     fn copy(&mut self, from: FilesId) -> FilesId {
@@ -178,6 +128,10 @@ impl Kernel {
         }
         let used: BTreeSet<FilesId> = self.threads.iter().map(|t| t.files).collect();
         self.tables.retain(|id, _| used.contains(id));
+        let used: BTreeSet<FsId> = self.threads.iter().map(|t| t.fs).collect();
+        self.fss.retain(|id, _| used.contains(id));
+        let used: BTreeSet<MmId> = self.threads.iter().map(|t| t.mm).collect();
+        self.mms.retain(|id, _| used.contains(id));
         let held: BTreeSet<OfdId> = self
             .tables
             .values()
@@ -191,7 +145,9 @@ impl Kernel {
             .copied()
             .collect();
         for id in dead {
-            self.files.remove(&id);
+            if let Some(file) = self.files.remove(&id) {
+                self.forget_details(&file);
+            }
             self.epolls.remove(&id);
             let mut gone = Vec::new();
             for (epoll, items) in &mut self.epolls {
@@ -205,14 +161,12 @@ impl Kernel {
     }
 
     fn ofd(&self, id: OfdId) -> OfdInfo {
-        let (kind, ino) = self.files[&id];
-        let empty = self.epolls.get(&id).is_some_and(BTreeMap::is_empty);
+        let info = self.files[&id];
+        let watches = info.group.map(|group| self.inotifies[&group].is_empty());
+        let items = self.epolls.get(&id).map(BTreeMap::is_empty);
         OfdInfo {
-            id,
-            kind,
-            inode: InodeId { dev: 1, ino },
-            empty,
-            ..OfdInfo::default()
+            empty: items.or(watches).unwrap_or(false),
+            ..info
         }
     }
 
@@ -225,27 +179,22 @@ impl Kernel {
     }
 
     pub fn run(&mut self, op: Op) {
-        let who = match op {
-            Op::Fork { who, .. }
-            | Op::Unshare { who }
-            | Op::Exec { who }
-            | Op::Exit { who }
-            | Op::Open { who, .. }
-            | Op::Close { who, .. }
-            | Op::Dup2 { who, .. }
-            | Op::Cloexec { who, .. }
-            | Op::RangeCloexec { who, .. }
-            | Op::Watch { who, .. } => usize::from(who),
-        };
         if self.threads.is_empty() {
             return;
         }
-        let who = who % self.threads.len();
+        let who = op.who() % self.threads.len();
         let files = self.threads[who].files;
         match op {
-            Op::Fork { share_files, .. } if self.threads.len() < 6 => {
+            Op::Fork {
+                share_files,
+                share_fs,
+                ..
+            } if self.threads.len() < 6 => {
                 let files = if share_files { files } else { self.copy(files) };
-                self.start(files);
+                let ids = self.threads[who].ids;
+                let fs = self.threads[who].fs;
+                let fs = if share_fs { fs } else { self.copy_fs(fs) };
+                self.start(files, fs, ids);
             }
             Op::Unshare { .. } | Op::Exec { .. } => {
                 if self.threads.iter().filter(|t| t.files == files).count() > 1 {
@@ -263,7 +212,9 @@ impl Kernel {
                         .expect("used")
                         .retain(|_, slot| !slot.1);
                     self.emit(Body::ExecClose { files });
+                    self.new_mm(who);
                     self.emit(Body::TaskExec(Self::info(&self.threads[who])));
+                    self.say_attrs(who);
                 }
             }
             Op::Exit { .. } if self.threads.len() > 1 => {
@@ -271,24 +222,14 @@ impl Kernel {
                 self.emit(Body::TaskExit { task });
                 self.emit(Body::TaskRelease { task });
             }
-            Op::Open { epoll, cloexec, .. } => {
-                let id = free(&self.files.keys().copied().collect(), OfdId);
-                self.serial += 1;
-                let kind = if epoll {
-                    FileKind::Epoll
-                } else {
-                    FileKind::Regular
-                };
-                self.files.insert(id, (kind, self.serial));
-                if epoll {
-                    self.epolls.insert(id, Items::new());
-                }
+            Op::Open { kind, cloexec, .. } => {
+                let id = self.create(kind);
                 let table = &self.tables[&files];
                 let fd = (0..)
                     .map(Fd)
                     .find(|fd| !table.contains_key(fd))
                     .expect("free number");
-                self.install(files, fd, id, cloexec);
+                self.install(files, fd, id, cloexec, true);
             }
             Op::Close { fd, .. } => {
                 if let Some(fd) = self.pick(files, fd) {
@@ -301,7 +242,7 @@ impl Kernel {
             } => {
                 if let Some(from) = self.pick(files, from) {
                     let id = self.tables[&files][&from].0;
-                    self.install(files, Fd(i32::from(to)), id, cloexec);
+                    self.install(files, Fd(i32::from(to)), id, cloexec, false);
                 }
             }
             Op::Cloexec { fd, on, .. } => {
@@ -340,19 +281,20 @@ impl Kernel {
                 events,
                 ..
             } => self.watch(files, epfd, fd, add, events),
-            _ => {}
+            _ => self.detail(op, who),
         }
         self.reap();
     }
 
-    fn install(&mut self, files: FilesId, fd: Fd, id: OfdId, cloexec: bool) {
-        let ofd = self.ofd(id);
+    fn install(&mut self, files: FilesId, fd: Fd, id: OfdId, cloexec: bool, new: bool) {
+        let mut ofd = self.ofd(id);
+        ofd.empty |= new;
         self.emit(Body::FdInstall {
             files,
             fd,
             cloexec,
             ofd,
-            socket: None,
+            socket: ofd.sock.map(|sock| Box::new(self.sockets[&sock].clone())),
         });
         self.tables
             .get_mut(&files)
@@ -388,93 +330,6 @@ impl Kernel {
         } else if items.remove(&(target, fd)).is_some() {
             self.emit(Body::EpollDel { epoll, target, fd });
         }
-    }
-
-    pub fn snapshot(&self, all_tasks: bool) -> Snapshot {
-        let table = |(id, fds): (&FilesId, &BTreeMap<Fd, (OfdId, bool)>)| {
-            (
-                *id,
-                fds.iter()
-                    .map(|(fd, (ofd, c))| (*fd, self.ofd(*ofd), *c))
-                    .collect(),
-            )
-        };
-        let epoll = |(id, items): (&OfdId, &Items)| {
-            let item = |((target, fd), events): (&(OfdId, Fd), &u32)| {
-                (*target, *fd, *events, u64::from(*events))
-            };
-            (*id, items.iter().map(item).collect())
-        };
-        Snapshot {
-            seq: self.seq,
-            all_tasks,
-            tasks: self
-                .threads
-                .iter()
-                .map(|t| (Self::info(t), false))
-                .collect(),
-            tables: self.tables.iter().map(table).collect(),
-            epolls: self.epolls.iter().map(epoll).collect(),
-            ..Snapshot::default()
-        }
-    }
-
-    /// The model must say exactly this.
-    pub fn assert_model(&self, state: &State) {
-        assert_eq!(check(state), [], "contradictions");
-        let model: BTreeMap<_, BTreeMap<_, _>> = state
-            .tables
-            .iter()
-            .filter(|(_, t)| !t.users.is_empty())
-            .map(|(id, t)| {
-                (
-                    *id,
-                    t.fds
-                        .iter()
-                        .map(|(fd, s)| (*fd, (s.ofd, s.cloexec)))
-                        .collect(),
-                )
-            })
-            .collect();
-        assert_eq!(model, self.tables, "descriptor tables");
-        let used = state
-            .tables
-            .values()
-            .filter(|table| !table.users.is_empty());
-        let held: BTreeSet<OfdId> = used
-            .flat_map(|table| table.fds.values())
-            .map(|slot| slot.ofd)
-            .collect();
-        let model: BTreeMap<_, _> = state
-            .ofds
-            .iter()
-            .filter(|(id, _)| held.contains(id))
-            .map(|(id, ofd)| (*id, (ofd.kind, ofd.inode.ino)))
-            .collect();
-        assert_eq!(model, self.files, "open file descriptions");
-        let model: BTreeMap<_, Items> = state
-            .epolls
-            .iter()
-            .filter(|(id, _)| held.contains(id))
-            .map(|(id, e)| {
-                (
-                    *id,
-                    e.items
-                        .iter()
-                        .map(|(key, item)| (*key, item.events))
-                        .collect(),
-                )
-            })
-            .collect();
-        assert_eq!(model, self.epolls, "epoll items");
-        let model: Vec<_> = state.tasks.iter().map(|(id, t)| (*id, t.files)).collect();
-        let mut threads: Vec<_> = self
-            .threads
-            .iter()
-            .map(|t| (t.task, Some(t.files)))
-            .collect();
-        threads.sort_unstable();
-        assert_eq!(model, threads, "threads");
     }
 }
 

@@ -1,0 +1,186 @@
+//! Compares the model with the kernel's truth, taken from /proc and sock_diag(7).
+//!
+//! What only our own BPF programs could tell is left out: who gets the signals of a
+//! descriptor (`F_SETOWN`, `F_SETSIG`), securebits, `st_mode`, and of a socket the options
+//! and whatever no list names it for, such as one that was never bound or connected.
+
+mod files;
+mod kernel;
+mod mappings;
+mod process;
+mod sockets;
+
+use super::{Gone, Settle, Tracking};
+use crate::model::ids::{MmId, Pid};
+use crate::model::state::{State, Task};
+use kernel::sockets::Namespaces;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+/// One object that the model and the kernel describe differently.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Difference {
+    /// Process.
+    pub pid: Pid,
+    /// Object, as `fd 7` or `thread 12`.
+    pub object: String,
+    /// What the model says; empty if it does not have it.
+    pub model: String,
+    /// What the kernel says; empty if it does not have it.
+    pub kernel: String,
+}
+
+/// How much was compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Compared {
+    pub processes: usize,
+    pub threads: usize,
+    pub credentials: usize,
+    pub directories: usize,
+    pub descriptors: usize,
+    pub sockets: usize,
+    pub epoll_items: usize,
+    pub watches: usize,
+    pub address_spaces: usize,
+    pub mappings: usize,
+}
+
+/// What an audit found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Objects that differed in the same way every time.
+    pub differences: Vec<Difference>,
+    /// Objects that differed every time, but changed meanwhile: a running program.
+    pub unstable: Vec<Difference>,
+    /// How much was compared.
+    pub compared: Compared,
+    /// How often it was compared.
+    pub rounds: u32,
+}
+
+const ROUNDS: u32 = 4;
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Compares until nothing differs, at most a few times: a program that runs changes
+/// between the look at the model and the look at /proc.
+///
+/// # Errors
+///
+/// The model's thread is gone.
+pub fn audit(tracking: &Tracking) -> Result<Report, Gone> {
+    let mut before = BTreeMap::new();
+    let mut rounds = 0;
+    loop {
+        rounds += 1;
+        let view = tracking.view(Settle::Suspects)?;
+        let cgroups = tracking.roots.iter().flat_map(|root| {
+            let path = |below: PathBuf| root.path.join(below);
+            root.subtree().into_values().map(path).collect::<Vec<_>>()
+        });
+        let (found, compared) = compare(&view.state, &cgroups.collect::<Vec<_>>());
+        let key = |difference: &Difference| (difference.pid, difference.object.clone());
+        if found.is_empty() || rounds == ROUNDS {
+            // What is not as it was before is the program's doing.
+            let same = |difference: &Difference| before.get(&key(difference)) == Some(difference);
+            let (differences, unstable) = found.into_iter().partition(same);
+            return Ok(Report {
+                differences,
+                unstable,
+                compared,
+                rounds,
+            });
+        }
+        before = found.into_iter().map(|d| (key(&d), d)).collect();
+        thread::sleep(PAUSE);
+    }
+}
+
+/// One comparison of a state with what the kernel says about the processes in these cgroups.
+#[must_use]
+pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared) {
+    let mut audit = Audit {
+        state,
+        found: Vec::new(),
+        compared: Compared::default(),
+        mms: BTreeSet::new(),
+        mounts: kernel::mounts("self"),
+        sockets: Namespaces::default(),
+    };
+    let kernel = kernel::processes(cgroups.iter().map(PathBuf::as_path));
+    let processes = state.processes();
+    let alive = |tasks: &Vec<_>| tasks.iter().any(|(_, task): &(_, &Task)| !task.zombie);
+    let model: BTreeSet<Pid> = processes
+        .iter()
+        .filter(|(_, tasks)| alive(tasks))
+        .map(|(pid, _)| *pid)
+        .collect();
+    for pid in kernel.union(&model) {
+        audit.compared.processes += 1;
+        let (in_model, in_kernel) = (model.contains(pid), kernel.contains(pid));
+        if in_model && in_kernel {
+            audit.process(*pid, &processes[pid]);
+        } else {
+            let say = |there: bool| if there { "exists" } else { "" };
+            audit.differ(*pid, "process", say(in_model), say(in_kernel));
+        }
+    }
+    (audit.found, audit.compared)
+}
+
+struct Audit<'a> {
+    state: &'a State,
+    found: Vec<Difference>,
+    compared: Compared,
+    /// Those compared already.
+    mms: BTreeSet<MmId>,
+    /// Devices of the mounts that the process at hand, or we, can see.
+    mounts: BTreeMap<u64, u32>,
+    sockets: Namespaces,
+}
+
+impl Audit<'_> {
+    fn differ(
+        &mut self,
+        pid: Pid,
+        object: impl Into<String>,
+        model: impl Into<String>,
+        kernel: impl Into<String>,
+    ) {
+        let (object, model, kernel) = (object.into(), model.into(), kernel.into());
+        if model != kernel {
+            self.found.push(Difference {
+                pid,
+                object,
+                model,
+                kernel,
+            });
+        }
+    }
+
+    /// Something could not be read. What goes away meanwhile is no difference: if the model
+    /// does not see it go, the next look finds it where the kernel lists nothing any more.
+    fn unread(&mut self, pid: Pid, object: impl Into<String>, error: &std::io::Error) {
+        if !kernel::is_gone(error) {
+            self.differ(pid, object, "exists", error.to_string());
+        }
+    }
+
+    /// Says what only one side has.
+    fn differ_sets<T: PartialEq>(
+        &mut self,
+        pid: Pid,
+        object: String,
+        (model, kernel): (&[T], &[T]),
+        text: impl Fn(&T) -> String,
+    ) {
+        let only = |a: &[T], b: &[T]| {
+            let only = a.iter().filter(|item| !b.contains(item));
+            only.map(&text).collect::<Vec<_>>().join(", ")
+        };
+        self.differ(pid, object, only(model, kernel), only(kernel, model));
+    }
+}
