@@ -157,7 +157,7 @@ fn property(vm: &Vm, name: &str) -> Result<String> {
 }
 
 fn journal(vm: &Vm) -> String {
-    let show = "systemctl status --full --no-pager --lines=50 tracker-agent";
+    let show = "systemctl status --lines=0 tracker-agent; journalctl --unit=tracker-agent";
     vm.sh(show).map(|output| output.text()).unwrap_or_default()
 }
 
@@ -168,7 +168,6 @@ fn service(vm: &Vm) -> Result<()> {
     let verify = vm.sh(&format!("systemd-analyze verify {unit}"))?.check()?;
     let complaints = verify.text() + &verify.error_text();
     ensure!(!complaints.contains("tracker-agent"), "{complaints}");
-    println!("{}", vm.sh("systemctl --version")?.check()?.text());
     // A minute is long to wait for.
     vm.sh("mkdir -p /run/systemd/system/tracker-agent.service.d && \
          printf '[Service]\\nWatchdogSec=8\\n' \
