@@ -8,6 +8,15 @@ use super::state::{Epoll, Inotify, Ofd, Slot, Socket, Trust};
 /// How many events a description without descriptors is kept.
 const UNHELD_EVENTS: u64 = 4096;
 
+/// Of a set that begins with this description.
+fn trust(info: &OfdInfo) -> Trust {
+    if info.empty {
+        Trust::Verified
+    } else {
+        Trust::Suspect
+    }
+}
+
 impl Step<'_> {
     /// Makes a descriptor of a known table refer to a description, unless later
     /// news of the descriptor came first.
@@ -36,7 +45,7 @@ impl Step<'_> {
     }
 
     fn reference(&mut self, info: &OfdInfo) {
-        let (seq, holder) = (self.seq, info.id);
+        let seq = self.seq;
         let mut refs = 1;
         if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
             let was_held = ofd.refs > 0;
@@ -50,6 +59,9 @@ impl Step<'_> {
                 || (same && revived)
                 || (known && was_held && ofd.seq > seq)
             {
+                if same {
+                    self.hold_details(info);
+                }
                 return;
             }
             if known && was_held {
@@ -70,44 +82,50 @@ impl Step<'_> {
         let old = self.state.ofds.insert(info.id, ofd);
         self.forget_details(info.id, old);
         if info.kind == FileKind::Epoll {
-            let trust = if info.empty {
-                Trust::Verified
-            } else {
-                Trust::Suspect
-            };
             let epoll = Epoll {
                 seq,
-                trust,
+                trust: trust(info),
                 ..Epoll::default()
             };
             self.state.epolls.insert(info.id, epoll);
         }
+        self.hold_details(info);
+    }
+
+    /// Makes what is kept apart from a description, unless it is there or has a later
+    /// holder: an event that is repeated may tell of one that is gone by now.
+    fn hold_details(&mut self, info: &OfdInfo) {
+        let (seq, holder) = (self.seq, info.id);
+        let missing = |known: Option<(OfdId, u64)>| {
+            known.is_none_or(|(by, since)| by != holder && since <= seq)
+        };
         if let Some(group) = info.group {
-            let trust = if info.empty {
-                Trust::Verified
-            } else {
-                Trust::Suspect
-            };
-            let inotify = Inotify {
-                seq,
-                trust,
-                holder,
-                ..Inotify::default()
-            };
-            self.state.inotifies.insert(group, inotify);
+            let known = self.state.inotifies.get(&group);
+            if missing(known.map(|inotify| (inotify.holder, inotify.seq))) {
+                let inotify = Inotify {
+                    seq,
+                    trust: trust(info),
+                    holder,
+                    ..Inotify::default()
+                };
+                self.state.inotifies.insert(group, inotify);
+            }
         }
         if let Some(sock) = info.sock {
-            let info = SockInfo {
-                sock,
-                ..SockInfo::default()
-            };
-            let socket = Socket {
-                seq,
-                trust: Trust::Suspect,
-                holder,
-                info,
-            };
-            self.state.sockets.insert(sock, socket);
+            let known = self.state.sockets.get(&sock);
+            if missing(known.map(|socket| (socket.holder, socket.seq))) {
+                let info = SockInfo {
+                    sock,
+                    ..SockInfo::default()
+                };
+                let socket = Socket {
+                    seq,
+                    trust: Trust::Suspect,
+                    holder,
+                    info,
+                };
+                self.state.sockets.insert(sock, socket);
+            }
         }
     }
 
