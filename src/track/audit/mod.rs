@@ -11,7 +11,7 @@ mod process;
 mod sockets;
 
 use super::{Gone, Settle, Tracking};
-use crate::model::ids::{MmId, Pid};
+use crate::model::ids::{MmId, Pid, SockId};
 use crate::model::state::{State, Task};
 use kernel::sockets::Namespaces;
 use serde::{Deserialize, Serialize};
@@ -106,8 +106,10 @@ pub fn audit(tracking: &Tracking) -> Result<Report, Gone> {
 /// One comparison of a state with what the kernel says about the processes in these cgroups.
 #[must_use]
 pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared) {
+    let described = state.ofds.values().filter(|ofd| ofd.refs > 0);
     let mut audit = Audit {
         state,
+        held: described.filter_map(|ofd| ofd.sock).collect(),
         found: Vec::new(),
         compared: Compared::default(),
         mms: BTreeSet::new(),
@@ -137,6 +139,9 @@ pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared
 
 struct Audit<'a> {
     state: &'a State,
+    /// Sockets that descriptors refer to. Others are kept for a while, when their addresses may
+    /// be those of sockets that are not tracked.
+    held: BTreeSet<SockId>,
     found: Vec<Difference>,
     compared: Compared,
     /// Those compared already.
