@@ -37,9 +37,11 @@ const QUIET: Duration = Duration::from_secs(3);
 fn losses(vm: &Vm, hooks: &str) -> Result<()> {
     let options = ["--ring-bytes", "4096", "--metrics-listen", METRICS];
     let agent = start_agent(vm, hooks, &options)?;
+    // Without fentry a table is marked once until it was read, which is little to lose.
+    let least = if hooks == "fentry" { 100 } else { 3 };
     let storm = storm(vm, 3)?;
     await_status(vm, "events are lost", |now| {
-        lost(now).is_ok_and(|lost| lost > 100)
+        lost(now).is_ok_and(|lost| lost >= least)
     })?;
     calm(vm, "storm")?;
 
