@@ -69,7 +69,7 @@ fn restart(vm: &Vm, hooks: &str) -> Result<()> {
     let agent = start_agent(vm, hooks, &[])?;
     let storm = storm(vm, 2)?;
     let events = |now: &Value| now["counters"]["events"].as_u64();
-    await_status(vm, "events come", |now| events(now) > Some(5000))?;
+    await_status(vm, "events come", |now| events(now) > Some(300))?;
     for kind in ["prog", "link", "map"] {
         let mine = |name: &&String| name.starts_with(kind) && !before.contains(*name);
         let held = held(vm)?;
