@@ -22,6 +22,14 @@ pub enum ClientError {
         /// Why.
         source: io::Error,
     },
+    /// Its socket is not for everybody.
+    #[error("Only root, and the group of the agent's --socket-group, may use {socket}")]
+    Forbidden {
+        /// Its control socket.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// It could not do what was asked.
     #[error("The agent at {socket} failed: {message}")]
     Refused {
@@ -42,9 +50,12 @@ impl HasExitCode for ClientError {
 pub const SOCKET: &str = "/run/tracker/agent.sock";
 
 fn failed(socket: &Path) -> impl Fn(io::Error) -> ClientError {
-    move |source| ClientError::Socket {
-        socket: socket.to_owned(),
-        source,
+    move |source| {
+        let socket = socket.to_owned();
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => ClientError::Forbidden { socket, source },
+            _ => ClientError::Socket { socket, source },
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::error::{ExitCode, HasExitCode};
 use crate::sys::clock;
 use crate::track::roots::{Root, RootError};
 use crate::track::{Settle, StartError, Tracking};
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Gid, Group, Uid, chown};
@@ -25,6 +25,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 pub use crate::applications::STATE_DIR;
 
@@ -161,12 +162,35 @@ pub fn run(config: &Config) -> Result<(), AgentError> {
         .map_err(thread("Starting a thread"))?;
 
     notify(&[NotifyState::Ready]);
-    // An error means that nobody is left who could ask.
-    let _ = stopped.recv();
+    let ended = until_stopped(&stopped, &shared.tracking);
     notify(&[NotifyState::Stopping]);
     // It may have been removed by hand.
     let _ = fs::remove_file(&config.socket);
-    Ok(())
+    ended
+}
+
+/// How often the agent looks after itself if the service manager does not.
+const SELF_CHECK: Duration = Duration::from_secs(10);
+
+/// Waits for the end, and meanwhile tells the service manager's watchdog that the model is kept.
+fn until_stopped(stopped: &Receiver<()>, tracking: &Tracking) -> Result<(), AgentError> {
+    let limit = sd_notify::watchdog_enabled();
+    // Waiting and asking together take half the time, as sd_watchdog_enabled(3) advises.
+    let pause = limit.map_or(SELF_CHECK, |limit| limit / 4);
+    loop {
+        match stopped.recv_timeout(pause) {
+            Err(RecvTimeoutError::Timeout) => {}
+            // An error means that nobody is left who could ask.
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+        let alive = tracking.is_alive(pause);
+        match alive.map_err(|gone| AgentError::System("Tracking", io::Error::other(gone)))? {
+            true if limit.is_some() => notify(&[NotifyState::Watchdog]),
+            true => {}
+            // It may be reading a lot; the watchdog decides when that has been for too long.
+            false => tracing::warn!(?pause, "the model's thread did not answer"),
+        }
+    }
 }
 
 fn notify(state: &[NotifyState<'_>]) {

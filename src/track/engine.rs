@@ -162,6 +162,7 @@ impl Engine {
                     }
                     look(self.view());
                 }
+                Ok(Request::Alive { reply }) => drop(reply.send(())),
                 Ok(Request::Stop) | Err(_) => self.stopped = true,
             },
             default(patience) => {}

@@ -13,7 +13,7 @@ use crate::bpf::programs::Programs;
 use crate::bpf::rings::Kick;
 use crate::bpf::track::{HookSet, Hooks, Options};
 use crate::model::state::State;
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use roots::Root;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -21,6 +21,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// Tracking cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +96,7 @@ type Look = Box<dyn FnOnce(View<'_>) + Send>;
 
 enum Request {
     Look { settle: Settle, look: Look },
+    Alive { reply: Sender<()> },
     Stop,
 }
 
@@ -199,6 +201,29 @@ impl Tracking {
     /// The model's thread is gone.
     pub fn state(&self, settle: Settle) -> Result<State, Gone> {
         self.look(settle, |view| view.state.clone())
+    }
+
+    /// Whether the model's thread does its work, as far as can be told in this time.
+    ///
+    /// # Errors
+    ///
+    /// It is gone.
+    pub fn is_alive(&self, patience: Duration) -> Result<bool, Gone> {
+        let deadline = Instant::now() + patience;
+        let (reply, answer) = bounded(1);
+        match self
+            .requests
+            .send_deadline(Request::Alive { reply }, deadline)
+        {
+            Ok(()) => {}
+            Err(SendTimeoutError::Timeout(_)) => return Ok(false),
+            Err(SendTimeoutError::Disconnected(_)) => return Err(Gone),
+        }
+        match answer.recv_deadline(deadline) {
+            Ok(()) => Ok(true),
+            Err(RecvTimeoutError::Timeout) => Ok(false),
+            Err(RecvTimeoutError::Disconnected) => Err(Gone),
+        }
     }
 }
 

@@ -19,6 +19,10 @@ const PACKAGES: &[&str] = &[
     "redis-tools",
     "memcached",
     "nginx-light",
+    // Programs that are only tracked: many processes, many threads.
+    "postgresql",
+    "postgresql-contrib",
+    "nodejs",
     // What tracker links against.
     "libelf1",
     "zlib1g",
@@ -38,6 +42,11 @@ const PACKAGES: &[&str] = &[
     "criu",
     // A load generator with keep-alive (ab).
     "apache2-utils",
+    // Runs the agent as a service; the guest's usual init stays our own.
+    "dbus",
+    "systemd",
+    // Lists what the kernel holds of BPF.
+    "bpftool",
 ];
 
 /// Modules in the initrds, beside those that initramfs-tools adds anyway:
@@ -70,6 +79,17 @@ guestd=/usr/lib/tracker/tests/guestd
 exec $guestd "$@"
 "#;
 
+/// Lets the host drive a guest whose init is systemd; its target starts none of the services
+/// that the packages above enable.
+const SYSTEMD_UNITS: &[(&str, &str)] = &[
+    (
+        "guestd.service",
+        "[Unit]\nAfter=basic.target\nRequires=basic.target\n\
+         [Service]\nExecStart=/usr/sbin/init\nKillMode=process\n",
+    ),
+    ("guest.target", "[Unit]\nRequires=guestd.service\n"),
+];
+
 /// Builds the image unless one of this recipe exists.
 pub fn ensure(rebuild: bool) -> Result<()> {
     let image = Image::locate()?;
@@ -100,7 +120,7 @@ pub fn ensure(rebuild: bool) -> Result<()> {
 /// Everything that shapes the image, to see whether it is up to date.
 fn recipe() -> String {
     format!(
-        "{SUITE} {PACKAGES:?} {INITRD_MODULES:?} {EXCLUDED:?} {SIZE} {INIT} {:?}",
+        "{SUITE} {PACKAGES:?} {INITRD_MODULES:?} {EXCLUDED:?} {SIZE} {INIT} {SYSTEMD_UNITS:?} {:?}",
         Kernel::ALL.map(Kernel::package)
     )
 }
@@ -158,6 +178,16 @@ fn build(dir: &Path) -> Result<()> {
             .arg("--mode=0755")
             .args([init, root.join("usr/sbin/init")]),
     )?;
+    for (name, text) in SYSTEMD_UNITS {
+        let unit = dir.join(name);
+        fs::write(&unit, text).with_context(|| format!("Write {name}"))?;
+        let to = root.join("etc/systemd/system").join(name);
+        shell::run(
+            shell::privileged("install")
+                .arg("--mode=0644")
+                .args([unit, to]),
+        )?;
+    }
     shell::run(
         shell::privileged("sh")
             .args([

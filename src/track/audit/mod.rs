@@ -11,7 +11,7 @@ mod process;
 mod sockets;
 
 use super::{Gone, Settle, Tracking};
-use crate::model::ids::{MmId, Pid};
+use crate::model::ids::{MmId, Pid, SockId};
 use crate::model::state::{State, Task};
 use kernel::sockets::Namespaces;
 use serde::{Deserialize, Serialize};
@@ -62,7 +62,11 @@ pub struct Report {
     pub rounds: u32,
 }
 
+/// A program at work gets so many chances to look the same twice over.
 const ROUNDS: u32 = 4;
+/// What differs must do so this often, and in the same way: a busy program opens the same file
+/// at the same number again and again, and is now and then caught in the same moment.
+const SURE: u32 = 8;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Compares until nothing differs, at most a few times: a program that runs changes
@@ -72,7 +76,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 ///
 /// The model's thread is gone.
 pub fn audit(tracking: &Tracking) -> Result<Report, Gone> {
-    let mut before = BTreeMap::new();
+    let mut always = BTreeSet::new();
     let mut rounds = 0;
     loop {
         rounds += 1;
@@ -82,19 +86,19 @@ pub fn audit(tracking: &Tracking) -> Result<Report, Gone> {
             root.subtree().into_values().map(path).collect::<Vec<_>>()
         });
         let (found, compared) = compare(&state, &cgroups.collect::<Vec<_>>());
-        let key = |difference: &Difference| (difference.pid, difference.object.clone());
-        if found.is_empty() || rounds == ROUNDS {
-            // What is not as it was before is the program's doing.
-            let same = |difference: &Difference| before.get(&key(difference)) == Some(difference);
-            let (differences, unstable) = found.into_iter().partition(same);
+        // What is not as it was before is the program's doing.
+        let as_before = |difference: &Difference| rounds == 1 || always.contains(difference);
+        let (same, unstable): (Vec<_>, _) = found.into_iter().partition(as_before);
+        let doubtful = !same.is_empty() || (rounds < ROUNDS && !unstable.is_empty());
+        if !doubtful || rounds == SURE {
             return Ok(Report {
-                differences,
+                differences: same,
                 unstable,
                 compared,
                 rounds,
             });
         }
-        before = found.into_iter().map(|d| (key(&d), d)).collect();
+        always = same.into_iter().collect();
         thread::sleep(PAUSE);
     }
 }
@@ -102,8 +106,10 @@ pub fn audit(tracking: &Tracking) -> Result<Report, Gone> {
 /// One comparison of a state with what the kernel says about the processes in these cgroups.
 #[must_use]
 pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared) {
+    let described = state.ofds.values().filter(|ofd| ofd.refs > 0);
     let mut audit = Audit {
         state,
+        held: described.filter_map(|ofd| ofd.sock).collect(),
         found: Vec::new(),
         compared: Compared::default(),
         mms: BTreeSet::new(),
@@ -133,6 +139,9 @@ pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared
 
 struct Audit<'a> {
     state: &'a State,
+    /// Sockets that descriptors refer to. Others are kept for a while, when their addresses may
+    /// be those of sockets that are not tracked.
+    held: BTreeSet<SockId>,
     found: Vec<Difference>,
     compared: Compared,
     /// Those compared already.

@@ -35,7 +35,10 @@ impl Audit<'_> {
             // The inode of one that no descriptor refers to is known to neither side.
             let peer = match info.peer {
                 None => Some(0),
-                Some(peer) => self.state.sockets.get(&peer).map(|peer| peer.info.ino),
+                Some(peer) if self.held.contains(&peer) => {
+                    self.state.sockets.get(&peer).map(|peer| peer.info.ino)
+                }
+                Some(_) => None,
             };
             if let (Some(known), Some(found)) = (peer, diag.peer)
                 && (known == 0 || found != 0)

@@ -5,12 +5,18 @@ use anyhow::Result;
 use crate::image::Kernel;
 use crate::vm::{Vm, VmBuilder};
 
+mod agent;
 mod faults;
 mod handover;
 mod harness;
 mod kernel;
 mod services;
+mod tracked;
 mod tracking;
+mod tracking_losses;
+mod tracking_membership;
+mod tracking_programs;
+mod tracking_restart;
 mod way_back;
 
 /// One scenario.
@@ -29,12 +35,17 @@ pub struct Scenario {
 /// Every scenario.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
     [
+        agent::SCENARIOS,
         handover::SCENARIOS,
         harness::SCENARIOS,
         kernel::SCENARIOS,
         services::SCENARIOS,
         faults::SCENARIOS,
         tracking::SCENARIOS,
+        tracking_losses::SCENARIOS,
+        tracking_membership::SCENARIOS,
+        tracking_programs::SCENARIOS,
+        tracking_restart::SCENARIOS,
         way_back::SCENARIOS,
     ]
     .into_iter()
