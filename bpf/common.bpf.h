@@ -46,8 +46,8 @@
 	((typed) ? (pointer)->member : BPF_CORE_READ(pointer, member))
 /* The same for a bit field. */
 #define BITS(typed, pointer, member)                                                               \
-	((typed) ? BPF_CORE_READ_BITFIELD(pointer, member) :                                      \
-		   BPF_CORE_READ_BITFIELD_PROBED(pointer, member))
+	((typed) ? BPF_CORE_READ_BITFIELD(pointer, member)                                         \
+		 : BPF_CORE_READ_BITFIELD_PROBED(pointer, member))
 
 /* The PID a struct pid has in the initial PID namespace; 0 for none. */
 static __always_inline u32 pid_nr(struct pid *pid)

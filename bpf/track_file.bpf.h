@@ -51,10 +51,8 @@ static __always_inline void fill_install(const bool typed, struct install_event 
 }
 
 static __always_inline void send_install_socket(const bool typed, struct files_struct *files,
-						u32 fd, struct file *file,
-						struct inode *inode, u32 mode,
-						struct sock *sk, int cloexec,
-						bool fresh)
+						u32 fd, struct file *file, struct inode *inode,
+						u32 mode, struct sock *sk, int cloexec, bool fresh)
 {
 	struct install_socket_event *e;
 

@@ -18,28 +18,30 @@ static __always_inline int mappings_changed(void)
 	return 0;
 }
 
-#define MARKS(name)                                                                                \
-	int name(void *ctx)                                                                        \
+/* A program that marks when this function is done. */
+#define MARKS(program, function)                                                                   \
+	SEC("fexit/" #function)                                                                    \
+	int program(void *ctx)                                                                     \
 	{                                                                                          \
 		return mappings_changed();                                                         \
 	}
 
 /* mmap, shmat, AIO rings, program loading */
-SEC("fexit/mmap_region") MARKS(mmap_region)
-SEC("fexit/do_mas_munmap") MARKS(do_mas_munmap)
-SEC("fexit/do_vmi_munmap") MARKS(do_vmi_munmap)
-SEC("fexit/do_vmi_align_munmap") MARKS(do_vmi_align_munmap)
-SEC("fexit/mprotect_fixup") MARKS(mprotect_fixup)
-SEC("fexit/do_brk_flags") MARKS(do_brk_flags)
+MARKS(mmap_region, mmap_region);
+MARKS(do_mas_munmap, do_mas_munmap);
+MARKS(do_vmi_munmap, do_vmi_munmap);
+MARKS(do_vmi_align_munmap, do_vmi_align_munmap);
+MARKS(mprotect_fixup, mprotect_fixup);
+MARKS(do_brk_flags, do_brk_flags);
 /* shrinking, for which some kernels call a function that cannot be hooked */
-SEC("fexit/__x64_sys_brk") MARKS(sys_brk)
-SEC("fexit/__x64_sys_mremap") MARKS(sys_mremap)
-SEC("fexit/do_madvise") MARKS(do_madvise)
-SEC("fexit/mlock_fixup") MARKS(mlock_fixup)
-SEC("fexit/mbind_range") MARKS(mbind_range)
-SEC("fexit/ksys_shmdt") MARKS(ksys_shmdt)
-SEC("fexit/userfaultfd_ioctl") MARKS(userfaultfd_ioctl)
-SEC("fexit/do_mseal") MARKS(do_mseal)
+MARKS(sys_brk, __x64_sys_brk);
+MARKS(sys_mremap, __x64_sys_mremap);
+MARKS(do_madvise, do_madvise);
+MARKS(mlock_fixup, mlock_fixup);
+MARKS(mbind_range, mbind_range);
+MARKS(ksys_shmdt, ksys_shmdt);
+MARKS(userfaultfd_ioctl, userfaultfd_ioctl);
+MARKS(do_mseal, do_mseal);
 
 /* names of anonymous mappings */
 SEC("fexit/__x64_sys_prctl")

@@ -9,8 +9,7 @@
 #define SHUTDOWN_MASK 3
 #define TCP_CLOSE 7
 
-static __always_inline void fill_event_inet(const bool typed, struct sock_part *e,
-					    struct sock *sk)
+static __always_inline void fill_event_inet(const bool typed, struct sock_part *e, struct sock *sk)
 {
 	u16 dport = MEMBER(typed, sk, __sk_common.skc_dport);
 	u32 local, remote;
@@ -227,8 +226,6 @@ SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(inet_sock_set_state, struct sock *sk, int old, int state)
 {
 	if (sock_tracked(true, sk))
-		send_state(sk, state,
-			   state == TCP_CLOSE ? SHUTDOWN_MASK
-					      : sk->sk_shutdown);
+		send_state(sk, state, state == TCP_CLOSE ? SHUTDOWN_MASK : sk->sk_shutdown);
 	return 0;
 }
