@@ -43,6 +43,7 @@ const PACKAGES: &[&str] = &[
     // A load generator with keep-alive (ab).
     "apache2-utils",
     // Runs the agent as a service; the guest's usual init stays our own.
+    "dbus",
     "systemd",
     // Lists what the kernel holds of BPF.
     "bpftool",

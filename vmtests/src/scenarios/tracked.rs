@@ -116,12 +116,21 @@ pub fn await_status(vm: &Vm, what: &str, good: impl Fn(&Value) -> bool) -> Resul
 /// # Errors
 /// If not; with what differs.
 pub fn audit(vm: &Vm, when: &str, descriptors: u64) -> Result<()> {
+    audited_at_rest(vm, when, descriptors)?;
+    Ok(())
+}
+
+/// As [`audit`], with the report.
+///
+/// # Errors
+/// If there are differences; with them.
+pub fn audited_at_rest(vm: &Vm, when: &str, descriptors: u64) -> Result<Value> {
     let report = audited(vm, when, descriptors)?;
     ensure!(
         report["unstable"] == serde_json::json!([]),
         "{when}, everything at rest: {report:#}"
     );
-    Ok(())
+    Ok(report)
 }
 
 /// As [`audit`], of programs that are at work: what changes all the time is no difference.
@@ -248,7 +257,7 @@ pub fn storm(vm: &Vm, processes: u32) -> Result<i32> {
     start(vm, "storm", &command, "seed")
 }
 
-/// Stops an application in the middle of whatever it does, for good.
+/// Stops an application in the middle of whatever it does, until [`resume`].
 ///
 /// # Errors
 /// If it does not stop.
@@ -261,4 +270,13 @@ pub fn calm(vm: &Vm, name: &str) -> Result<()> {
         std::thread::sleep(PAUSE);
     }
     Ok(())
+}
+
+/// Lets an application go on.
+///
+/// # Errors
+/// If its cgroup is gone.
+pub fn resume(vm: &Vm, name: &str) -> Result<()> {
+    let freezer = format!("/sys/fs/cgroup/tracker/{name}/cgroup.freeze");
+    vm.write_file(&freezer, b"0")
 }

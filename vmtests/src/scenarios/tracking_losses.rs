@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::Scenario;
 use super::tracked::{
-    PATIENCE, audit, await_status, calm, end, lost, start_agent, status, stop, storm,
+    PATIENCE, audit, await_status, calm, end, lost, start, start_agent, status, stop, storm,
 };
 use crate::image::Kernel;
 use crate::vm::{Exec, Vm};
@@ -32,17 +32,30 @@ const METRICS: &str = "127.0.0.1:9469";
 /// Longer than the agent waits between two readings of anything.
 const QUIET: Duration = Duration::from_secs(3);
 
+/// Changes what is said each time, with any hooks.
+const BURST: [&str; 3] = [
+    "python3",
+    "-c",
+    "import os\nprint('go', flush=True)\nwhile True: os.umask(0o22)",
+];
+
 /// Rings of one page are too small for a storm. The audit would read what is suspect first, so
 /// it is only asked once the agent is content by itself, and must find nothing left to read.
 fn losses(vm: &Vm, hooks: &str) -> Result<()> {
     let options = ["--ring-bytes", "4096", "--metrics-listen", METRICS];
     let agent = start_agent(vm, hooks, &options)?;
-    // Without fentry a table is marked once until it was read, which is little to lose.
-    let least = if hooks == "fentry" { 100 } else { 3 };
     let storm = storm(vm, 3)?;
+    // Without fentry a table is marked once until it was read, which is little to lose.
+    let (least, burst) = match hooks {
+        "fentry" => (100, None),
+        _ => (3, Some(start(vm, "burst", &BURST, "go")?)),
+    };
     await_status(vm, "events are lost", |now| {
         lost(now).is_ok_and(|lost| lost >= least)
     })?;
+    if let Some(burst) = burst {
+        end(vm, "burst", burst)?;
+    }
     calm(vm, "storm")?;
 
     let healed = heal(vm)?;

@@ -1,13 +1,13 @@
 //! Real programs, at work while the agent's model of them is compared with the kernel.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Scenario;
 use super::tracked::{
-    PATIENCE, application, audit, audited, await_status, calm, end, log, lost, start, start_agent,
-    status, stop,
+    PATIENCE, PAUSE, application, audited, audited_at_rest, await_status, calm, end, log, lost,
+    resume, start, start_agent, status, stop,
 };
 use crate::image::Kernel;
 use crate::vm::{Exec, Vm, VmBuilder};
@@ -178,12 +178,18 @@ fn at_work(vm: &Vm, program: &Program) -> Result<()> {
             under_load += 1;
         }
     }
-    calm(vm, name)?;
-    audit(
-        vm,
-        &format!("{name} stopped at work"),
-        program.descriptors / 2,
-    )?;
+    let begun = Instant::now();
+    loop {
+        calm(vm, name)?;
+        let report = audited_at_rest(vm, &format!("{name} stopped at work"), program.processes)?;
+        if enough(&report["compared"]["descriptors"], program.descriptors / 2) {
+            break;
+        }
+        // Again in a pause of the load.
+        ensure!(begun.elapsed() < PATIENCE, "{name} has no work: {report:#}");
+        resume(vm, name)?;
+        std::thread::sleep(PAUSE);
+    }
     vm.kill(-load, libc::SIGKILL)?;
     ensure!(vm.wait(load, PATIENCE)?.is_some(), "The load lives on");
     end(vm, name, pid)
