@@ -7,8 +7,17 @@ use super::ids::{FsId, TaskId};
 impl Step<'_> {
     /// Takes over what is said of a thread, unless later news of it came first.
     pub(super) fn task_attrs(&mut self, attrs: &TaskAttrs) {
+        if self.task(attrs.task).is_some() {
+            self.set_attrs(attrs);
+        }
+    }
+
+    /// Takes it over.
+    pub(super) fn set_attrs(&mut self, attrs: &TaskAttrs) {
         let id = attrs.task;
-        let Some(task) = self.task(id) else { return };
+        let Some(task) = self.state.tasks.get_mut(&id) else {
+            return;
+        };
         let session = (attrs.ids.session, attrs.ids.group);
         task.ids = Some(Box::new(attrs.ids));
         let tgid = task.tgid;

@@ -65,12 +65,11 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
         step.absorb_task(info, *zombie);
     }
     for attrs in &snapshot.attrs {
-        // What the thread itself was just read as has the same number.
         if let Some(task) = step.state.tasks.get_mut(&attrs.task)
             && task.seq <= seq
         {
-            task.seq = 0;
-            step.task_attrs(attrs);
+            task.seq = seq;
+            step.set_attrs(attrs);
         }
     }
     for (files, fds) in &snapshot.tables {

@@ -135,6 +135,16 @@ proptest! {
         kernel.assert_model(&state);
     }
 
+    /// A reading alone tells everything, also one from before the first event.
+    #[test]
+    fn first_reading_is_complete(ops in prop::collection::vec(op(), 0..150)) {
+        let kernel = history(&ops);
+        let snapshot = Snapshot { seq: 0, ..kernel.snapshot(true) };
+        let mut state = State::default();
+        absorb(&mut state, &snapshot);
+        kernel.assert_model(&state);
+    }
+
     /// Reading a state that was right leaves it right.
     #[test]
     fn resync_is_harmless(ops in prop::collection::vec(op(), 0..150)) {
