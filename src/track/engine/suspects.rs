@@ -1,0 +1,137 @@
+//! What makes objects suspect: contradictions, losses, hooks that did not run.
+
+use super::Engine;
+use crate::bpf::track::HookSet;
+use crate::bpf::wire;
+use crate::model::apply::{Anomaly, apply};
+use crate::model::event::{Body, Event, Object};
+use std::time::Instant;
+
+impl Engine {
+    pub(super) fn judge(&mut self, anomalies: &[Anomaly]) {
+        for anomaly in anomalies {
+            let kind = match anomaly {
+                Anomaly::UnknownTask(_) => "unknown-task",
+                Anomaly::UnknownProcess(_) => "unknown-process",
+                Anomaly::UnknownTable(_) => "unknown-table",
+                Anomaly::UnknownEpoll(_) => "unknown-epoll",
+                Anomaly::Conflict(_) => "conflict",
+                Anomaly::Stale(_) => "stale",
+                Anomaly::Malformed => "malformed",
+            };
+            match anomaly {
+                Anomaly::Stale(object) => self.spread(*object),
+                Anomaly::Malformed => {
+                    self.counters.malformed += 1;
+                    self.suspect_everything();
+                }
+                _ => self.read_all = true,
+            }
+            if !matches!(anomaly, Anomaly::Stale(Object::Mm(_))) {
+                tracing::debug!(?anomaly, seq = self.state.seq, "anomaly");
+                *self.counters.anomalies.entry(kind.to_owned()).or_default() += 1;
+            }
+        }
+    }
+
+    /// What else is suspect when this object is. Without fentry, a close is the only
+    /// sign that an item left an epoll instance or that a socket changed.
+    pub(super) fn spread(&mut self, object: Object) {
+        match object {
+            Object::Tasks => self.read_all = true,
+            Object::Files(_) if self.hooks.set == HookSet::Fallback => self.spread = true,
+            _ => {}
+        }
+    }
+
+    pub(super) fn suspect_everything(&mut self) {
+        self.read_all = true;
+        self.state.suspect_everything();
+        self.repeat = self.log.is_some();
+    }
+
+    /// Makes suspect what the kernel side could not report.
+    pub(super) fn note_losses(&mut self) {
+        let counts = match self.hooks.lost() {
+            Ok(counts) => counts,
+            Err(error) => {
+                tracing::error!(%error, "losses are not known; reading everything again");
+                self.suspect_everything();
+                return;
+            }
+        };
+        let total = counts.iter().sum();
+        let names = wire::CLASSES.iter().map(ToString::to_string);
+        self.counters.lost = names.zip(counts).collect();
+        if total == self.lost {
+            return;
+        }
+        self.lost = total;
+        let Some(objects) = self.hooks.take_stale() else {
+            self.suspect_everything();
+            return;
+        };
+        // As events they are applied again should a reading be under way.
+        let seq = self.hooks.last_seq();
+        for object in objects {
+            let event = Event {
+                seq,
+                body: Body::Stale(object),
+            };
+            let anomalies = apply(&mut self.state, &event);
+            self.judge(&anomalies);
+            if let Some(log) = &mut self.log {
+                log.push(event);
+            }
+            if !matches!(object, Object::Mm(_) | Object::Socket(_)) {
+                // The descriptor of a lost socket or the table of a lost fork are not
+                // in the state for being marked.
+                self.read_all |= self.is_unknown(object);
+            }
+        }
+    }
+
+    /// Makes everything suspect if a hook did not run where it should have: the kernel leaves
+    /// out a program that is running on the CPU already, and nobody knows for what.
+    pub(super) fn note_misses(&mut self) {
+        self.misses_read = Instant::now();
+        let misses = self.hooks.recursion_misses();
+        if misses > self.misses {
+            let missed = misses - self.misses;
+            tracing::warn!(missed, "hooks were left out; reading everything again");
+            *self
+                .counters
+                .anomalies
+                .entry("missed-run".to_owned())
+                .or_default() += missed;
+            self.misses = misses;
+            self.suspect_everything();
+        }
+    }
+
+    pub(super) fn is_unknown(&self, object: Object) -> bool {
+        match object {
+            Object::Files(id) => !self.state.tables.contains_key(&id),
+            Object::Epoll(_) => {
+                // Also the loss of a watched file's death, which is in no set's name.
+                true
+            }
+            _ => true,
+        }
+    }
+
+    /// No tracepoint tells that a watch went with what it watched, or after its one event,
+    /// nor that a socket was bound because it sent.
+    pub(super) fn suspect_unseen(&mut self) {
+        let inotifies = self.state.inotifies.iter();
+        let watching = inotifies.filter(|(_, inotify)| !inotify.watches.is_empty());
+        let watching = watching.map(|(id, _)| Object::Inotify(*id));
+        let sockets = self.state.sockets.iter();
+        let unbound = sockets
+            .filter(|(_, socket)| socket.info.local_port == 0 && socket.info.name.is_empty());
+        let unbound = unbound.map(|(id, _)| Object::Socket(*id));
+        for object in watching.chain(unbound).collect::<Vec<_>>() {
+            self.state.suspect(object);
+        }
+    }
+}
