@@ -11,67 +11,10 @@ use libbpf_rs::btf::{Btf, types};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use serde::Serialize;
 
+use super::hooks;
 use super::iter::Iterators;
 use super::netlock::NetLock;
 use super::skeleton::probe::ProbeSkelBuilder;
-
-/// Kernel functions that tracking hooks where they exist (HOOKS.md of the design notes): a stable
-/// update may inline any of them.
-pub const HOOK_FUNCTIONS: &[&str] = &[
-    "__close_range",
-    "__f_setown",
-    "__fput",
-    "__sys_bind",
-    "__sys_connect_file",
-    "__sys_listen",
-    "__sys_setsockopt",
-    "__sys_shutdown",
-    "__sys_socketpair",
-    "__x64_sys_memfd_create",
-    "__x64_sys_prctl",
-    "__x64_sys_timer_delete",
-    "__x64_sys_timerfd_create",
-    "change_pid",
-    "commit_creds",
-    "create_pipe_files",
-    "do_accept",
-    "do_close_on_exec",
-    "do_dup2",
-    "do_epoll_create",
-    "do_epoll_ctl",
-    "do_eventfd",
-    "do_fcntl",
-    "do_inotify_init",
-    "do_setitimer",
-    "do_sigaction",
-    "do_signalfd4",
-    "do_sock_setsockopt",
-    "do_timer_create",
-    "do_timer_settime",
-    "do_timerfd_settime",
-    "dup_fd",
-    "exit_files",
-    "fd_install",
-    "file_close_fd_locked",
-    "flock_lock_inode",
-    "flush_signal_handlers",
-    "inotify_ignored_and_remove_idr",
-    "inotify_update_watch",
-    "ksys_setsid",
-    "ksys_unshare",
-    "memfd_fcntl",
-    "pick_file",
-    "pidfd_prepare",
-    "pipe_resize_ring",
-    "posix_lock_inode",
-    "set_close_on_exec",
-    "set_fs_pwd",
-    "set_fs_root",
-    "sock_alloc_file",
-    "unix_release_sock",
-    "unix_stream_connect",
-    "unshare_files",
-];
 
 /// The capabilities tracker uses.
 const CAPABILITIES: &[Capability] = &[
@@ -132,7 +75,8 @@ pub struct Features {
     pub fentry: Probe,
     /// Whether the network lock loads.
     pub network_lock: Probe,
-    /// Each of [`HOOK_FUNCTIONS`] and whether the kernel has it out of line.
+    /// Each function that tracking hooks where it exists, and whether the kernel has it out of
+    /// line: a stable update may inline any of them.
     pub hook_functions: BTreeMap<&'static str, bool>,
     /// Where the cgroup v2 hierarchy is mounted.
     pub cgroup2: Option<PathBuf>,
@@ -152,12 +96,11 @@ impl Features {
                     .type_by_kind::<types::Func<'_>>()
                     .filter_map(|func| Some(func.name()?.to_str()?.to_owned()))
                     .collect();
-                HOOK_FUNCTIONS
-                    .iter()
-                    .map(|name| (*name, present.contains(*name)))
+                hooks::all_functions()
+                    .map(|name| (name, present.contains(name)))
                     .collect()
             }
-            Err(_) => HOOK_FUNCTIONS.iter().map(|name| (*name, false)).collect(),
+            Err(_) => hooks::all_functions().map(|name| (name, false)).collect(),
         };
         Self {
             kernel_release: nix::sys::utsname::uname()
@@ -179,7 +122,7 @@ impl Features {
         }
     }
 
-    /// Whether the kernel has this function of [`HOOK_FUNCTIONS`] out of line.
+    /// Whether the kernel has this function out of line that tracking hooks.
     #[must_use]
     pub fn has_function(&self, name: &str) -> bool {
         self.hook_functions.get(name).copied().unwrap_or(false)

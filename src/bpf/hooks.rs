@@ -175,6 +175,14 @@ pub(super) const MAPPINGS: &[&[&str]] = &[
     &["expand_downwards"],
 ];
 
+/// The kernel functions that programs hook.
+pub(super) fn all_functions() -> impl Iterator<Item = &'static str> {
+    PROGRAMS.iter().filter_map(|(_, target, _)| match target {
+        Function(name) => Some(*name),
+        Tracepoint(..) => None,
+    })
+}
+
 /// Whether the kernel has one function of each group, by the names of their programs.
 pub(super) fn functions(btf: &Btf<'_>, groups: &[&[&str]]) -> bool {
     let target = |name: &str| PROGRAMS.iter().find(|(program, _, _)| *program == name);
