@@ -121,12 +121,6 @@ impl Features {
                 .collect(),
         }
     }
-
-    /// Whether the kernel has this function out of line that tracking hooks.
-    #[must_use]
-    pub fn has_function(&self, name: &str) -> bool {
-        self.hook_functions.get(name).copied().unwrap_or(false)
-    }
 }
 
 /// Where the cgroup v2 hierarchy is mounted.
