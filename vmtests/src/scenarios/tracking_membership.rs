@@ -256,14 +256,21 @@ fn storm_moves(vm: &Vm, hooks: &str) -> Result<()> {
          exec {command}"
     );
     let storm = start_beside(vm, "storm", &["sh", "-c", &command], "seed")?;
-    let known = |now: &Value| in_model(now)?.remove("storm").map(|storm| storm.pids);
+    // The dead stay in the cgroup they died in until they are reaped, and cannot be moved.
+    let dead = |pid: &i64| log(vm, &format!("/proc/{pid}/stat")).contains(") Z ");
+    let known = |now: &Value| {
+        let mut pids = in_model(now)?.remove("storm")?.pids;
+        pids.retain(|pid| !dead(pid));
+        Some(pids)
+    };
     let has = |now: &Value| known(now).is_some_and(|pids| pids.contains(&i64::from(storm)));
+    let none = |now: &Value| known(now).is_none_or(|pids| pids.is_empty());
     for round in 1..=3 {
         move_all(vm, outside, inside)?;
         await_status(vm, "the storm is tracked", has)?;
         if round < 3 {
             move_all(vm, inside, outside)?;
-            await_status(vm, "the storm is not tracked", |now| known(now).is_none())?;
+            await_status(vm, "the storm is not tracked", none)?;
         }
     }
     calm(vm, "storm")?;
