@@ -49,6 +49,23 @@
 	((typed) ? BPF_CORE_READ_BITFIELD(pointer, member)                                         \
 		 : BPF_CORE_READ_BITFIELD_PROBED(pointer, member))
 
+/* Fills the members of these names, of whatever record, with credentials of a known type. The
+ * capabilities stand side by side in both, a u32[2] each before 6.3 and a u64 since:
+ * inheritable, permitted, effective, bounding, ambient. */
+#define FILL_CRED(rec, cred)                                                                       \
+	do {                                                                                       \
+		(rec)->uid = (cred)->uid.val;                                                      \
+		(rec)->gid = (cred)->gid.val;                                                      \
+		(rec)->euid = (cred)->euid.val;                                                    \
+		(rec)->egid = (cred)->egid.val;                                                    \
+		(rec)->suid = (cred)->suid.val;                                                    \
+		(rec)->sgid = (cred)->sgid.val;                                                    \
+		(rec)->fsuid = (cred)->fsuid.val;                                                  \
+		(rec)->fsgid = (cred)->fsgid.val;                                                  \
+		(rec)->securebits = (cred)->securebits;                                            \
+		bpf_core_read(&(rec)->cap_inheritable, 5 * sizeof(u64), &(cred)->cap_inheritable); \
+	} while (0)
+
 /* The PID a struct pid has in the initial PID namespace; 0 for none. */
 static __always_inline u32 pid_nr(struct pid *pid)
 {

@@ -72,21 +72,7 @@ static __always_inline void fill_restart(struct thread_rec *r, struct task_struc
 static __always_inline void fill_cred(struct thread_rec *r, const struct cred *cred)
 {
 	r->cred = (u64)cred;
-	r->uid = cred->uid.val;
-	r->gid = cred->gid.val;
-	r->euid = cred->euid.val;
-	r->egid = cred->egid.val;
-	r->suid = cred->suid.val;
-	r->sgid = cred->sgid.val;
-	r->fsuid = cred->fsuid.val;
-	r->fsgid = cred->fsgid.val;
-	r->securebits = cred->securebits;
-	/* a u32[2] before 6.3, a u64 since: the same eight bytes */
-	bpf_core_read(&r->cap_inheritable, 8, &cred->cap_inheritable);
-	bpf_core_read(&r->cap_permitted, 8, &cred->cap_permitted);
-	bpf_core_read(&r->cap_effective, 8, &cred->cap_effective);
-	bpf_core_read(&r->cap_bset, 8, &cred->cap_bset);
-	bpf_core_read(&r->cap_ambient, 8, &cred->cap_ambient);
+	FILL_CRED(r, cred);
 	r->user_ns = BPF_CORE_READ(cred, user_ns, ns.inum);
 	r->ngroups = BPF_CORE_READ(cred, group_info, ngroups);
 }

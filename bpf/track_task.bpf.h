@@ -44,18 +44,7 @@ static __always_inline void send_attrs(struct task_struct *task)
 	e->umask = fs->umask;
 	e->sid = pid_nr(BPF_CORE_READ(task, signal, pids[PIDTYPE_SID]));
 	e->pgid = pid_nr(BPF_CORE_READ(task, signal, pids[PIDTYPE_PGID]));
-	e->uid = cred->uid.val;
-	e->gid = cred->gid.val;
-	e->euid = cred->euid.val;
-	e->egid = cred->egid.val;
-	e->suid = cred->suid.val;
-	e->sgid = cred->sgid.val;
-	e->fsuid = cred->fsuid.val;
-	e->fsgid = cred->fsgid.val;
-	e->securebits = cred->securebits;
-	/* inheritable, permitted, effective, bounding, ambient: in both structs side by side, a
-	 * u32[2] each before 6.3, a u64 since */
-	bpf_core_read(&e->cap_inheritable, 5 * sizeof(u64), &cred->cap_inheritable);
+	FILL_CRED(e, cred);
 	submit(e);
 }
 
