@@ -58,22 +58,34 @@ impl State {
 
     /// Marks every object for being read again.
     pub fn suspect_everything(&mut self) {
-        let tables: Vec<_> = self.tables.keys().copied().map(Object::Files).collect();
-        let mms: Vec<_> = self.mms.keys().copied().map(Object::Mm).collect();
-        tables
-            .into_iter()
-            .chain(mms)
-            .for_each(|object| self.suspect(object));
-        self.suspect_details();
+        self.suspect_all(|_| true);
     }
 
     /// Marks all sockets and the items and watches of all instances.
     pub fn suspect_details(&mut self) {
-        let sockets = self.sockets.keys().copied().map(Object::Socket);
-        let epolls = self.epolls.keys().copied().map(Object::Epoll);
-        let inotifies = self.inotifies.keys().copied().map(Object::Inotify);
-        let all: Vec<_> = sockets.chain(epolls).chain(inotifies).collect();
-        all.into_iter().for_each(|object| self.suspect(object));
+        self.suspect_all(|object| !matches!(object, Object::Files(_) | Object::Mm(_)));
+    }
+
+    fn suspect_all(&mut self, which: impl Fn(&Object) -> bool) {
+        let all: Vec<_> = self.trusts().map(|(object, _)| object).collect();
+        for object in all.into_iter().filter(which) {
+            self.suspect(object);
+        }
+    }
+
+    /// Every object that can be suspect, and whether it is.
+    fn trusts(&self) -> impl Iterator<Item = (Object, Trust)> {
+        let tables = self.tables.iter();
+        let tables = tables.map(|(id, table)| (Object::Files(*id), table.trust));
+        let mms = self.mms.iter().map(|(id, mm)| (Object::Mm(*id), mm.trust));
+        let sockets = self.sockets.iter();
+        let sockets = sockets.map(|(id, socket)| (Object::Socket(*id), socket.trust));
+        let epolls = self.epolls.iter();
+        let epolls = epolls.map(|(id, epoll)| (Object::Epoll(*id), epoll.trust));
+        let inotifies = self.inotifies.iter();
+        let inotifies = inotifies.map(|(id, inotify)| (Object::Inotify(*id), inotify.trust));
+        let details = sockets.chain(epolls).chain(inotifies);
+        tables.chain(mms).chain(details)
     }
 
     /// Sets whether an object is right, if it is there.
@@ -179,29 +191,7 @@ impl State {
         let mut unheld: Vec<_> = unheld.map(|(id, ofd)| (ofd.seq, *id)).collect();
         unheld.sort_unstable();
         index.unheld = unheld.into();
-        let tables = self
-            .tables
-            .iter()
-            .map(|(id, t)| (Object::Files(*id), t.trust));
-        let mms = self.mms.iter().map(|(id, mm)| (Object::Mm(*id), mm.trust));
-        let sockets = self
-            .sockets
-            .iter()
-            .map(|(id, s)| (Object::Socket(*id), s.trust));
-        let epolls = self
-            .epolls
-            .iter()
-            .map(|(id, e)| (Object::Epoll(*id), e.trust));
-        let inotifies = self
-            .inotifies
-            .iter()
-            .map(|(id, i)| (Object::Inotify(*id), i.trust));
-        let all = tables
-            .chain(mms)
-            .chain(sockets)
-            .chain(epolls)
-            .chain(inotifies);
-        let suspects = all.filter(|(_, trust)| *trust == Trust::Suspect);
+        let suspects = self.trusts().filter(|(_, trust)| *trust == Trust::Suspect);
         index.suspects = suspects.map(|(object, _)| object).collect();
         index
     }

@@ -23,46 +23,31 @@ pub(super) trait Keyed<K, V> {
     fn take(&mut self, key: &K) -> Option<V>;
 }
 
-impl<K: Ord, V> Keyed<K, V> for BTreeMap<K, V> {
-    fn at(&self, key: &K) -> Option<&V> {
-        self.get(key)
-    }
+macro_rules! keyed {
+    ($map:ident, $($bound:tt)+) => {
+        impl<K: $($bound)+, V> Keyed<K, V> for $map<K, V> {
+            fn at(&self, key: &K) -> Option<&V> {
+                self.get(key)
+            }
 
-    fn entries<'a>(&'a self) -> impl Iterator<Item = (&'a K, &'a V)>
-    where
-        K: 'a,
-        V: 'a,
-    {
-        self.iter()
-    }
+            fn entries<'a>(&'a self) -> impl Iterator<Item = (&'a K, &'a V)>
+            where
+                K: 'a,
+                V: 'a,
+            {
+                self.iter()
+            }
 
-    fn put(&mut self, key: K, value: V) {
-        self.insert(key, value);
-    }
+            fn put(&mut self, key: K, value: V) {
+                self.insert(key, value);
+            }
 
-    fn take(&mut self, key: &K) -> Option<V> {
-        self.remove(key)
-    }
+            fn take(&mut self, key: &K) -> Option<V> {
+                self.remove(key)
+            }
+        }
+    };
 }
 
-impl<K: Eq + Hash, V> Keyed<K, V> for Map<K, V> {
-    fn at(&self, key: &K) -> Option<&V> {
-        self.get(key)
-    }
-
-    fn entries<'a>(&'a self) -> impl Iterator<Item = (&'a K, &'a V)>
-    where
-        K: 'a,
-        V: 'a,
-    {
-        self.iter()
-    }
-
-    fn put(&mut self, key: K, value: V) {
-        self.insert(key, value);
-    }
-
-    fn take(&mut self, key: &K) -> Option<V> {
-        self.remove(key)
-    }
-}
+keyed!(BTreeMap, Ord);
+keyed!(Map, Eq + Hash);
