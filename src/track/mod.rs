@@ -96,7 +96,6 @@ type Look = Box<dyn FnOnce(View<'_>) + Send>;
 
 enum Request {
     Look { settle: Settle, look: Look },
-    Alive { reply: Sender<()> },
     Stop,
 }
 
@@ -211,10 +210,13 @@ impl Tracking {
     pub fn is_alive(&self, patience: Duration) -> Result<bool, Gone> {
         let deadline = Instant::now() + patience;
         let (reply, answer) = bounded(1);
-        match self
-            .requests
-            .send_deadline(Request::Alive { reply }, deadline)
-        {
+        let settle = Settle::No;
+        // Whoever asked may have gone.
+        let look = Box::new(move |_: View<'_>| {
+            let _ = reply.send(());
+        });
+        let request = Request::Look { settle, look };
+        match self.requests.send_deadline(request, deadline) {
             Ok(()) => {}
             Err(SendTimeoutError::Timeout(_)) => return Ok(false),
             Err(SendTimeoutError::Disconnected(_)) => return Err(Gone),

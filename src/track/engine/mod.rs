@@ -157,7 +157,6 @@ impl Engine {
                     }
                     look(self.view());
                 }
-                Ok(Request::Alive { reply }) => drop(reply.send(())),
                 Ok(Request::Stop) | Err(_) => self.stopped = true,
             },
             default(patience) => {}
@@ -204,6 +203,11 @@ impl Engine {
 
     fn apply(&mut self, event: Event) {
         self.counters.events += 1;
+        self.enact(event);
+    }
+
+    /// Applies what happened, whoever says so.
+    fn enact(&mut self, event: Event) {
         let anomalies = apply(&mut self.state, &event);
         self.judge(&anomalies);
         if let Some(log) = &mut self.log {

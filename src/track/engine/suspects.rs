@@ -3,7 +3,7 @@
 use super::Engine;
 use crate::bpf::track::HookSet;
 use crate::bpf::wire;
-use crate::model::apply::{Anomaly, apply};
+use crate::model::apply::Anomaly;
 use crate::model::event::{Body, Event, Object};
 use std::time::Instant;
 
@@ -61,9 +61,12 @@ impl Engine {
             }
         };
         let total = counts.iter().sum();
-        let names = wire::CLASSES.iter().map(ToString::to_string);
-        self.counters.lost = names.zip(counts).collect();
-        if total == self.lost {
+        let news = total != self.lost;
+        if news || self.counters.lost.is_empty() {
+            let names = wire::CLASSES.iter().map(ToString::to_string);
+            self.counters.lost = names.zip(counts).collect();
+        }
+        if !news {
             return;
         }
         self.lost = total;
@@ -74,20 +77,15 @@ impl Engine {
         // As events they are applied again should a reading be under way.
         let seq = self.hooks.last_seq();
         for object in objects {
-            let event = Event {
-                seq,
-                body: Body::Stale(object),
+            let body = Body::Stale(object);
+            self.enact(Event { seq, body });
+            self.read_all |= match object {
+                Object::Mm(_) | Object::Socket(_) => false,
+                // The table of a lost fork is not in the state for being marked.
+                Object::Files(id) => !self.state.tables.contains_key(&id),
+                // The loss of a watched file's death is in no set's name.
+                Object::Tasks | Object::Epoll(_) | Object::Inotify(_) => true,
             };
-            let anomalies = apply(&mut self.state, &event);
-            self.judge(&anomalies);
-            if let Some(log) = &mut self.log {
-                log.push(event);
-            }
-            if !matches!(object, Object::Mm(_) | Object::Socket(_)) {
-                // The descriptor of a lost socket or the table of a lost fork are not
-                // in the state for being marked.
-                self.read_all |= self.is_unknown(object);
-            }
         }
     }
 
@@ -106,17 +104,6 @@ impl Engine {
                 .or_default() += missed;
             self.misses = misses;
             self.suspect_everything();
-        }
-    }
-
-    pub(super) fn is_unknown(&self, object: Object) -> bool {
-        match object {
-            Object::Files(id) => !self.state.tables.contains_key(&id),
-            Object::Epoll(_) => {
-                // Also the loss of a watched file's death, which is in no set's name.
-                true
-            }
-            _ => true,
         }
     }
 

@@ -240,21 +240,15 @@ pub fn lost(status: &Value) -> Result<u64> {
     Ok(by_class.values().filter_map(Value::as_u64).sum())
 }
 
-/// The storm's command, without an end: see [`calm`].
-pub fn storm_command(processes: u32) -> Vec<String> {
-    let (endless, seed) = (u32::MAX.to_string(), std::process::id().to_string());
-    let program = format!("{TESTS_DIR}/storm");
-    vec![program, endless, processes.to_string(), seed]
-}
-
 /// Starts the storm as application `storm`, without an end: see [`calm`].
 ///
 /// # Errors
 /// If it does not start.
 pub fn storm(vm: &Vm, processes: u32) -> Result<i32> {
-    let command = storm_command(processes);
-    let command: Vec<&str> = command.iter().map(String::as_str).collect();
-    start(vm, "storm", &command, "seed")
+    let (endless, seed) = (u32::MAX.to_string(), std::process::id().to_string());
+    let program = format!("{TESTS_DIR}/storm");
+    let command = [&program, &endless, &processes.to_string(), &seed];
+    start(vm, "storm", &command.map(String::as_str), "seed")
 }
 
 /// Stops an application in the middle of whatever it does, until [`resume`].
