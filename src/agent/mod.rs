@@ -9,7 +9,7 @@ pub mod status;
 
 use crate::bpf::track::Options;
 use crate::error::{ExitCode, HasExitCode};
-use crate::sys::clock;
+use crate::sys::{clock, process};
 use crate::track::roots::{Root, RootError};
 use crate::track::{Settle, StartError, Tracking};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
@@ -28,6 +28,10 @@ use std::thread;
 use std::time::Duration;
 
 pub use crate::applications::STATE_DIR;
+
+/// nice(2) value of the agent: the more processes compete for the CPUs, the more there is to
+/// follow, and a reader of rings that waits for its turn loses events.
+const NICENESS: i32 = -10;
 
 /// How the agent is run.
 #[derive(Clone, Debug)]
@@ -118,6 +122,10 @@ pub fn run(config: &Config) -> Result<(), AgentError> {
     let system = |what| move |errno: nix::Error| AgentError::System(what, errno.into());
     signals.thread_block().map_err(system("Blocking signals"))?;
 
+    if let Err(error) = process::raise_priority(NICENESS) {
+        tracing::warn!(%error, "the agent's share of the CPU is not raised");
+    }
+
     let roots = if config.cgroups.is_empty() {
         vec![Root::default_parent()?]
     } else {
@@ -128,9 +136,10 @@ pub fn run(config: &Config) -> Result<(), AgentError> {
             .collect::<Result<_, _>>()?
     };
     let tracking = Tracking::start(&config.hooks, roots)?;
-    // The first reading is in the model before anyone is told that the agent is ready.
+    // The first reading is in the model before anyone is told that the agent is ready. What
+    // changes meanwhile may be suspect still, and on a busy machine something always is.
     tracking
-        .look(Settle::Suspects, |_| ())
+        .look(Settle::Reading, |_| ())
         .map_err(|gone| AgentError::System("Reading the applications", io::Error::other(gone)))?;
 
     let shared = Arc::new(Shared::new(tracking, started));

@@ -53,6 +53,25 @@ pub fn pidfd_open(pid: Pid) -> Result<OwnedFd, CallError> {
     owned(fd, "pidfd_open", pid.0)
 }
 
+/// Lowers the nice value of the calling thread, and of those it will start, to this unless it
+/// is lower already (setpriority(2)).
+///
+/// # Errors
+/// `EACCES`: not allowed without `CAP_SYS_NICE`.
+pub fn raise_priority(nice: i32) -> io::Result<()> {
+    // SAFETY: takes integers; 0 is the calling thread.
+    let now = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    // An error cannot be told from -1, and does not happen to oneself.
+    if now <= nice {
+        return Ok(());
+    }
+    // SAFETY: as above.
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// A duplicate of descriptor `fd` of another process (pidfd_getfd(2)); it has `FD_CLOEXEC`.
 ///
 /// # Errors

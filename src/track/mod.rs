@@ -87,6 +87,8 @@ pub enum Settle {
     No,
     /// Everything that happened before is applied; nothing is read.
     Events,
+    /// And what is being read, if anything is, was.
+    Reading,
     /// And what is suspect was read again.
     Suspects,
 }

@@ -153,6 +153,10 @@ impl Engine {
                     match settle {
                         Settle::No => {}
                         Settle::Events => self.catch_up(),
+                        Settle::Reading => {
+                            self.finish_reading();
+                            self.catch_up();
+                        }
                         Settle::Suspects => self.settle(),
                     }
                     look(self.view());

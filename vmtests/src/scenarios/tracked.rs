@@ -24,7 +24,7 @@ pub const SOCKET: &str = "/run/tracker/agent.sock";
 /// # Errors
 /// If it ends instead, or takes too long; with its log.
 pub fn start_agent(vm: &Vm, hooks: &str, options: &[&str]) -> Result<i32> {
-    let command = ["tracker", "-v", "agent"].iter().chain(options).copied();
+    let command = ["tracker", "-vv", "agent"].iter().chain(options).copied();
     let agent = Exec::new(command).env("TRACKER_HOOKS", hooks);
     let pid = vm.spawn(agent, Some(AGENT_LOG))?;
     await_agent(vm, pid)?;
@@ -41,12 +41,12 @@ pub fn await_agent(vm: &Vm, pid: i32) -> Result<()> {
     let begun = Instant::now();
     while !status(vm).is_ok_and(|now| now["agent"]["pid"] == pid) {
         if let Some(how) = vm.wait(pid, PAUSE)? {
-            bail!("The agent did not start: {how}\n{}", log(vm, AGENT_LOG));
+            bail!("The agent did not start: {how}\n{}", agent_log(vm));
         }
         ensure!(
             begun.elapsed() < PATIENCE,
             "The agent does not answer\n{}",
-            log(vm, AGENT_LOG)
+            agent_log(vm)
         );
     }
     Ok(())
@@ -63,6 +63,11 @@ pub fn stop(vm: &Vm, pid: i32) -> Result<()> {
         "Process {pid} did not end"
     );
     Ok(())
+}
+
+/// What the agent has logged.
+pub fn agent_log(vm: &Vm) -> String {
+    log(vm, AGENT_LOG)
 }
 
 /// A text file of the guest, for messages; empty if there is none.

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::Scenario;
-use super::tracked::{PATIENCE, audit, end, lost, start, start_agent, status, stop};
+use super::tracked::{PATIENCE, agent_log, audit, end, lost, start, start_agent, status, stop};
 use crate::image::Kernel;
 use crate::payload::TESTS_DIR;
 use crate::vm::{Exec, Vm};
@@ -66,7 +66,8 @@ fn tracking(vm: &Vm, hooks: &str) -> Result<()> {
         resyncs.remove("address-spaces");
         ensure!(
             counters["anomalies"] == serde_json::json!({}) && resyncs.is_empty(),
-            "Nothing was lost, and events did not tell all: {counters:#}"
+            "Nothing was lost, and events did not tell all: {counters:#}\n{}",
+            agent_log(vm)
         );
     }
     audit(vm, "storm", 50)?;

@@ -63,13 +63,26 @@ fn losses(vm: &Vm, hooks: &str) -> Result<()> {
     audit(vm, &format!("after {} losses", lost(&healed)?), 50)?;
     let after = status(vm)?;
     ensure!(
-        after["counters"]["readings"] == healed["counters"]["readings"],
+        reread(&after, hooks) == reread(&healed, hooks),
         "The audit had to read: {:#} before, {:#} after",
         healed["counters"],
         after["counters"]
     );
     end(vm, "storm", storm)?;
     stop(vm, agent)
+}
+
+/// What was read again for having been lost. Without fentry whoever asks makes the agent read,
+/// for that some changes of sockets and watches have no hook at all.
+fn reread(status: &Value, hooks: &str) -> Value {
+    let counters = &status["counters"];
+    if hooks == "fentry" {
+        return counters["readings"].clone();
+    }
+    let of = |kind: &str| counters["resyncs"][kind].clone();
+    [of("address-spaces"), of("tables"), of("epolls")]
+        .into_iter()
+        .collect()
 }
 
 /// Waits until nothing is suspect and the agent has no more wish to read.
