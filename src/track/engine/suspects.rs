@@ -21,6 +21,11 @@ impl Engine {
             };
             match anomaly {
                 Anomaly::Stale(object) => self.spread(*object),
+                // Until now it changed what it shares with others while nobody followed it.
+                Anomaly::UnknownProcess(_) => {
+                    self.read_all = true;
+                    self.spread = true;
+                }
                 Anomaly::Malformed => {
                     self.counters.malformed += 1;
                     self.suspect_everything();

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::Scenario;
 use super::tracked::{
-    PATIENCE, PAUSE, audit, await_line, await_status, end, log, start, start_agent, start_beside,
-    status, stop,
+    PATIENCE, PAUSE, audit, await_line, await_status, calm, end, log, start, start_agent,
+    start_beside, status, stop,
 };
 use crate::image::Kernel;
 use crate::payload::TESTS_DIR;
@@ -28,6 +28,18 @@ pub const SCENARIOS: &[Scenario] = &[
         kernels: &Kernel::ALL,
         configure: |vm| vm,
         run: |vm| membership(vm, "fallback"),
+    },
+    Scenario {
+        name: "tracking_membership_storm_fentry",
+        kernels: &Kernel::ALL,
+        configure: |vm| vm,
+        run: |vm| storm_moves(vm, "fentry"),
+    },
+    Scenario {
+        name: "tracking_membership_storm_fallback",
+        kernels: &Kernel::ALL,
+        configure: |vm| vm,
+        run: |vm| storm_moves(vm, "fallback"),
     },
 ];
 
@@ -217,5 +229,60 @@ fn membership(vm: &Vm, hooks: &str) -> Result<()> {
     vm.write_file(&format!("/sys/fs/cgroup/{OUTSIDE}/cgroup.kill"), b"1")?;
     vm.wait(father, PATIENCE)?;
     end(vm, "home", home)?;
+    stop(vm, agent)
+}
+
+/// Moves everybody from one cgroup to another. Frozen until they are moved, they cannot fork
+/// away from the list; whoever is moved goes on at once, with what it shares with the others.
+fn move_all(vm: &Vm, from: &str, to: &str) -> Result<()> {
+    let script = format!(
+        "cd /sys/fs/cgroup && mkdir -p {to} && echo 1 >{from}/cgroup.freeze && \
+         until grep -q 'frozen 1' {from}/cgroup.events; do sleep 0.1; done && \
+         for pid in $(cat {from}/cgroup.procs); do echo $pid >{to}/cgroup.procs || exit 1; done && \
+         echo 0 >{from}/cgroup.freeze && [ -z \"$(cat {from}/cgroup.procs)\" ]"
+    );
+    vm.exec(Exec::new(["sh", "-c", &script]).timeout(PATIENCE))?
+        .check()?;
+    Ok(())
+}
+
+/// A storm that is moved in, out and in again while it rages is exact once it rests.
+fn storm_moves(vm: &Vm, hooks: &str) -> Result<()> {
+    let agent = start_agent(vm, hooks, &[])?;
+    let (endless, seed) = (u32::MAX, std::process::id());
+    let command = format!("{TESTS_DIR}/storm {endless} 3 {seed}");
+    let (outside, inside) = (OUTSIDE, "tracker/storm");
+    let command = format!(
+        "mkdir /sys/fs/cgroup/{outside} && echo $$ >/sys/fs/cgroup/{outside}/cgroup.procs && \
+         exec {command}"
+    );
+    let storm = start_beside(vm, "storm", &["sh", "-c", &command], "seed")?;
+    // The dead stay in the cgroup they died in until they are reaped, and cannot be moved.
+    let dead = |pid: &i64| log(vm, &format!("/proc/{pid}/stat")).contains(") Z ");
+    let known = |now: &Value| {
+        let mut pids = in_model(now)?.remove("storm")?.pids;
+        pids.retain(|pid| !dead(pid));
+        Some(pids)
+    };
+    let has = |now: &Value| known(now).is_some_and(|pids| pids.contains(&i64::from(storm)));
+    let none = |now: &Value| known(now).is_none_or(|pids| pids.is_empty());
+    for round in 1..=3 {
+        move_all(vm, outside, inside)?;
+        await_status(vm, "the storm is tracked", has)?;
+        if round < 3 {
+            move_all(vm, inside, outside)?;
+            await_status(vm, "the storm is not tracked", none)?;
+        }
+    }
+    calm(vm, "storm")?;
+    // Not by numbers: threads of the storm have tables of their own, which /proc/PID/fd hides.
+    let truth = in_kernel(vm)?;
+    let members = &truth.get("storm").context("No storm")?.pids;
+    await_status(vm, &format!("all of {members:?}"), |now| {
+        known(now).as_ref() == Some(members)
+    })?;
+    audit(vm, "at rest where it was moved while it raged", 50)?;
+    println!("counters {}", status(vm)?["counters"]);
+    end(vm, "storm", storm)?;
     stop(vm, agent)
 }
