@@ -44,6 +44,7 @@ fn print(report: &Report) {
         (compared.credentials, "sets of credentials"),
         (compared.directories, "sets of directories"),
         (compared.descriptors, "descriptors"),
+        (compared.names, "names of files"),
         (compared.sockets, "sockets"),
         (compared.epoll_items, "epoll items"),
         (compared.watches, "inotify watches"),

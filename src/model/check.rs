@@ -28,6 +28,8 @@ pub enum Inconsistency {
     UserOfFs(FsId, TaskId),
     /// A description of an inotify instance has no watches, or watches no description.
     Inotify(GroupId),
+    /// A name of a description that does not exist or is of a kind without names.
+    Name(OfdId),
     /// Mappings overlap or are out of order.
     Mappings(MmId),
     /// Threads of one process are in different sessions or process groups.
@@ -129,6 +131,11 @@ fn descriptions(state: &State, found: &mut Vec<Inconsistency>) {
         }
         if (ofd.kind == FileKind::Epoll) != state.epolls.contains_key(id) {
             found.push(Inconsistency::Epoll(*id));
+        }
+    }
+    for id in state.names.keys() {
+        if !state.ofds.get(id).is_some_and(|ofd| ofd.kind.has_name()) {
+            found.push(Inconsistency::Name(*id));
         }
     }
     for (id, socket) in &state.sockets {

@@ -211,6 +211,7 @@ impl Step<'_> {
 
     /// Forgets what is kept apart from a description that is gone.
     fn forget_details(&mut self, id: OfdId, ofd: &Ofd) {
+        self.state.names.remove(&id);
         if ofd.kind == FileKind::Epoll {
             self.state.epolls.remove(&id);
             self.state.gone(Object::Epoll(id));

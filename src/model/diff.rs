@@ -66,6 +66,7 @@ pub struct Diff {
     pub tasks: MapDiff<TaskId, Task>,
     pub tables: MapDiff<FilesId, TableDiff>,
     pub ofds: MapDiff<OfdId, Ofd>,
+    pub names: MapDiff<OfdId, Box<[u8]>>,
     pub sockets: MapDiff<SockId, Socket>,
     pub epolls: MapDiff<OfdId, EpollDiff>,
     pub inotifies: MapDiff<GroupId, Inotify>,
@@ -80,6 +81,7 @@ impl Diff {
         self.tasks.is_empty()
             && self.tables.is_empty()
             && self.ofds.is_empty()
+            && self.names.is_empty()
             && self.sockets.is_empty()
             && self.epolls.is_empty()
             && self.inotifies.is_empty()
@@ -105,6 +107,7 @@ pub fn diff(a: &State, b: &State) -> Diff {
             TableDiff { rest, fds }
         }),
         ofds: map_diff(&a.ofds, &b.ofds, |_, new| **new),
+        names: map_diff(&a.names, &b.names, |_, new| new.clone()),
         sockets: map_diff(&a.sockets, &b.sockets, |_, new| Socket::clone(new)),
         epolls: map_diff(&a.epolls, &b.epolls, |old, new| {
             let none = Map::default();
@@ -136,6 +139,7 @@ pub fn patch(mut state: State, diff: Diff) -> State {
         Table { fds, ..new.rest }
     });
     map_patch(&mut state.ofds, diff.ofds, |_, new| Box::new(new));
+    map_patch(&mut state.names, diff.names, |_, new| new);
     map_patch(&mut state.sockets, diff.sockets, |_, new| Box::new(new));
     map_patch(&mut state.epolls, diff.epolls, |old, new| {
         let mut items = old.map(|old| old.items).unwrap_or_default();

@@ -13,6 +13,7 @@ pub mod diff;
 pub mod event;
 mod index;
 pub mod map;
+pub mod names;
 pub mod plan;
 pub mod snapshot;
 pub mod state;

@@ -33,9 +33,6 @@ pub struct Snapshot {
     pub mms: BTreeMap<MmId, Vec<Vma>>,
 }
 
-/// No fork takes as many events.
-const FORK_EVENTS: u64 = 100_000;
-
 /// Merges a reading. The events numbered above `snapshot.seq` that were applied
 /// already must be applied once more afterwards.
 ///
@@ -120,15 +117,7 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
         }
     }
     if snapshot.all_tasks {
-        // A fork that failed after it copied the table leaves it without a user; one
-        // under way does so too, for a while.
-        let old = seq.saturating_sub(FORK_EVENTS);
-        let unused = step.state.tables.iter();
-        let unused = unused.filter(|(_, table)| table.users.is_empty() && table.seq <= old);
-        let unused: Vec<FilesId> = unused.map(|(id, _)| *id).collect();
-        for id in unused {
-            step.forget_table(id);
-        }
+        step.forget_unused();
     }
     step.state.seq = step.state.seq.max(seq);
 }
@@ -209,6 +198,23 @@ impl Step<'_> {
         }
     }
 
+    /// Forgets the tables that no thread used at two readings in a row. A fork that failed after
+    /// it copied the table leaves such a one; one under way does so too, for a while. Should it
+    /// take longer than that, its end is of a table that is not known, and all is read again.
+    fn forget_unused(&mut self) {
+        let mut forgotten = Vec::new();
+        for (id, table) in &mut self.state.tables {
+            let unused = table.users.is_empty() && table.seq <= self.seq;
+            if unused && table.unused {
+                forgotten.push(*id);
+            }
+            table.unused = unused;
+        }
+        for id in forgotten {
+            self.forget_table(id);
+        }
+    }
+
     /// Completes a description of which only the address was known.
     fn describe(&mut self, info: &OfdInfo) {
         let seq = self.seq;
@@ -221,5 +227,30 @@ impl Step<'_> {
         ofd.flags = info.flags;
         ofd.owner = info.owner;
         ofd.mode = info.mode;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::apply::apply;
+    use crate::model::event::Body;
+
+    #[test]
+    fn a_table_without_threads_is_forgotten_at_the_second_reading() {
+        let (mut state, files) = (State::default(), FilesId(64));
+        let body = Body::FilesNew { files };
+        assert_eq!(apply(&mut state, &Event { seq: 1, body }), []);
+        let reading = |seq| Snapshot {
+            seq,
+            all_tasks: true,
+            ..Snapshot::default()
+        };
+        absorb(&mut state, &reading(0));
+        assert!(!state.tables[&files].unused, "made since");
+        absorb(&mut state, &reading(1));
+        assert!(state.tables.contains_key(&files), "a fork may be under way");
+        absorb(&mut state, &reading(2));
+        assert!(state.tables.is_empty());
     }
 }

@@ -23,6 +23,10 @@ pub struct State {
     pub tables: Map<FilesId, Table>,
     /// Open file descriptions that some descriptor refers to, or did lately.
     pub ofds: Map<OfdId, Box<Ofd>>,
+    /// Names of files, as /proc/PID/fd shows them: the path when it was last looked at, with
+    /// ` (deleted)` behind it if there was none any more, or `/memfd:` and the name given. Short
+    /// lived files have none here.
+    pub names: Map<OfdId, Box<[u8]>>,
     /// Sockets that some description holds.
     pub sockets: Map<SockId, Box<Socket>>,
     /// Epoll instances that some descriptor refers to.
@@ -46,6 +50,7 @@ impl PartialEq for State {
             tasks,
             tables,
             ofds,
+            names,
             sockets,
             epolls,
             inotifies,
@@ -57,6 +62,7 @@ impl PartialEq for State {
             && *tasks == other.tasks
             && *tables == other.tables
             && *ofds == other.ofds
+            && *names == other.names
             && *sockets == other.sockets
             && *epolls == other.epolls
             && *inotifies == other.inotifies
@@ -116,6 +122,9 @@ pub struct Table {
     pub trust: Trust,
     /// Threads that use it.
     pub users: BTreeSet<TaskId>,
+    /// No thread used it when all were last read: a fork is under way, has failed, or the event
+    /// of its end was lost.
+    pub unused: bool,
     /// Descriptors.
     pub fds: BTreeMap<Fd, Slot>,
 }

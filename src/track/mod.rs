@@ -3,6 +3,7 @@
 
 pub mod audit;
 mod engine;
+mod names;
 pub mod order;
 mod reader;
 pub mod roots;
@@ -91,6 +92,8 @@ pub enum Settle {
     Reading,
     /// And what is suspect was read again.
     Suspects,
+    /// And the names of all files, which change without an event.
+    Names,
 }
 
 /// What somebody wants to know of the model.

@@ -53,6 +53,11 @@ impl Audit<'_> {
         truth: &ProcFd,
         sockets: &Rc<BTreeMap<u64, ProcSocket>>,
     ) {
+        if let Some(name) = self.state.names.get(&id) {
+            self.compared.names += 1;
+            let name = String::from_utf8_lossy(name);
+            self.differ(at.0, format!("name of fd {}", at.1), name, &truth.link);
+        }
         if ofd.kind == FileKind::Epoll {
             self.epoll(at, id, truth);
         }

@@ -42,6 +42,7 @@ pub struct Compared {
     pub credentials: usize,
     pub directories: usize,
     pub descriptors: usize,
+    pub names: usize,
     pub sockets: usize,
     pub epoll_items: usize,
     pub watches: usize,
@@ -80,7 +81,7 @@ pub fn audit(tracking: &Tracking) -> Result<Report, Gone> {
     let mut rounds = 0;
     loop {
         rounds += 1;
-        let state = tracking.state(Settle::Suspects)?;
+        let state = tracking.state(Settle::Names)?;
         let cgroups = tracking.roots.iter().flat_map(|root| {
             let path = |below: PathBuf| root.path.join(below);
             root.subtree().into_values().map(path).collect::<Vec<_>>()

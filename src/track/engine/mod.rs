@@ -1,8 +1,10 @@
 //! The thread that owns the model.
 
+mod names;
 mod resync;
 mod suspects;
 
+use super::names::{self as namer, Named};
 use super::order::Order;
 use super::reader::{self, Reading};
 use super::roots::Root;
@@ -12,8 +14,10 @@ use crate::bpf::rings::Kick;
 use crate::bpf::track::{HookSet, Hooks};
 use crate::model::apply::apply;
 use crate::model::event::Event;
+use crate::model::names::Unnamed;
 use crate::model::state::State;
 use crossbeam_channel::{Receiver, Sender, select};
+use names::Naming;
 use resync::{FILES_PAUSE, MMS_PAUSE};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -67,6 +71,10 @@ pub(super) struct Engine {
     orders: Option<Sender<reader::Order>>,
     readings: Receiver<Reading>,
     reader: Option<JoinHandle<()>>,
+    namer: Option<Sender<Vec<Unnamed>>>,
+    named: Receiver<Named>,
+    namer_thread: Option<JoinHandle<()>>,
+    naming: Naming,
     /// Events applied since the reading under way was asked for.
     log: Option<Vec<Event>>,
     /// Threads may be missing: everything is to be read.
@@ -96,6 +104,7 @@ impl Engine {
         requests: Receiver<Request>,
     ) -> io::Result<Self> {
         let (orders, readings, reader) = reader::start(iterators)?;
+        let (namer, named, namer_thread) = namer::start()?;
         let now = Instant::now();
         Ok(Self {
             hooks,
@@ -108,6 +117,10 @@ impl Engine {
             orders: Some(orders),
             readings,
             reader: Some(reader),
+            namer: Some(namer),
+            named,
+            namer_thread: Some(namer_thread),
+            naming: Naming::new(now),
             log: None,
             read_all: true,
             spread: false,
@@ -128,17 +141,20 @@ impl Engine {
         while !self.stopped {
             self.step(TICK);
         }
-        // The reader ends when nobody can order from it.
-        self.orders = None;
-        while self.readings.recv().is_ok() {}
-        if let Some(reader) = self.reader.take() {
-            let _ = reader.join();
+        // They end when nobody can order from them.
+        (self.orders, self.namer) = (None, None);
+        while self.readings.recv().is_ok() || self.named.recv().is_ok() {}
+        for thread in [self.reader.take(), self.namer_thread.take()] {
+            if let Some(thread) = thread {
+                let _ = thread.join();
+            }
         }
     }
 
     /// Waits for something to do, at most so long, and does it.
     fn step(&mut self, patience: Duration) {
         let (batches, readings) = (self.inbox.batches.clone(), self.readings.clone());
+        let named = self.named.clone();
         let requests = self.requests.clone();
         select! {
             recv(batches) -> batch => match batch {
@@ -147,6 +163,9 @@ impl Engine {
             },
             recv(readings) -> reading => if let Ok(reading) = reading {
                 self.absorb(reading);
+            },
+            recv(named) -> named => if let Ok(named) = named {
+                self.hold_names(named);
             },
             recv(requests) -> request => match request {
                 Ok(Request::Look { settle, look }) => {
@@ -158,6 +177,10 @@ impl Engine {
                             self.catch_up();
                         }
                         Settle::Suspects => self.settle(),
+                        Settle::Names => {
+                            self.settle();
+                            self.name_all();
+                        }
                     }
                     look(self.view());
                 }
@@ -171,12 +194,16 @@ impl Engine {
     /// As `step`, without taking requests.
     fn wait(&mut self, patience: Duration) {
         let (batches, readings) = (self.inbox.batches.clone(), self.readings.clone());
+        let named = self.named.clone();
         select! {
             recv(batches) -> batch => if let Ok(batch) = batch {
                 self.take_in(batch);
             },
             recv(readings) -> reading => if let Ok(reading) = reading {
                 self.absorb(reading);
+            },
+            recv(named) -> named => if let Ok(named) = named {
+                self.hold_names(named);
             },
             default(patience) => {}
         }
@@ -230,6 +257,7 @@ impl Engine {
         }
         self.mind_gaps();
         self.maybe_read();
+        self.maybe_name();
     }
 
     fn mind_gaps(&mut self) {

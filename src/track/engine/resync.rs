@@ -50,7 +50,9 @@ impl Engine {
             self.mms_read = now;
         }
         let processes = self.suspect_processes(files, mms);
-        let all = self.read_all || processes.len() > FEW_PROCESSES;
+        // What no thread seems to have goes away when all are read.
+        let found = (1..=FEW_PROCESSES).contains(&processes.len());
+        let all = self.read_all || !found;
         let scopes = if all {
             self.roots
                 .iter()

@@ -14,6 +14,8 @@ pub struct ProcFd {
     pub flags: u32,
     /// `socket`, `pipe`, `eventpoll`, …, or `file` for what has a path or no name of its own.
     pub kind: &'static str,
+    /// What the entry in `fd` links to.
+    pub link: String,
     pub place: Place,
     /// `tfd` lines of an epoll instance.
     pub items: Vec<ProcItem>,
@@ -53,20 +55,21 @@ pub fn read(pid: Pid, tid: Tid) -> io::Result<BTreeMap<Fd, ProcFd>> {
             Err(error) if is_gone(&error) => continue,
             info => info?,
         };
-        found.insert(Fd(fd), descriptor(&link.to_string_lossy(), &info));
+        found.insert(Fd(fd), descriptor(link.to_string_lossy().into(), &info));
     }
     Ok(found)
 }
 
 pub const O_CLOEXEC: u32 = 0o2_000_000;
 
-fn descriptor(link: &str, info: &str) -> ProcFd {
+fn descriptor(link: String, info: &str) -> ProcFd {
     let flags = u32::from_str_radix(value(info, "flags:"), 8).unwrap_or(0);
     let lines = |key: &'static str| info.lines().filter_map(move |line| line.strip_prefix(key));
     ProcFd {
         cloexec: flags & O_CLOEXEC != 0,
         flags,
-        kind: link_kind(link),
+        kind: link_kind(&link),
+        link,
         place: place_of(info),
         items: lines("tfd:").filter_map(item).collect(),
         watches: lines("inotify ").filter_map(watch).collect(),
@@ -146,7 +149,7 @@ mod tests {
     fn an_epoll_descriptor_is_read_with_its_items() {
         let info = "pos:\t0\nflags:\t02000002\nmnt_id:\t15\nino:\t1057\n\
                     tfd:       12 events:       19 data:        deadbeef  pos:0 ino:1f sdev:8\n";
-        let fd = descriptor("anon_inode:[eventpoll]", info);
+        let fd = descriptor("anon_inode:[eventpoll]".into(), info);
         let item = ProcItem {
             fd: Fd(12),
             events: 0x19,
@@ -157,6 +160,7 @@ mod tests {
             cloexec: true,
             flags: 0o2_000_002,
             kind: "eventpoll",
+            link: "anon_inode:[eventpoll]".into(),
             place: Place {
                 mount: 15,
                 ino: 1057,
@@ -180,7 +184,10 @@ mod tests {
             inode,
             mask: 0x3ce,
         };
-        assert_eq!(descriptor("anon_inode:inotify", info).watches, [watch]);
+        assert_eq!(
+            descriptor("anon_inode:inotify".into(), info).watches,
+            [watch]
+        );
     }
 
     #[test]
