@@ -64,7 +64,9 @@ impl Engine {
                 .map(|pid| Scope::Process(pid.0.cast_unsigned()))
                 .collect()
         };
-        // Before the number is taken: a change from here on is said again.
+        // First, so that what is marked from here on is suspect again after the reading: of a
+        // mark that is not cleared below nothing more would be said.
+        let seq = self.hooks.last_seq();
         for address in self.hooks.dirty() {
             let is_mm = self.state.mms.contains_key(&MmId(address));
             let is_table = self.state.tables.contains_key(&FilesId(address));
@@ -73,7 +75,7 @@ impl Engine {
             }
         }
         let order = Order {
-            seq: self.hooks.last_seq(),
+            seq,
             scopes,
             all,
             files,
