@@ -13,7 +13,7 @@ use super::tracked::{
 };
 use crate::image::Kernel;
 use crate::payload::TESTS_DIR;
-use crate::vm::Vm;
+use crate::vm::{Exec, Vm};
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
