@@ -48,6 +48,7 @@ fn print(report: &Report) {
         (compared.sockets, "sockets"),
         (compared.epoll_items, "epoll items"),
         (compared.watches, "inotify watches"),
+        (compared.watched_paths, "paths of them"),
         (compared.address_spaces, "address spaces"),
         (compared.mappings, "mappings"),
     ];

@@ -26,7 +26,8 @@ pub enum Inconsistency {
     FsOfTask(TaskId, FsId),
     /// Directories list a thread that does not use them.
     UserOfFs(FsId, TaskId),
-    /// A description of an inotify instance has no watches, or watches no description.
+    /// A description of an inotify instance has no watches, or watches no description, or a path
+    /// no watch.
     Inotify(GroupId),
     /// A name of a description that does not exist or is of a kind without names.
     Name(OfdId),
@@ -146,7 +147,11 @@ fn descriptions(state: &State, found: &mut Vec<Inconsistency>) {
     }
     for (id, inotify) in &state.inotifies {
         let holder = state.ofds.get(&inotify.holder);
-        if holder.and_then(|ofd| ofd.group) != Some(*id) {
+        let paths = inotify.paths.keys();
+        let watched = paths
+            .map(|wd| inotify.watches.contains_key(wd))
+            .all(|is| is);
+        if holder.and_then(|ofd| ofd.group) != Some(*id) || !watched {
             found.push(Inconsistency::Inotify(*id));
         }
     }

@@ -260,6 +260,7 @@ impl Step<'_> {
             return;
         }
         inotify.seq = self.seq;
+        inotify.paths.remove(&wd);
         match watch {
             Some(watch) => inotify.watches.insert(wd, watch),
             None => inotify.watches.remove(&wd),

@@ -1,5 +1,5 @@
-//! Names of files: no event tells them, so they are asked for when a file has been open for a
-//! while.
+//! Names of files, and of what is watched: no event tells them, so they are asked for when a
+//! file has been open for a while.
 
 use super::event::FileKind;
 use super::ids::{Fd, FilesId, InodeId, OfdId, Tid};
@@ -41,14 +41,28 @@ pub struct Unnamed {
     seq: u64,
 }
 
+/// What was found for one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names {
+    /// What was asked for.
+    pub asked: Unnamed,
+    /// The link in /proc.
+    pub name: Vec<u8>,
+    /// Of an inotify instance: watch descriptors, the inodes they watch, and their paths.
+    pub paths: Vec<(i32, InodeId, Vec<u8>)>,
+}
+
 impl State {
-    /// One descriptor each of the descriptions without a name that had no news since this
-    /// number; `again`: of those with a name as well.
+    /// One descriptor each of the descriptions without a name, or with watches whose paths were
+    /// not asked for, that had no news since this number; `again`: of the others as well.
     #[must_use]
     pub fn unnamed(&self, since: u64, again: bool) -> Vec<Unnamed> {
         let ofds = self.ofds.iter().filter(|(id, ofd)| {
-            let wanted = ofd.refs > 0 && ofd.kind.has_name() && ofd.seq <= since;
-            wanted && (again || !self.names.contains_key(id))
+            let wants = match ofd.group.and_then(|group| self.inotifies.get(&group)) {
+                Some(inotify) => inotify.seq <= since && (again || inotify.named < inotify.seq),
+                None => ofd.kind.has_name() && (again || !self.names.contains_key(id)),
+            };
+            wants && ofd.refs > 0 && ofd.seq <= since
         });
         let mut wanted: BTreeMap<OfdId, InodeId> = ofds.map(|(id, ofd)| (*id, ofd.inode)).collect();
         let mut found = Vec::with_capacity(wanted.len());
@@ -77,19 +91,34 @@ impl State {
         found
     }
 
-    /// Takes the name that was found for a descriptor, all events up to then being applied;
-    /// unless the descriptor had news since it was asked for: then it may be another file's.
-    pub fn set_name(&mut self, asked: &Unnamed, name: &[u8]) {
+    /// Takes what was found, all events up to then being applied; unless the descriptor had news
+    /// since it was asked for: then it may be of another file.
+    pub fn set_names(&mut self, names: &Names) {
+        let asked = &names.asked;
         let table = self.tables.get(&asked.files);
         let slot = table.and_then(|table| table.fds.get(&asked.fd));
-        if slot.is_some_and(|slot| (slot.ofd, slot.seq) == (asked.ofd, asked.seq))
-            && self
-                .ofds
-                .get(&asked.ofd)
-                .is_some_and(|ofd| ofd.inode == asked.inode && ofd.kind.has_name())
-        {
-            self.names.insert(asked.ofd, name.into());
+        if slot.is_none_or(|slot| (slot.ofd, slot.seq) != (asked.ofd, asked.seq)) {
+            return;
         }
+        let ofd = self.ofds.get(&asked.ofd);
+        let Some(ofd) = ofd.filter(|ofd| ofd.inode == asked.inode) else {
+            return;
+        };
+        if ofd.kind.has_name() {
+            self.names.insert(asked.ofd, names.name.as_slice().into());
+        }
+        let Some(inotify) = ofd.group.and_then(|group| self.inotifies.get_mut(&group)) else {
+            return;
+        };
+        inotify.named = inotify.seq;
+        let same = |wd: &i32, inode: &InodeId| {
+            let watch = inotify.watches.get(wd);
+            watch.is_some_and(|watch| watch.inode == *inode)
+        };
+        let paths = names.paths.iter().filter(|(wd, inode, _)| same(wd, inode));
+        inotify.paths = paths
+            .map(|(wd, _, path)| (*wd, path.as_slice().into()))
+            .collect();
     }
 }
 
@@ -98,8 +127,8 @@ mod tests {
     use super::*;
     use crate::model::apply::apply;
     use crate::model::check::check;
-    use crate::model::event::{Body, Event, OfdInfo, TaskInfo};
-    use crate::model::ids::{CgroupId, Pid, TaskId};
+    use crate::model::event::{Body, Event, OfdInfo, TaskInfo, Watch};
+    use crate::model::ids::{CgroupId, GroupId, Pid, TaskId};
 
     const FILES: FilesId = FilesId(64);
 
@@ -149,6 +178,50 @@ mod tests {
         state
     }
 
+    fn found(asked: Unnamed) -> Names {
+        Names {
+            asked,
+            name: b"/var/log/x".to_vec(),
+            paths: vec![],
+        }
+    }
+
+    #[test]
+    fn watches_are_named_when_they_are_new() {
+        let mut state = start();
+        let (group, watch) = (GroupId(512), Watch::default());
+        let mut opened = open(2, 384, FileKind::Inotify);
+        if let Body::FdInstall { ofd, .. } = &mut opened {
+            ofd.group = Some(group);
+        }
+        let set = |wd| Body::WatchSet { group, wd, watch };
+        run(&mut state, (5..).zip([opened, set(1), set(2)]));
+        let of = |state: &State, since| {
+            let mut wanted = state.unnamed(since, false);
+            wanted.retain(|wanted| wanted.ofd == OfdId(384));
+            wanted
+        };
+        assert_eq!(of(&state, 6), [], "news since");
+        let mut names = found(of(&state, 7)[0]);
+        let other = InodeId { dev: 1, ino: 1 };
+        names.paths = vec![
+            (1, watch.inode, b"/a".to_vec()),
+            (2, other, b"/b".to_vec()),
+            (3, watch.inode, b"/c".to_vec()),
+        ];
+        state.set_names(&names);
+        assert_eq!(check(&state), []);
+        let paths = |state: &State| state.inotifies[&group].paths.clone();
+        assert_eq!(
+            paths(&state),
+            BTreeMap::from([(1, b"/a".as_slice().into())])
+        );
+        assert_eq!(of(&state, 7), [], "asked already");
+        run(&mut state, [(8, Body::WatchDel { group, wd: 1 })]);
+        assert_eq!(paths(&state), BTreeMap::new());
+        assert_eq!(of(&state, 8).len(), 1);
+    }
+
     #[test]
     fn a_file_is_named_once_it_has_been_open_for_a_while() {
         let mut state = start();
@@ -156,7 +229,7 @@ mod tests {
         let wanted = state.unnamed(3, false);
         assert_eq!(wanted.len(), 1);
         assert_eq!((wanted[0].tid, wanted[0].fd), (Tid(7), Fd(0)));
-        state.set_name(&wanted[0], b"/var/log/x");
+        state.set_names(&found(wanted[0]));
         assert_eq!(check(&state), []);
         assert_eq!(state.names[&OfdId(256)].as_ref(), b"/var/log/x");
         assert_eq!(state.unnamed(4, false), []);
@@ -170,14 +243,15 @@ mod tests {
         let (files, fd) = (FILES, Fd(0));
         let reopened = [Body::FdClose { files, fd }, open(0, 256, FileKind::Regular)];
         run(&mut state, (5..).zip(reopened));
-        state.set_name(&wanted[0], b"/var/log/x");
+        state.set_names(&found(wanted[0]));
         assert!(state.names.is_empty());
     }
 
     #[test]
     fn a_name_goes_with_its_file() {
         let mut state = start();
-        state.set_name(&state.unnamed(3, false)[0], b"/var/log/x");
+        let wanted = state.unnamed(3, false);
+        state.set_names(&found(wanted[0]));
         let (files, fd) = (FILES, Fd(0));
         let reused = [Body::FdClose { files, fd }, open(2, 256, FileKind::Regular)];
         run(&mut state, (5..).zip(reused));

@@ -106,7 +106,11 @@ pub fn absorb(state: &mut State, snapshot: &Snapshot) {
             && (inotify.seq <= seq || inotify.trust == Trust::Suspect)
         {
             inotify.seq = seq;
-            inotify.watches.clone_from(watches);
+            let old = std::mem::replace(&mut inotify.watches, watches.clone());
+            let inode = |watch: &Watch| watch.inode;
+            inotify
+                .paths
+                .retain(|wd, _| watches.get(wd).map(inode) == old.get(wd).map(inode));
             step.state.set_trust(Object::Inotify(*id), Trust::Verified);
         }
     }

@@ -233,6 +233,10 @@ pub struct Inotify {
     pub holder: OfdId,
     /// Watches by watch descriptor.
     pub watches: BTreeMap<i32, Watch>,
+    /// Generation of which `paths` were asked for.
+    pub named: u64,
+    /// Paths of what is watched, when they were last looked at; of some, none can be found.
+    pub paths: BTreeMap<i32, Box<[u8]>>,
 }
 
 impl State {

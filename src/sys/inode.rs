@@ -1,9 +1,11 @@
 //! Names of inodes that are known by a file handle.
 
-use crate::model::ids::{Fd, Pid};
+use crate::model::ids::{Fd, InodeId, Pid};
 use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::sys::stat::Mode;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
@@ -20,34 +22,90 @@ pub struct Watched {
     pub mask: u32,
 }
 
-/// What inotify watch `wd` of a process's descriptor watches: the handle in its fdinfo
-/// (proc(5)) is opened and the name asked for.
-///
-/// # Errors
-/// No such watch, a filesystem without handles, or a file without a name.
-pub fn watched(pid: Pid, fd: Fd, wd: i32) -> io::Result<Watched> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
-    let line = text
-        .lines()
-        .find(|line| line.starts_with(&format!("inotify wd:{wd:x} ")))
-        .ok_or(io::ErrorKind::NotFound)?;
-    let field = |name: &str| {
-        line.split(' ')
-            .find_map(|part| part.strip_prefix(name))
-            .ok_or(io::ErrorKind::InvalidData)
-    };
-    let kind = i32::from_str_radix(field("fhandle-type:")?, 16).map_err(io::Error::other)?;
-    let device = u32::from_str_radix(field("sdev:")?, 16).map_err(io::Error::other)?;
-    let mask = u32::from_str_radix(field("mask:")?, 16).map_err(io::Error::other)?;
-    let bytes = hex(field("f_handle:")?).ok_or(io::ErrorKind::InvalidData)?;
-    let mount = mount_of(pid, device)?;
-    let opened = open_handle(&mount, kind, &bytes)?;
-    let path = std::fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()))?;
-    let path = path.into_os_string().into_vec();
-    if path.ends_with(b" (deleted)") {
-        return Err(io::ErrorKind::NotFound.into());
+/// The watches of an inotify instance, as the fdinfo of a descriptor of it shows them (proc(5)).
+#[derive(Debug)]
+pub struct Watches {
+    pid: Pid,
+    watches: BTreeMap<i32, Watch>,
+    /// Where handles of a device can be opened.
+    mounts: BTreeMap<u32, OwnedFd>,
+}
+
+/// A line of fdinfo.
+#[derive(Debug)]
+struct Watch {
+    inode: InodeId,
+    mask: u32,
+    kind: i32,
+    handle: Vec<u8>,
+}
+
+impl Watches {
+    /// Those of a descriptor of this process.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn read(pid: Pid, fd: Fd) -> io::Result<Self> {
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
+        Ok(Self::parse(pid, &info))
     }
-    Ok(Watched { path, mask })
+
+    /// Those in the fdinfo of a descriptor of this process; what has no handle is left out.
+    #[must_use]
+    pub fn parse(pid: Pid, info: &str) -> Self {
+        let lines = info
+            .lines()
+            .filter_map(|line| line.strip_prefix("inotify "));
+        Self {
+            pid,
+            watches: lines.filter_map(Watch::parse).collect(),
+            mounts: BTreeMap::new(),
+        }
+    }
+
+    /// Their watch descriptors, and what each watches.
+    pub fn inodes(&self) -> impl Iterator<Item = (i32, InodeId)> {
+        self.watches.iter().map(|(wd, watch)| (*wd, watch.inode))
+    }
+
+    /// What this one watches: the handle is opened and the name asked for.
+    ///
+    /// # Errors
+    /// No such watch, a filesystem without handles, or a file without a name.
+    pub fn watched(&mut self, wd: i32) -> io::Result<Watched> {
+        let watch = self.watches.get(&wd).ok_or(io::ErrorKind::NotFound)?;
+        let mount = match self.mounts.entry(watch.inode.dev) {
+            Entry::Occupied(mount) => mount.into_mut(),
+            Entry::Vacant(place) => place.insert(mount_of(self.pid, watch.inode.dev)?),
+        };
+        let opened = open_handle(mount, watch.kind, &watch.handle)?;
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()))?;
+        let path = path.into_os_string().into_vec();
+        if path.ends_with(b" (deleted)") {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let mask = watch.mask;
+        Ok(Watched { path, mask })
+    }
+}
+
+impl Watch {
+    /// The rest of a line of fs/notify/fdinfo.c: `wd:X ino:X sdev:X mask:X …`.
+    fn parse(line: &str) -> Option<(i32, Self)> {
+        let field = |name: &str| line.split(' ').find_map(|part| part.strip_prefix(name));
+        let number = |name: &str| u64::from_str_radix(field(name)?, 16).ok();
+        let small = |name: &str| u32::try_from(number(name)?).ok();
+        let watch = Self {
+            inode: InodeId {
+                dev: small("sdev:")?,
+                ino: number("ino:")?,
+            },
+            mask: small("mask:")?,
+            kind: i32::try_from(number("fhandle-type:")?).ok()?,
+            handle: hex(field("f_handle:")?)?,
+        };
+        Some((i32::try_from(number("wd:")?).ok()?, watch))
+    }
 }
 
 fn hex(text: &str) -> Option<Vec<u8>> {
@@ -109,5 +167,25 @@ fn open_handle(mount: &OwnedFd, kind: i32, bytes: &[u8]) -> io::Result<OwnedFd> 
         // SAFETY: the kernel has just handed out this descriptor to us alone.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn watches_are_read_from_fdinfo() {
+        let info = "pos:\t0\nflags:\t00\nmnt_id:\t15\nino:\t7\n\
+                    inotify wd:a ino:1f sdev:fe00001 mask:3ce ignored_mask:0 fhandle-bytes:8 \
+                    fhandle-type:1 f_handle:1f0000a1\n\
+                    inotify wd:b ino:20 sdev:fe00001 mask:2 ignored_mask:0 \n";
+        let watches = Watches::parse(Pid(1), info);
+        let (dev, ino) = (0xfe << 20 | 1, 0x1f);
+        let inodes: Vec<_> = watches.inodes().collect();
+        assert_eq!(inodes, [(10, InodeId { dev, ino })]);
+        let watch = &watches.watches[&10];
+        assert_eq!((watch.mask, watch.kind), (0x3ce, 1));
+        assert_eq!(watch.handle, [0x1f, 0, 0, 0xa1]);
     }
 }

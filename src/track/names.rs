@@ -3,14 +3,16 @@
 //! A path is nothing a hook could tell at a bearable price, and most files are closed before
 //! anybody would want to know theirs.
 
-use crate::model::names::Unnamed;
+use crate::model::ids::Pid;
+use crate::model::names::{Names, Unnamed};
+use crate::sys::inode::Watches;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::thread::{self, JoinHandle};
 
 /// Those that were asked for and found.
-pub(super) type Named = Vec<(Unnamed, Vec<u8>)>;
+pub(super) type Named = Vec<Names>;
 
 /// Starts the thread; it ends when the sender is dropped.
 pub(super) fn start() -> std::io::Result<(Sender<Vec<Unnamed>>, Receiver<Named>, JoinHandle<()>)> {
@@ -18,9 +20,7 @@ pub(super) fn start() -> std::io::Result<(Sender<Vec<Unnamed>>, Receiver<Named>,
     let (outbox, answers) = bounded(1);
     let thread = thread::Builder::new().name("names".into()).spawn(move || {
         for wanted in inbox {
-            let found = wanted
-                .into_iter()
-                .filter_map(|asked| Some((asked, name(&asked)?)));
+            let found = wanted.into_iter().filter_map(names);
             if outbox.send(found.collect()).is_err() {
                 return;
             }
@@ -30,10 +30,20 @@ pub(super) fn start() -> std::io::Result<(Sender<Vec<Unnamed>>, Receiver<Named>,
 }
 
 /// What /proc shows; `None` if the descriptor is gone or something else by now.
-fn name(asked: &Unnamed) -> Option<Vec<u8>> {
+fn names(asked: Unnamed) -> Option<Names> {
     let base = format!("/proc/{}", asked.tid);
     let link = fs::read_link(format!("{base}/fd/{}", asked.fd)).ok()?;
     let info = fs::read_to_string(format!("{base}/fdinfo/{}", asked.fd)).ok()?;
     let ino = info.lines().find_map(|line| line.strip_prefix("ino:"))?;
-    (ino.trim().parse() == Ok(asked.inode.ino)).then(|| link.into_os_string().into_vec())
+    let mut watches = Watches::parse(Pid(asked.tid.0), &info);
+    let inodes: Vec<_> = watches.inodes().collect();
+    let found = inodes
+        .into_iter()
+        .filter_map(|(wd, inode)| Some((wd, inode, watches.watched(wd).ok()?.path)));
+    let paths = found.collect();
+    (ino.trim().parse() == Ok(asked.inode.ino)).then(|| Names {
+        asked,
+        name: link.into_os_string().into_vec(),
+        paths,
+    })
 }

@@ -12,6 +12,7 @@ use crate::model::frozen::{
     InotifyWatch, LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
+use crate::sys::inode::Watches;
 use nix::libc;
 use serde_bytes::ByteBuf;
 use std::collections::{BTreeMap, HashMap};
@@ -228,6 +229,18 @@ impl<'a> Reader<'a> {
             .watches
             .get(&file.rec.file)
             .map_or(&[][..], Vec::as_slice);
+        if watches.is_empty() {
+            return Ok(Vec::new());
+        }
+        let failed = |call| {
+            move |source| CollectError::File {
+                pid,
+                fd,
+                call,
+                source,
+            }
+        };
+        let mut shown = Watches::read(pid, fd).map_err(failed("fdinfo"))?;
         let mut watches = watches
             .iter()
             .map(|watch| {
@@ -235,14 +248,8 @@ impl<'a> Reader<'a> {
                     dev: watch.dev,
                     ino: watch.ino,
                 };
-                let watched = crate::sys::inode::watched(pid, fd, watch.wd).map_err(|source| {
-                    CollectError::File {
-                        pid,
-                        fd,
-                        call: "open_by_handle_at",
-                        source,
-                    }
-                })?;
+                let watched = shown.watched(watch.wd);
+                let watched = watched.map_err(failed("open_by_handle_at"))?;
                 Ok(InotifyWatch {
                     wd: watch.wd,
                     mask: watched.mask,

@@ -2,11 +2,15 @@
 
 use super::Audit;
 use super::kernel::fds::{self, ProcFd, ProcItem, ProcWatch};
+use super::kernel::place_at;
 use super::kernel::sockets::ProcSocket;
 use crate::model::event::FileKind;
 use crate::model::ids::{Fd, FilesId, GroupId, OfdId, Pid, Tid};
 use crate::model::state::Ofd;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::rc::Rc;
 
 impl Audit<'_> {
@@ -91,11 +95,31 @@ impl Audit<'_> {
         };
         let kernel: Vec<ProcWatch> = truth.watches.iter().map(shown).collect();
         self.compared.watches += kernel.len();
+        self.paths((pid, fd), group);
         let object = format!("watches of inotify fd {fd}");
         self.differ_sets(pid, object, (&model, &kernel), |watch| {
             let ProcWatch { wd, inode, mask } = watch;
             format!("wd {wd} inode {inode} mask {mask:x}")
         });
+    }
+
+    /// The paths of what is watched still lead there. Those that lead nowhere are no difference:
+    /// a file keeps its watch for a while after it lost its name.
+    fn paths(&mut self, (pid, fd): (Pid, Fd), group: GroupId) {
+        let Some(inotify) = self.state.inotifies.get(&group) else {
+            return;
+        };
+        for (wd, path) in &inotify.paths {
+            self.compared.watched_paths += 1;
+            let object = format!("path of watch {wd} of inotify fd {fd}");
+            match place_at(Path::new(OsStr::from_bytes(path))) {
+                Err(error) => self.unread(pid, object, &error),
+                Ok(place) => {
+                    let inode = inotify.watches.get(wd).map_or(0, |watch| watch.inode.ino);
+                    self.differ(pid, object, inode.to_string(), place.ino.to_string());
+                }
+            }
+        }
     }
 
     fn epoll(&mut self, (pid, fd): (Pid, Fd), id: OfdId, truth: &ProcFd) {

@@ -46,6 +46,7 @@ pub struct Compared {
     pub sockets: usize,
     pub epoll_items: usize,
     pub watches: usize,
+    pub watched_paths: usize,
     pub address_spaces: usize,
     pub mappings: usize,
 }

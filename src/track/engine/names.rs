@@ -70,8 +70,8 @@ impl Engine {
     fn take_names(&mut self) {
         let done = self.order.done();
         let due = self.naming.ready.take_if(|(seq, _)| *seq <= done);
-        for (asked, name) in due.into_iter().flat_map(|(_, named)| named) {
-            self.state.set_name(&asked, &name);
+        for names in due.into_iter().flat_map(|(_, named)| named) {
+            self.state.set_names(&names);
         }
     }
 

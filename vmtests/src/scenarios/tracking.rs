@@ -3,7 +3,9 @@
 use anyhow::{Result, ensure};
 
 use super::Scenario;
-use super::tracked::{PATIENCE, agent_log, audit, end, lost, start, start_agent, status, stop};
+use super::tracked::{
+    PATIENCE, agent_log, audit, audited_at_rest, end, lost, start, start_agent, status, stop,
+};
 use crate::image::Kernel;
 use crate::payload::TESTS_DIR;
 use crate::vm::{Exec, Vm};
@@ -70,7 +72,11 @@ fn tracking(vm: &Vm, hooks: &str) -> Result<()> {
             agent_log(vm)
         );
     }
-    audit(vm, "storm", 50)?;
+    let report = audited_at_rest(vm, "storm", 50)?;
+    for kind in ["names", "watched_paths"] {
+        let compared = report["compared"][kind].as_u64();
+        ensure!(compared > Some(0), "No {kind} are known: {report:#}");
+    }
     end(vm, "storm", storm)?;
     end(vm, "redis", redis)?;
     stop(vm, agent)

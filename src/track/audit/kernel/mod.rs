@@ -105,15 +105,15 @@ pub(super) fn attrs(pid: Pid, tid: Tid) -> io::Result<ProcAttrs> {
     })
 }
 
-/// A directory of a thread: `cwd` or `root`. What stat(2) says would be the filesystem's
-/// own view, not the inode that the kernel holds.
+/// A directory of a thread: `cwd` or `root`.
 pub(super) fn place(pid: Pid, tid: Tid, name: &str) -> io::Result<Place> {
-    let path = format!("/proc/{pid}/task/{tid}/{name}");
-    let fd = open(
-        path.as_str(),
-        OFlag::O_PATH | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )?;
+    place_at(Path::new(&format!("/proc/{pid}/task/{tid}/{name}")))
+}
+
+/// What a path leads to. What stat(2) says would be the filesystem's own view, not the inode
+/// that the kernel holds.
+pub(super) fn place_at(path: &Path) -> io::Result<Place> {
+    let fd = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
     let info = fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", fd.as_raw_fd()))?;
     Ok(place_of(&info))
 }
