@@ -13,12 +13,21 @@
 #ifndef TRACKER_TRACK_RING_BPF_H
 #define TRACKER_TRACK_RING_BPF_H
 
-/* Set by user space before loading. */
+/* Set by user space before loading: the verifier leaves out what does not follow from it. */
 const volatile u32 shard_mask;
+const volatile struct root_rec roots[TRK_MAX_ROOTS];
+const volatile u32 root_count;
 
-/* Set by user space at any time; the number last. */
-struct root_rec roots[TRK_MAX_ROOTS];
-u32 root_count;
+/* Set by user space once all programs are attached: nothing is tracked before. */
+u32 tracking;
+
+/*
+ * Whether cgroups are tracked, as twice the id plus the answer, each at a place that follows
+ * from its id: a look costs less than walking up. An answer never changes: neither do the
+ * roots, nor what a cgroup is below, and the kernel uses no id again.
+ */
+#define VERDICTS 256
+u64 verdicts[VERDICTS];
 
 u64 last_seq;       /* number of the last event */
 u64 stale_overflow; /* losses whose object could not be noted: everything is stale */
@@ -104,50 +113,45 @@ static __always_inline u32 address32(const void *object)
 	return number;
 }
 
-/* Most processes are in the very cgroup that is tracked: only those further down cost more. */
-static __always_inline bool current_tracked(void)
+/* The answer found out. `typed` is about the cgroup, see MEMBER. */
+static __always_inline bool judge(const bool typed, struct cgroup *cgrp, u64 id)
 {
-	struct cgroup *cgrp = bpf_get_current_task_btf()->cgroups->dfl_cgrp;
-	u64 id = cgrp->kn->id;
-	u32 level = cgrp->level;
+	u64 ancestors = address(cgrp) + bpf_core_field_offset(struct cgroup, ancestors);
+	u32 level = MEMBER(typed, cgrp, level);
+	bool tracked = false;
 
 	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
+		struct cgroup *ancestor = NULL;
+
 		if (i >= root_count)
-			return false;
-		if (roots[i].id == id)
-			return true;
-		if (roots[i].level < level &&
-		    bpf_get_current_ancestor_cgroup_id(roots[i].level) == roots[i].id)
-			return true;
+			break;
+		if (roots[i].level > level)
+			continue;
+		bpf_probe_read_kernel(&ancestor, sizeof(ancestor),
+				      (void *)(ancestors + roots[i].level * 8));
+		tracked |= BPF_CORE_READ(ancestor, kn, id) == roots[i].id;
 	}
-	return false;
+	verdicts[id % VERDICTS] = id << 1 | tracked;
+	return tracked;
 }
 
 /* `typed` is about the cgroup, see MEMBER. */
 static __always_inline bool cgroup_tracked(const bool typed, struct cgroup *cgrp)
 {
 	struct kernfs_node *kn = MEMBER(typed, cgrp, kn);
-	u32 level = MEMBER(typed, cgrp, level);
 	u64 id = MEMBER(typed, kn, id);
+	u64 verdict = verdicts[id % VERDICTS];
 
-	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
-		struct cgroup *ancestor = NULL;
-		u64 ancestors;
-		u32 depth;
+	if (!tracking)
+		return false;
+	if (verdict >> 1 == id)
+		return verdict & 1;
+	return judge(typed, cgrp, id);
+}
 
-		if (i >= root_count)
-			return false;
-		if (roots[i].id == id)
-			return true;
-		depth = roots[i].level;
-		if (depth >= level)
-			continue;
-		ancestors = address(cgrp) + bpf_core_field_offset(struct cgroup, ancestors);
-		bpf_probe_read_kernel(&ancestor, sizeof(ancestor), (void *)(ancestors + depth * 8));
-		if (BPF_CORE_READ(ancestor, kn, id) == roots[i].id)
-			return true;
-	}
-	return false;
+static __always_inline bool current_tracked(void)
+{
+	return cgroup_tracked(true, bpf_get_current_task_btf()->cgroups->dfl_cgrp);
 }
 
 static __always_inline bool task_tracked(struct task_struct *task)

@@ -68,6 +68,10 @@ pub struct MapError {
     source: libbpf_rs::Error,
 }
 
+/// A cgroup that does not exist, for a look at the programs: without any the verifier would
+/// leave most of them out.
+pub const NO_ROOT: [(u64, u32); 1] = [(u64::MAX, 1)];
+
 /// The loaded and attached hooks. Dropping it detaches them.
 pub struct Hooks {
     links: Vec<Link>,
@@ -95,18 +99,20 @@ impl std::fmt::Debug for Hooks {
 }
 
 impl Hooks {
-    /// Loads and attaches the better set that the kernel accepts, or the one asked
-    /// for. Nothing is tracked before [`Hooks::set_roots`].
+    /// Loads and attaches the better set that the kernel accepts, or the one asked for. They
+    /// track these cgroups with everything below them, from [`Hooks::start`] on: cgroup id and
+    /// depth below the root cgroup. At most [`events::TRK_MAX_ROOTS`](super::events) count.
     ///
     /// # Errors
     ///
     /// The kernel refused every set that was allowed.
-    pub fn load(options: &Options) -> Result<Self, LoadError> {
+    pub fn load(options: &Options, roots: &[(u64, u32)]) -> Result<Self, LoadError> {
         super::redirect_libbpf_log();
+        let load_set = |set| Self::load_set(options, set, roots);
         match options.set {
-            Some(set) => Self::load_set(options, set),
-            None => Self::load_set(options, HookSet::Fentry).or_else(|refusal| {
-                let mut hooks = Self::load_set(options, HookSet::Fallback)?;
+            Some(set) => load_set(set),
+            None => load_set(HookSet::Fentry).or_else(|refusal| {
+                let mut hooks = load_set(HookSet::Fallback)?;
                 let reason = format!("{}: {}", refusal.step, refusal.source);
                 tracing::info!(reason, "the fentry hooks were refused");
                 hooks.refused = Some(reason);
@@ -123,11 +129,11 @@ impl Hooks {
     /// The kernel refused to load a program.
     pub fn load_anyhow(set: HookSet) -> Result<Self, LoadError> {
         super::redirect_libbpf_log();
-        Ok(Self::load_some(&Options::default(), set)?.0)
+        Ok(Self::load_some(&Options::default(), set, &NO_ROOT)?.0)
     }
 
-    fn load_set(options: &Options, set: HookSet) -> Result<Self, LoadError> {
-        let (hooks, refusal) = Self::load_some(options, set)?;
+    fn load_set(options: &Options, set: HookSet, roots: &[(u64, u32)]) -> Result<Self, LoadError> {
+        let (hooks, refusal) = Self::load_some(options, set, roots)?;
         let missing = |group: &&[&str]| !group.iter().any(|name| hooks.attached.contains(name));
         // The tracepoint was left out because these were there.
         let marks = hooks
@@ -151,6 +157,7 @@ impl Hooks {
     fn load_some(
         options: &Options,
         set: HookSet,
+        roots: &[(u64, u32)],
     ) -> Result<(Self, Option<libbpf_rs::Error>), LoadError> {
         let at = |step| move |source| LoadError { step, source };
         let btf = Btf::from_vmlinux().map_err(at("reading the kernel's BTF"))?;
@@ -183,6 +190,12 @@ impl Hooks {
         }
         if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
             rodata.shard_mask = options.shards - 1;
+            for (slot, (id, level)) in rodata.roots.iter_mut().zip(roots) {
+                // The generated type is another than the one of events.h, with the same fields.
+                slot.id = *id;
+                slot.level = *level;
+                rodata.root_count += 1;
+            }
         }
         let page = 4096;
         let maps = &mut open.maps;
@@ -255,23 +268,12 @@ impl Hooks {
         self.programs.recursion_misses()
     }
 
-    /// Sets the cgroups that are tracked with everything below them: cgroup id and
-    /// depth below the root cgroup. At most [`events::TRK_MAX_ROOTS`](super::events) count.
-    pub fn set_roots(&mut self, roots: &[(u64, u32)]) {
-        let Some(vars) = self.skel.maps.bss_data.as_deref_mut() else {
-            return;
-        };
-        vars.root_count = 0;
-        let mut count = 0;
-        for (slot, (id, level)) in vars.roots.iter_mut().zip(roots) {
-            // The generated type is another than the one of events.h, with the same fields.
-            slot.id = *id;
-            slot.level = *level;
-            count += 1;
+    /// Begins to track, all at once.
+    pub fn start(&mut self) {
+        if let Some(vars) = self.skel.maps.bss_data.as_deref_mut() {
+            // SAFETY: the variable lives in mapped memory that the kernel reads.
+            unsafe { std::ptr::write_volatile(&raw mut vars.tracking, 1) };
         }
-        // SAFETY: the variable lives in mapped memory that the kernel reads; a volatile
-        // write comes after those above.
-        unsafe { std::ptr::write_volatile(&raw mut vars.root_count, count) };
     }
 
     /// Number of the last event.

@@ -2,7 +2,7 @@
 
 use crate::applications::NamedApplication;
 use crate::bpf::features::{Features, Probe};
-use crate::bpf::track::{HookSet, Hooks, Options};
+use crate::bpf::track::{HookSet, Hooks, NO_ROOT, Options};
 use crate::capture::{CheckpointError, survey};
 use crate::error::{ExitCode, HasExitCode};
 use crate::handover::eligible;
@@ -111,7 +111,7 @@ fn find(wanted: &str) -> Result<NamedApplication, CheckpointError> {
 fn kernel(args: &CheckArgs) -> ExitCode {
     let features = Features::probe();
     // Loaded and attached without any cgroup to track, and detached at once.
-    let (hook_set, hooks, refused) = match Hooks::load(&Options::default()) {
+    let (hook_set, hooks, refused) = match Hooks::load(&Options::default(), &NO_ROOT) {
         Ok(hooks) => (
             Some(hooks.set),
             hooks.attached.clone(),

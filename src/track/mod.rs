@@ -127,7 +127,8 @@ impl Tracking {
     /// The kernel refuses the programs, or a thread cannot be started.
     pub fn start(options: &Options, roots: Vec<Root>) -> Result<Self, StartError> {
         let iterators = Iterators::load()?;
-        let mut hooks = Hooks::load(options)?;
+        let roots_of: Vec<_> = roots.iter().map(|root| (root.id.0, root.level)).collect();
+        let mut hooks = Hooks::load(options, &roots_of)?;
         let (batches, inbox) = bounded(1024);
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
@@ -151,8 +152,7 @@ impl Tracking {
             }
         };
         threads.push(thread::Builder::new().name("rings".into()).spawn(reader)?);
-        let roots_of: Vec<_> = roots.iter().map(|root| (root.id.0, root.level)).collect();
-        hooks.set_roots(&roots_of);
+        hooks.start();
         let (programs, fills) = (hooks.programs().clone(), hooks.fills()?);
         let (requests, requested) = bounded(16);
         let inbox = engine::Inbox {
