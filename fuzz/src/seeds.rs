@@ -4,15 +4,17 @@ use std::io;
 use std::path::Path;
 use std::{env, fs};
 use tracker::bpf::wire::encode;
-use tracker::image::{self, Image};
+use tracker::image::{self, DirectoryStore, Image};
 use tracker::model::event::{
     Body, Event, FileKind, FsInfo, Ids, Object, OfdInfo, Owner, SockInfo, TaskAttrs, TaskInfo,
     Watch,
 };
-use tracker::model::frozen::{Application, Content, ContentId, Process, System, Thread};
 use tracker::model::ids::{
     CgroupId, Fd, FilesId, FsId, GroupId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid,
 };
+
+#[path = "../../tests/sample/mod.rs"]
+mod sample;
 
 fn main() -> io::Result<()> {
     let dir = env::args_os().nth(1).unwrap_or_else(|| "corpus".into());
@@ -174,21 +176,11 @@ fn life() -> Vec<Body> {
     ]
 }
 
+/// An empty one, and one of everything.
 fn images() -> Vec<Vec<u8>> {
-    let process = Process {
-        threads: vec![Thread::default()],
-        ..Process::default()
-    };
-    let application = Application {
-        processes: vec![process],
-        mms: [(MmId(1), Default::default())].into(),
-        files: [(FilesId(2), Default::default())].into(),
-        contents: [(ContentId(3), Content::default())].into(),
-        ..Application::default()
-    };
-    let full = Image {
-        system: Some(System::default()),
-        applications: vec![application],
-    };
+    let path = env::temp_dir().join(format!("seeds.{}", std::process::id()));
+    let store = DirectoryStore::create(&path).expect("a directory for the pages");
+    let full = sample::everything(&store);
+    store.discard();
     vec![image::encode(&Image::default()), image::encode(&full)]
 }

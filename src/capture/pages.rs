@@ -4,7 +4,7 @@ use super::error::CheckpointError;
 use super::mm::vm;
 use crate::bpf::events::{VmaKind, VmaRec};
 use crate::fault::Fault;
-use crate::image::Store;
+use crate::image::{Store, StoreError, while_writing};
 use crate::model::frozen::{PAGE_SIZE, PageRun};
 use crate::model::ids::Pid;
 use crate::sys::memory::{MAX_RANGES, Pagemap, read_ranges};
@@ -270,7 +270,7 @@ impl<'a> Copier<'a> {
         let ranges: Vec<(u64, usize)> = batch.iter().map(|run| (run.addr, len_of(run))).collect();
         let total: usize = ranges.iter().map(|(_, len)| len).sum();
         let got = read_ranges(pid, &ranges, &mut self.buffer[..total]).unwrap_or(0);
-        // Whole runs that arrived; slots of neighbours are written together.
+        // Whole runs that arrived.
         let mut at = 0;
         let mut whole = 0;
         for run in batch.iter() {
@@ -280,26 +280,38 @@ impl<'a> Copier<'a> {
             at += len_of(run);
             whole += 1;
         }
-        let mut start = 0;
-        let mut first = 0;
-        while first < whole {
-            let mut last = first;
-            let mut end = start + len_of(&batch[first]);
-            while last + 1 < whole && batch[last].slot + batch[last].pages == batch[last + 1].slot {
-                last += 1;
-                end += len_of(&batch[last]);
-            }
-            self.store
-                .write_pages(batch[first].slot, &self.buffer[start..end])?;
-            start = end;
-            first = last + 1;
-        }
+        let pages = &self.buffer[..at];
+        let sums = while_writing(pages, || self.write(&batch[..whole], pages))?;
+        let mut rest = &sums[..];
         for run in &batch[..whole] {
+            let (own, others) = rest.split_at(len_of(run) / 4096);
+            self.store.written().note(run.slot, own);
+            rest = others;
             copied.pages += run.pages;
             copied.runs.push(*run);
         }
         for run in batch.drain(..).skip(whole) {
             self.by_mem(pid, run, moving, copied)?;
+        }
+        Ok(())
+    }
+
+    /// Slots of neighbours are written together.
+    fn write(&self, runs: &[PageRun], pages: &[u8]) -> Result<(), StoreError> {
+        let mut start = 0;
+        let mut first = 0;
+        while first < runs.len() {
+            let mut last = first;
+            let mut end = start + len_of(&runs[first]);
+            while last + 1 < runs.len() && runs[last].slot + runs[last].pages == runs[last + 1].slot
+            {
+                last += 1;
+                end += len_of(&runs[last]);
+            }
+            self.store
+                .write_unsummed(runs[first].slot, &pages[start..end])?;
+            start = end;
+            first = last + 1;
         }
         Ok(())
     }

@@ -118,6 +118,7 @@ fn take(
     Fault::Encode.point()?;
     let image = Image {
         system: None,
+        slots: store.written().first(slots.used()),
         applications: vec![application],
     };
     let metadata = encode(&image);

@@ -35,17 +35,20 @@ impl HasExitCode for InspectError {
     }
 }
 
-/// Prints an image.
+/// Prints an image, all pages of which are compared with their checksums first.
 ///
 /// # Errors
 /// It is none, or is damaged.
 pub fn run(args: &InspectArgs) -> Result<ExitCode, InspectError> {
-    let metadata = if args.image.is_dir() {
-        DirectoryStore::open(&args.image)?.metadata()?
+    let store: Box<dyn Store> = if args.image.is_dir() {
+        Box::new(DirectoryStore::open(&args.image)?)
     } else {
-        RangeStore::open(&args.image)?.metadata()?
+        Box::new(RangeStore::open(&args.image)?)
     };
-    let image = decode(&metadata)?;
+    let image = decode(&store.metadata()?)?;
+    for application in &image.applications {
+        image.slots.verify(application, store.as_ref())?;
+    }
     if args.json {
         super::print_json(&json(&image));
         return Ok(ExitCode::Done);

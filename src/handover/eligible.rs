@@ -1,7 +1,7 @@
 //! What speaks against an update before anything is touched, beside what capture finds.
 
 use crate::applications::NamedApplication;
-use crate::model::frozen::Blocker;
+use crate::model::frozen::{Blocker, PAGE_SIZE};
 use crate::model::ids::Pid;
 use std::fs;
 
@@ -11,6 +11,9 @@ const FIRST_PID: i32 = 300;
 
 /// What an image takes beside pages: metadata, queues, the superblock. In bytes.
 const METADATA: u64 = 32 << 20;
+
+/// What each page takes beside itself.
+const CHECKSUM: u64 = 4;
 
 /// Objects of one application that would not survive the kexec.
 #[must_use]
@@ -36,7 +39,8 @@ pub fn needed(applications: &[NamedApplication]) -> u64 {
         let stat = application.cgroup().join("memory.stat");
         anonymous(&fs::read_to_string(stat).unwrap_or_default())
     });
-    METADATA + pages.sum::<u64>()
+    let pages = pages.sum::<u64>();
+    METADATA + pages + pages / PAGE_SIZE * CHECKSUM
 }
 
 /// Bytes that exist in memory only, from a cgroup's memory.stat.

@@ -347,7 +347,8 @@ fn restore_one(index: usize) -> Result<(), String> {
         // The stage holds the lock itself, over all applications.
         network_lock: None,
     };
-    let restored = restore::restore(app, &store, &options).map_err(|e| e.to_string())?;
+    let restored =
+        restore::restore(app, &store, &image.slots, &options).map_err(|e| e.to_string())?;
     tracing::debug!("{} stands, {:?}", app.header.name, restored.roots);
     Ok(())
 }

@@ -367,6 +367,7 @@ impl Update {
         system.origin = self.clock.origin();
         let metadata = encode(&Image {
             system: Some(system),
+            slots: store.written().first(slots.used()),
             applications,
         });
         Fault::Commit.point()?;

@@ -2,17 +2,22 @@
 //!
 //! Two streams. *Metadata* is a header and framed, checksummed CBOR records,
 //! closed by a commit record: without it the image does not exist. *Pages* are
-//! 4 KiB slots that the records point into.
+//! 4 KiB slots that the records point into; one record has the checksum of each.
 
-mod codec;
+mod decode;
+mod encode;
+mod extents;
 mod header;
 mod record;
 mod store;
+mod sums;
 
-pub use codec::{decode, encode};
+pub use decode::decode;
+pub use encode::encode;
 pub use header::{FORMAT_VERSION, Header};
 pub use record::RecordKind;
 pub use store::{DirectoryStore, RangeStore, Store, StoreError};
+pub use sums::{SlotSums, Written, while_writing};
 
 use crate::model::frozen::{Application, System};
 
@@ -21,6 +26,8 @@ use crate::model::frozen::{Application, System};
 pub struct Image {
     /// State of the machine; only images made for a kexec have it.
     pub system: Option<System>,
+    /// Checksums of the page slots.
+    pub slots: SlotSums,
     /// Applications, each restored independently of the others.
     pub applications: Vec<Application>,
 }

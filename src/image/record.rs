@@ -24,6 +24,8 @@ pub enum RecordKind {
     OpenFile = 7,
     /// (`ContentId`, [`crate::model::frozen::Content`])
     Content = 8,
+    /// [`super::SlotSums`] of all pages, before the first application
+    Slots = 9,
     /// Seals the image: record count and checksum of everything before it.
     Commit = 0xffff,
 }
@@ -37,7 +39,7 @@ impl RecordKind {
 
     fn from_u16(value: u16) -> Option<Self> {
         use RecordKind::{
-            Application, Commit, Content, Files, Mm, OpenFile, Process, System, Thread,
+            Application, Commit, Content, Files, Mm, OpenFile, Process, Slots, System, Thread,
         };
         [
             System,
@@ -48,6 +50,7 @@ impl RecordKind {
             Files,
             OpenFile,
             Content,
+            Slots,
             Commit,
         ]
         .into_iter()

@@ -1,10 +1,15 @@
 //! Carriers: where metadata and page slots are kept.
 
+use super::sums::{Written, while_writing};
 use crate::model::frozen::PAGE_SIZE;
 use crc32fast::hash;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, openat, renameat};
+use nix::sys::stat::{Mode, fstat};
+use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -32,6 +37,17 @@ pub enum StoreError {
         /// Bytes the image takes.
         needed: u64,
     },
+    /// A page is not the one that was written.
+    #[error(
+        "Image invalid at byte {offset} of its pages, slot {slot}: its checksum is wrong; \
+         make a new checkpoint"
+    )]
+    Page {
+        /// Number of the page slot.
+        slot: u64,
+        /// Where it begins on the carrier.
+        offset: u64,
+    },
     /// No sealed image on this carrier.
     #[error("{0} holds no sealed image: {1}")]
     NotSealed(PathBuf, &'static str),
@@ -40,11 +56,25 @@ pub enum StoreError {
 /// A carrier. Page slots may be written in any order and again; the image
 /// exists once [`Store::commit`] has returned.
 pub trait Store: Send + Sync {
-    /// Writes whole pages starting at `slot`.
+    /// Writes whole pages starting at `slot`, and notes their checksums.
     ///
     /// # Errors
     /// The carrier is full or refuses.
-    fn write_pages(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError>;
+    fn write_pages(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        let sums = while_writing(bytes, || self.write_unsummed(slot, bytes))?;
+        self.written().note(slot, &sums);
+        Ok(())
+    }
+
+    /// Writes whole pages starting at `slot`; their checksums must be noted in
+    /// [`Store::written`].
+    ///
+    /// # Errors
+    /// The carrier is full or refuses.
+    fn write_unsummed(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError>;
+
+    /// Checksums of the pages written through this value.
+    fn written(&self) -> &Written;
 
     /// Reads whole pages starting at `slot`.
     ///
@@ -80,17 +110,28 @@ fn io_error<'a>(
     }
 }
 
+fn call_error<'a>(
+    operation: &'static str,
+    path: &'a Path,
+) -> impl FnOnce(Errno) -> StoreError + 'a {
+    move |errno| io_error(operation, path)(errno.into())
+}
+
 /// An image in a directory: `metadata` and `pages`. Mode 0700/0600, since it
-/// holds the application's memory; no symbolic link is followed.
+/// holds the application's memory; no symbolic link is followed in writing it.
 #[derive(Debug)]
 pub struct DirectoryStore {
     path: PathBuf,
+    /// What is written is written here, whatever becomes of the name.
+    directory: OwnedFd,
     pages: File,
+    written: Written,
 }
 
 impl DirectoryStore {
     const METADATA: &str = "metadata";
     const PAGES: &str = "pages";
+    const PART: &str = "metadata.part";
 
     /// Makes a new image directory.
     ///
@@ -103,10 +144,14 @@ impl DirectoryStore {
             }
             result => result.map_err(io_error("mkdir", path))?,
         }
-        let pages = Self::new_file(&path.join(Self::PAGES))?;
+        let directory = Self::open_directory(path, OFlag::O_NOFOLLOW)?;
+        Self::check_owner(path, &directory)?;
+        let pages = Self::new_file(path, &directory, Self::PAGES)?;
         Ok(Self {
             path: path.to_owned(),
+            directory,
             pages,
+            written: Written::default(),
         })
     }
 
@@ -115,40 +160,61 @@ impl DirectoryStore {
     /// # Errors
     /// It is not there or cannot be read.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let name = path.join(Self::PAGES);
-        let pages = OpenOptions::new()
-            .read(true)
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .open(&name)
-            .map_err(io_error("open", &name))?;
+        let directory = Self::open_directory(path, OFlag::empty())?;
+        let pages = Self::old_file(path, &directory, Self::PAGES)?;
         Ok(Self {
             path: path.to_owned(),
+            directory,
             pages,
+            written: Written::default(),
         })
     }
 
     /// Removes an image that was never sealed.
     pub fn discard(self) {
-        for name in [Self::PAGES, Self::METADATA, "metadata.part"] {
-            let _ = std::fs::remove_file(self.path.join(name));
+        for name in [Self::PAGES, Self::METADATA, Self::PART] {
+            let _ = unlinkat(&self.directory, name, UnlinkatFlags::NoRemoveDir);
         }
         let _ = std::fs::remove_dir(&self.path);
     }
 
-    fn new_file(path: &Path) -> Result<File, StoreError> {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .open(path)
-            .map_err(io_error("create", path))
+    fn open_directory(path: &Path, flags: OFlag) -> Result<OwnedFd, StoreError> {
+        let flags = flags | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        open(path, flags, Mode::empty()).map_err(call_error("open", path))
+    }
+
+    /// Between mkdir and open another directory may have got the name.
+    fn check_owner(path: &Path, directory: &OwnedFd) -> Result<(), StoreError> {
+        let stat = fstat(directory).map_err(call_error("stat", path))?;
+        let open_to_others = stat.st_mode & 0o077 != 0;
+        if stat.st_uid != geteuid().as_raw() || open_to_others {
+            return Err(call_error("mkdir", path)(Errno::EPERM));
+        }
+        Ok(())
+    }
+
+    fn new_file(path: &Path, directory: &OwnedFd, name: &str) -> Result<File, StoreError> {
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW;
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        let fd = openat(directory, name, flags | OFlag::O_CLOEXEC, mode);
+        let fd = fd.map_err(call_error("create", &path.join(name)))?;
+        Ok(fd.into())
+    }
+
+    fn old_file(path: &Path, directory: &OwnedFd, name: &str) -> Result<File, StoreError> {
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let fd = openat(directory, name, flags, Mode::empty());
+        let fd = fd.map_err(call_error("open", &path.join(name)))?;
+        Ok(fd.into())
     }
 }
 
 impl Store for DirectoryStore {
-    fn write_pages(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError> {
+    fn written(&self) -> &Written {
+        &self.written
+    }
+
+    fn write_unsummed(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError> {
         self.pages
             .write_all_at(bytes, slot * PAGE_SIZE)
             .map_err(io_error("write", &self.path))
@@ -168,22 +234,25 @@ impl Store for DirectoryStore {
         self.pages
             .set_len(slots * PAGE_SIZE)
             .map_err(io_error("truncate", &self.path))?;
-        let part = self.path.join("metadata.part");
-        let name = self.path.join(Self::METADATA);
-        let mut file = Self::new_file(&part)?;
+        let (directory, part) = (&self.directory, self.path.join(Self::PART));
+        let mut file = Self::new_file(&self.path, directory, Self::PART)?;
         file.write_all(metadata).map_err(io_error("write", &part))?;
-        std::fs::rename(&part, &name).map_err(io_error("rename", &name))
+        renameat(directory, Self::PART, directory, Self::METADATA)
+            .map_err(call_error("rename", &part))
     }
 
     fn metadata(&self) -> Result<Vec<u8>, StoreError> {
-        let name = self.path.join(Self::METADATA);
-        match std::fs::read(&name) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(StoreError::NotSealed(
-                self.path.clone(),
-                "it has no metadata",
-            )),
-            result => result.map_err(io_error("read", &name)),
-        }
+        let mut file = match Self::old_file(&self.path, &self.directory, Self::METADATA) {
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                let path = self.path.clone();
+                return Err(StoreError::NotSealed(path, "it has no metadata"));
+            }
+            file => file?,
+        };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)
+            .map_err(io_error("read", &self.path.join(Self::METADATA)))?;
+        Ok(bytes)
     }
 }
 
@@ -198,6 +267,7 @@ pub struct RangeStore {
     path: PathBuf,
     file: File,
     capacity: u64,
+    written: Written,
     /// `O_DIRECT`: a pmem device is memory already, the page cache would be a copy of it
     /// that takes memory and most of the time.
     direct: bool,
@@ -276,6 +346,7 @@ impl RangeStore {
             path: path.to_owned(),
             file,
             capacity,
+            written: Written::default(),
             direct,
         })
     }
@@ -325,7 +396,11 @@ impl RangeStore {
 }
 
 impl Store for RangeStore {
-    fn write_pages(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError> {
+    fn written(&self) -> &Written {
+        &self.written
+    }
+
+    fn write_unsummed(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError> {
         self.write_at(bytes, (slot + 1) * PAGE_SIZE)
     }
 

@@ -120,6 +120,9 @@ pub enum RestoreError {
     /// No hole in the address spaces for the tape.
     #[error("The application's address spaces leave no common hole for the restorer")]
     NoRoom,
+    /// The caller found the image damaged, and says so itself.
+    #[error("The image's pages are damaged; make a new checkpoint")]
+    Withheld,
     /// Reported by the restorer process.
     #[error("{message}")]
     Restorer {
@@ -160,7 +163,7 @@ impl RestoreError {
 impl HasExitCode for RestoreError {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Store(_) | Self::Image(_) | Self::NotOne(_) | Self::Plan(_) => {
+            Self::Store(_) | Self::Image(_) | Self::NotOne(_) | Self::Plan(_) | Self::Withheld => {
                 ExitCode::ImageInvalid
             }
             Self::Restorer { code, .. } if *code == ExitCode::Unsupported as u8 => {

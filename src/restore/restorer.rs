@@ -13,7 +13,7 @@ use super::tree::Births;
 use crate::bpf::netlock::NetLock;
 use crate::error::{ExitCode, HasExitCode};
 use crate::fault::Fault;
-use crate::image::Store;
+use crate::image::{SlotSums, Store};
 use crate::model::frozen::Application;
 use crate::model::ids::Pid;
 use crate::model::plan::{self, Step};
@@ -47,27 +47,40 @@ pub struct Restored {
     pub roots: Vec<Pid>,
 }
 
-/// Restores `app`, whose pages are in `store`. To be called with a single thread.
+/// Restores `app`, whose pages are in `store` and have the checksums `sums`. To be called with
+/// a single thread.
 ///
 /// # Errors
 /// The application cannot be restored; nothing of it is left running then.
 pub fn restore(
     app: &Application,
     store: &dyn Store,
+    sums: &SlotSums,
     options: &RestoreOptions,
 ) -> Result<Restored, RestoreError> {
-    let (reader, writer) = unistd::pipe().map_err(RestoreError::system("pipe"))?;
+    let pipe = || unistd::pipe().map_err(RestoreError::system("pipe"));
+    let ((reader, writer), (gate, opener)) = (pipe()?, pipe()?);
     match fork_with_pid(Some(pids::restorer_pid(app)?), libc::SIGCHLD)? {
         Fork::Child => {
-            drop(reader);
-            child(app, store, options, File::from(writer))
+            drop((reader, opener));
+            child(app, store, options, File::from(gate), File::from(writer))
         }
         Fork::Parent(pid) => {
-            drop(writer);
+            drop((writer, gate));
+            // Other CPUs read the pages a second time while the restorer puts them back: that
+            // costs less time than before or after it, and nothing runs until all are right.
+            let verified = sums.verify(app, store);
+            if verified.is_ok() {
+                // A restorer that has failed by now says why in its report.
+                let _ = File::from(opener).write_all(&[OPEN]);
+            } else {
+                drop(opener);
+            }
             let report = read_report(File::from(reader));
             let raw = unistd::Pid::from_raw(pid.0);
             let status = nix::sys::wait::waitpid(raw, None)
                 .map_err(RestoreError::system(format!("waitpid {pid}")))?;
+            verified?;
             match report {
                 Some((0, _)) => Ok(Restored {
                     roots: roots(app).collect(),
@@ -95,9 +108,20 @@ fn read_report(mut pipe: File) -> Option<(u8, String)> {
     Some((*code, String::from_utf8_lossy(message).into_owned()))
 }
 
-fn child(app: &Application, store: &dyn Store, options: &RestoreOptions, mut report: File) -> ! {
+/// What the restorer is told when the image's pages are right.
+const OPEN: u8 = b'o';
+
+fn child(
+    app: &Application,
+    store: &dyn Store,
+    options: &RestoreOptions,
+    gate: File,
+    mut report: File,
+) -> ! {
     let mut born = BTreeSet::new();
-    let result = catch_unwind(AssertUnwindSafe(|| run(app, store, options, &mut born)));
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        run(app, store, options, gate, &mut born)
+    }));
     let (code, message) = match result {
         Ok(Ok(())) => (0, String::new()),
         Ok(Err(error)) => (error.exit_code() as u8, error.to_string()),
@@ -126,6 +150,7 @@ fn run(
     app: &Application,
     store: &dyn Store,
     options: &RestoreOptions,
+    mut gate: File,
     born: &mut BTreeSet<Pid>,
 ) -> Result<(), RestoreError> {
     check_supported(app)?;
@@ -192,6 +217,10 @@ fn run(
     supervisor.rebuild_all()?;
     Fault::RestoreMemory.point_of(&app.header.name)?;
     supervisor.make_ready()?;
+    let mut said = [0];
+    if !matches!(gate.read(&mut said), Ok(1)) || said != [OPEN] {
+        return Err(RestoreError::Withheld);
+    }
     Fault::RestoreRelease.point_of(&app.header.name)?;
     files::go_live(app, &opened)?;
     if let Some(lock) = &mut lock {
