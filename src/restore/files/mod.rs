@@ -201,12 +201,14 @@ pub fn install(
         let fd = open_one(app, file, &opened.contents)?;
         let fd = fd.ok_or_else(|| missing(entry.fd, entry.ofd))?;
         set_status(&fd, file)?;
-        // Out of the way: it may have got the number of another one.
-        let fd = fd::duplicate_above(fd.as_fd(), base.unwrap_or(0)).map_err(call(
+        // Out of the way: it may have got this number itself, or that of another one. The low
+        // number must be closed before it is given to the process.
+        let high = fd::duplicate_above(fd.as_fd(), base.unwrap_or(0)).map_err(call(
             format!("Descriptor {}", entry.fd),
             "fcntl(F_DUPFD_CLOEXEC)",
         ))?;
-        put(fd.as_fd(), entry)?;
+        drop(fd);
+        put(high.as_fd(), entry)?;
     }
     Ok(())
 }
