@@ -46,6 +46,8 @@ enum ModeChoice {
     Same,
     /// One update from 6.1 to 6.12 with all of them
     Kexec,
+    /// A checkpoint that leaves the case running, a restore, and both again
+    Again,
     /// Scenarios, driven from the host
     Scenario,
     /// All of these
@@ -65,6 +67,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
             ModeChoice::Plain => vec![Mode::Plain],
             ModeChoice::Same => vec![Mode::Same],
             ModeChoice::Kexec => vec![Mode::Kexec],
+            ModeChoice::Again => vec![Mode::Again],
             ModeChoice::Scenario => vec![Mode::Scenario],
             ModeChoice::All => Mode::ALL.to_vec(),
         },

@@ -2,14 +2,18 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::Mode;
+use crate::apps;
 use crate::control::ControlError;
 use crate::guest::case::{Entry, Expect, GO, READY, RESULT};
 use crate::payload::TESTS_DIR;
 use crate::protocol::Status;
 use crate::vm::{Exec, Output, Vm};
+
+/// Where the cases' directories are.
+const CASES_DIR: &str = "/var/lib/cases";
 
 /// Time for one step of a case or one tracker command.
 const STEP: Duration = Duration::from_secs(60);
@@ -34,7 +38,7 @@ pub(crate) fn run(vm: &Vm, entry: &Entry) -> Result<()> {
     let result = life
         .await_ready(vm)
         .and_then(|()| match entry.expect {
-            Expect::Carried => life.checkpoint_and_restore(vm),
+            Expect::Carried => life.end_and_restore(vm, &life.path("image")),
             Expect::Refused(text) => life.refusal(vm, text),
         })
         .and_then(|()| life.go(vm))
@@ -45,7 +49,7 @@ pub(crate) fn run(vm: &Vm, entry: &Entry) -> Result<()> {
 impl Life {
     /// Starts the program.
     pub(crate) fn start(vm: &Vm, mode: Mode, entry: &Entry) -> Result<Life> {
-        let (name, dir) = (entry.name, format!("/var/lib/cases/{mode}/{}", entry.name));
+        let (name, dir) = (entry.name, format!("{CASES_DIR}/{mode}/{}", entry.name));
         let program = format!("{TESTS_DIR}/cases");
         let case = [program.as_str(), name, &dir];
         let argv = match mode {
@@ -59,6 +63,11 @@ impl Life {
             started,
             pid: String::new(),
         })
+    }
+
+    /// The case's name.
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
     }
 
     fn path(&self, name: &str) -> String {
@@ -84,36 +93,42 @@ impl Life {
         Ok(())
     }
 
-    fn checkpoint(&self, vm: &Vm) -> Result<Output> {
-        let image = self.path("image");
-        vm.exec(
-            Exec::new([
-                "tracker",
-                "checkpoint",
-                "--name",
-                self.name,
-                "--image",
-                &image,
-            ])
-            .timeout(STEP),
-        )
+    fn checkpoint(&self, vm: &Vm, image: &str, more: &[&str]) -> Result<Output> {
+        vm.exec(apps::checkpoint(self.name, image, more).timeout(STEP))
     }
 
-    fn checkpoint_and_restore(&self, vm: &Vm) -> Result<()> {
+    /// Makes an image of the program, which runs on.
+    pub(crate) fn checkpoint_and_leave(&self, vm: &Vm, image: &str) -> Result<()> {
+        self.checkpoint(vm, image, &["--leave-running"])?.check()?;
+        self.is_there(vm)
+    }
+
+    /// Makes an image of the program, which ends, and restores it.
+    pub(crate) fn end_and_restore(&self, vm: &Vm, image: &str) -> Result<()> {
+        self.checkpoint(vm, image, &[])?.check()?;
+        self.is_gone(vm).context("After the checkpoint")?;
+        self.restore(vm, image)
+    }
+
+    /// Restores the program.
+    pub(crate) fn restore(&self, vm: &Vm, image: &str) -> Result<()> {
+        vm.exec(Exec::new(["tracker", "restore", "--image", image, "--detach"]).timeout(STEP))?
+            .check()?;
+        self.is_there(vm)
+    }
+
+    /// The program does not run any more.
+    pub(crate) fn is_gone(&self, vm: &Vm) -> Result<()> {
         let pid = &self.pid;
-        self.checkpoint(vm)?.check()?;
         ensure!(
             vm.await_gone(&format!("/proc/{pid}"), Duration::from_secs(5))?,
-            "PID {pid} is still there after the checkpoint"
+            "PID {pid} is still there"
         );
-        let image = self.path("image");
-        vm.exec(Exec::new(["tracker", "restore", "--image", &image, "--detach"]).timeout(STEP))?
-            .check()?;
-        self.is_back(vm)
+        Ok(())
     }
 
     /// The program runs under its old PID.
-    fn is_back(&self, vm: &Vm) -> Result<()> {
+    fn is_there(&self, vm: &Vm) -> Result<()> {
         let pid = &self.pid;
         // Another process may have got the PID.
         let command = vm
@@ -121,13 +136,13 @@ impl Life {
             .unwrap_or_default();
         ensure!(
             String::from_utf8_lossy(&command).contains(&self.dir),
-            "PID {pid} is not there after the restore"
+            "PID {pid} is not there, or is another program"
         );
         Ok(())
     }
 
     fn refusal(&self, vm: &Vm, text: &str) -> Result<()> {
-        let output = self.checkpoint(vm)?;
+        let output = self.checkpoint(vm, &self.path("image"), &[])?;
         let said = output.error_text();
         ensure!(
             output.code() == Some(NOT_ELIGIBLE),
@@ -162,7 +177,7 @@ impl Life {
 
     /// Lets the program go on under the next kernel, if it is there.
     pub(crate) fn go_after_kexec(&self, vm: &Vm) -> Result<()> {
-        self.is_back(vm).and_then(|()| self.go(vm))
+        self.is_there(vm).and_then(|()| self.go(vm))
     }
 
     /// After a failure, ends what is left of the case and adds its logs.

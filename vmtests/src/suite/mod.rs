@@ -14,6 +14,7 @@ use crate::image::Kernel;
 use crate::scenarios::{self, Scenario};
 use crate::vm::{Vm, VmBuilder};
 
+mod again;
 mod batch;
 mod life;
 
@@ -26,13 +27,22 @@ pub enum Mode {
     Same,
     /// `tracker update` from 6.1 to 6.12, all cases in one batch.
     Kexec,
+    /// A checkpoint that leaves it running, a restore from its image, and another
+    /// checkpoint and restore.
+    Again,
     /// Scenarios.
     Scenario,
 }
 
 impl Mode {
     /// All of them, in the order they run in.
-    pub const ALL: [Mode; 4] = [Mode::Plain, Mode::Same, Mode::Kexec, Mode::Scenario];
+    pub const ALL: [Mode; 5] = [
+        Mode::Plain,
+        Mode::Same,
+        Mode::Kexec,
+        Mode::Again,
+        Mode::Scenario,
+    ];
 
     /// As in test names and on the command line.
     pub fn name(self) -> &'static str {
@@ -40,6 +50,7 @@ impl Mode {
             Mode::Plain => "plain",
             Mode::Same => "same",
             Mode::Kexec => "kexec",
+            Mode::Again => "again",
             Mode::Scenario => "scenario",
         }
     }
@@ -91,6 +102,11 @@ enum Group {
         fate: Fate,
         entries: Vec<&'static Entry>,
     },
+    /// Cases at the same time, restored twice.
+    Again {
+        kernel: Kernel,
+        entries: Vec<&'static Entry>,
+    },
     /// A scenario.
     Scenario {
         kernel: Kernel,
@@ -113,6 +129,10 @@ impl Group {
                 .iter()
                 .map(|entry| batch_name(*kernel, *fate, entry))
                 .collect(),
+            Group::Again { kernel, entries } => entries
+                .iter()
+                .flat_map(|entry| again_names(*kernel, entry))
+                .collect(),
             Group::Scenario { kernel, scenario } => vec![scenario_name(*kernel, scenario)],
         }
     }
@@ -130,6 +150,11 @@ fn batch_name(kernel: Kernel, fate: Fate, entry: &Entry) -> String {
         Fate::Nothing => format!("plain/{kernel}/{}", entry.name),
         Fate::Update(to) => format!("kexec/{kernel}-{to}/{}", entry.name),
     }
+}
+
+/// Of the two verdicts that a case gets in [`Group::Again`].
+fn again_names(kernel: Kernel, entry: &Entry) -> [String; 2] {
+    ["leave", "twice"].map(|fate| format!("{fate}/{kernel}/{}", entry.name))
 }
 
 fn scenario_name(kernel: Kernel, scenario: &Scenario) -> String {
@@ -178,6 +203,14 @@ fn plan(options: &Options) -> Vec<Group> {
             fate,
             entries,
         });
+    }
+    for &kernel in &options.kernels {
+        if options.modes.contains(&Mode::Again) {
+            let carried = cases::all().filter(|entry| entry.expect == Expect::Carried);
+            let wanted = |entry: &&Entry| again_names(kernel, entry).iter().any(|n| wanted(n));
+            let entries = carried.filter(wanted).collect();
+            groups.push(Group::Again { kernel, entries });
+        }
     }
     if options.modes.contains(&Mode::Scenario) {
         for scenario in scenarios::all() {
@@ -252,14 +285,17 @@ fn run_group(options: &Options, group: &Group, report: &Report) {
                 vm: None,
             };
             let name = |entry: &Entry| batch_name(*kernel, *fate, entry);
-            if let Err(error) = lab.run(|vm| batch::run(vm, *fate, entries, report, &name)) {
-                let mut error = Err(error);
-                let open = entries.iter().map(|entry| name(entry));
-                for name in open.filter(|name| !report.has(name)) {
-                    report.verdict(&name, &error, Duration::ZERO);
-                    error = Err(anyhow!("The batch failed, see above"));
-                }
-            }
+            let result = lab.run(|vm| batch::run(vm, *fate, entries, report, &name));
+            report.rest(group, result);
+        }
+        Group::Again { kernel, entries } => {
+            let mut lab = Lab {
+                builder: again::disk(builder.kernel(*kernel)),
+                vm: None,
+            };
+            let names = |entry: &Entry| again_names(*kernel, entry);
+            let result = lab.run(|vm| again::run(vm, entries, report, &names));
+            report.rest(group, result);
         }
         Group::Scenario { kernel, scenario } => {
             let builder = (scenario.configure)(builder.kernel(*kernel));
@@ -337,6 +373,16 @@ impl Report {
                 let text = format!("{error:#}").replace('\n', "\n    ");
                 println!("test {name} ... FAILED ({seconds:.1} s)\n    {text}");
             }
+        }
+    }
+
+    /// Records the end of a batch: if it failed, so did all that has no verdict yet.
+    fn rest(&self, group: &Group, result: Result<()>) {
+        let Err(error) = result else { return };
+        let mut error = Err(error);
+        for name in group.names().iter().filter(|name| !self.has(name)) {
+            self.verdict(name, &error, Duration::ZERO);
+            error = Err(anyhow!("The batch failed, see above"));
         }
     }
 

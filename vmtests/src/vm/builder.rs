@@ -29,6 +29,7 @@ pub struct VmBuilder {
     interactive: bool,
     append: Vec<String>,
     forward: Vec<u16>,
+    scratch: Option<&'static str>,
     workspace: PathBuf,
     keep: bool,
     quiet: bool,
@@ -46,6 +47,7 @@ impl VmBuilder {
             interactive: false,
             append: Vec::new(),
             forward: Vec::new(),
+            scratch: None,
             workspace,
             keep: false,
             quiet: false,
@@ -106,6 +108,13 @@ impl VmBuilder {
     #[must_use]
     pub fn forward(mut self, port: u16) -> Self {
         self.forward.push(port);
+        self
+    }
+
+    /// A third disk of this size (`64M`), an empty ext4 filesystem: `/dev/vdc`.
+    #[must_use]
+    pub fn scratch(mut self, size: &'static str) -> Self {
+        self.scratch = Some(size);
         self
     }
 
@@ -252,6 +261,13 @@ impl VmBuilder {
             ),
         ]);
         qemu.args(["-device", "virtio-blk-pci,drive=programs"]);
+        if let Some(size) = self.scratch {
+            let file = dir.join("scratch.img");
+            make_filesystem(&file, size)?;
+            let drive = "format=raw,if=none,id=scratch,cache=unsafe";
+            qemu.args(["-drive", &format!("file={},{drive}", path(&file)?)]);
+            qemu.args(["-device", "virtio-blk-pci,drive=scratch"]);
+        }
         let mut network = "user,id=net0".to_owned();
         for (guest, host) in ports {
             network += &format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}");
@@ -303,6 +319,23 @@ fn path(path: &Path) -> Result<&str> {
     path.to_str()
         .filter(|text| !text.contains(','))
         .with_context(|| format!("QEMU cannot take the path {}", path.display()))
+}
+
+/// An empty ext4 filesystem in a file.
+fn make_filesystem(file: &Path, size: &str) -> Result<()> {
+    // Users other than root may not have it on their path.
+    let path = std::env::var("PATH").unwrap_or_default();
+    let output = Command::new("mke2fs")
+        .env("PATH", format!("{path}:/usr/sbin:/sbin"))
+        .args(["-q", "-t", "ext4"])
+        .arg(file)
+        .arg(size)
+        .output()
+        .context("Run mke2fs (see `cargo xtask setup`)")?;
+    if !output.status.success() {
+        bail!("mke2fs: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
 }
 
 /// A free port of the loopback device, free at least right now.
