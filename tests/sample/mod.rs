@@ -463,6 +463,7 @@ fn sockets() -> Vec<SocketState> {
         local: v4(),
         remote: v6(),
         state: 1,
+        shutdown: 1,
         write_seq: 1000,
         rcv_nxt: 2000,
         send_queue: b"to be sent".to_vec().into(),

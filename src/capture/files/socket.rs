@@ -243,7 +243,7 @@ fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
                 .map_err(failed())?
                 != 0;
             repair::enter_repair(from.as_fd()).map_err(failed())?;
-            let connection = super::tcp::read(from.as_fd(), local, remote, v6);
+            let connection = super::tcp::read(from.as_fd(), local, remote, v6, rec.shutdown);
             let connection = connection.map_err(|error| {
                 // The caller knows nothing of this socket yet.
                 let _ = repair::leave_repair(from.as_fd());

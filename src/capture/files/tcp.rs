@@ -22,7 +22,7 @@ pub enum TcpReadError {
 /// States in which a FIN of ours is in the send queue: `FIN_WAIT1`, `LAST_ACK`, `CLOSING`.
 const FIN_QUEUED: &[u8] = &[4, 9, 11];
 
-/// Reads a connection in repair mode, which it is left in.
+/// Reads a connection in repair mode, which it is left in; `shutdown` is its `sk_shutdown`.
 ///
 /// # Errors
 /// See [`TcpReadError`].
@@ -31,6 +31,7 @@ pub fn read(
     local: SocketAddr,
     remote: SocketAddr,
     v6: bool,
+    shutdown: u8,
 ) -> Result<TcpConnection, TcpReadError> {
     let state = tcp::info(fd)?.state;
     let negotiated = tcp::negotiated(fd)?;
@@ -56,6 +57,7 @@ pub fn read(
         local,
         remote,
         state,
+        shutdown,
         write_seq,
         rcv_nxt,
         send_queue: ByteBuf::from(send_queue),

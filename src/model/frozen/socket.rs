@@ -83,6 +83,11 @@ pub struct TcpConnection {
     pub remote: SocketAddr,
     /// Kernel state (`TCP_ESTABLISHED` = 1 …, include/net/tcp_states.h).
     pub state: u8,
+    /// `sk_shutdown`: bit 0 receive, bit 1 send. What the state tells is here too, and more: a
+    /// receiving side that was shut down, by the application or by an earlier restore in the
+    /// place of the peer's FIN.
+    #[serde(default)]
+    pub shutdown: u8,
     /// `TCP_QUEUE_SEQ` of the send queue: sequence number behind the last byte in it.
     pub write_seq: u32,
     /// `TCP_QUEUE_SEQ` of the receive queue: next sequence number expected.

@@ -103,6 +103,9 @@ fn name(connection: &TcpConnection) -> String {
     )
 }
 
+/// Of `sk_shutdown` (include/net/sock.h).
+const RCV_SHUTDOWN: u8 = 1;
+
 /// Which directions are closed, by kernel state (include/net/tcp_states.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Closed {
@@ -249,7 +252,7 @@ pub fn settle(fd: BorrowedFd<'_>, described: &Socket) -> Result<(), FilesError> 
     if closed.is_some_and(|closed| closed.ours) {
         shut(&object, fd, ns::Shutdown::Write)?;
     }
-    if closed.is_some_and(|closed| closed.theirs) {
+    if closed.is_some_and(|closed| closed.theirs) || connection.shutdown & RCV_SHUTDOWN != 0 {
         shut(&object, fd, ns::Shutdown::Read)?;
     }
     Ok(())

@@ -176,6 +176,8 @@ fn half_closed(case: &Case) -> Result<()> {
     let (mut second_server, mut second_client) = pair(&listener)?;
     second_client.write_all(b"question")?;
     second_server.shutdown(Shutdown::Write)?;
+    let (mut third_server, mut third_client) = pair(&listener)?;
+    third_client.shutdown(Shutdown::Read)?;
 
     case.ready()?;
 
@@ -198,7 +200,12 @@ fn half_closed(case: &Case) -> Result<()> {
     let mut question = [0; 8];
     second_server.read_exact(&mut question)?;
     ensure!(&question == b"question", "Received {question:?}");
-    exchange(&mut second_client, &mut second_server, 2, 100_000)
+    exchange(&mut second_client, &mut second_server, 2, 100_000)?;
+    ensure!(
+        third_client.read(&mut [0; 10])? == 0,
+        "A receiving side that was shut down is open"
+    );
+    exchange(&mut third_client, &mut third_server, 3, 100_000)
 }
 
 /// Socket options.
