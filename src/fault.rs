@@ -1,12 +1,14 @@
 //! Fault points: places where a test makes a checkpoint, an update or a restore fail.
 //!
 //! `TRACKER_FAULT=name` makes that place return an error, `name:kill` makes tracker kill itself
-//! there, which no error path can clean up after, and `name:hang` never returns. For a restore,
-//! `name@application` confines it to one application. The kernel hands words of its command
+//! there, which no error path can clean up after, and `name:hang` never returns. `name:term` and
+//! `name:int` have it get that signal there, `name:slow` has it take 1.5 s; it goes on. For a
+//! restore, `name@application` confines it to one application. The kernel hands words of its command
 //! line that it does not know to init as environment, so `tracker update --append
 //! TRACKER_FAULT=...` reaches the points of the next kernel's early boot.
 
-use nix::sys::signal::{Signal, raise};
+use nix::sys::signal::{Signal, kill, raise};
+use nix::unistd::getpid;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -59,7 +61,12 @@ enum Action {
     Fail,
     Kill,
     Hang,
+    Signal(Signal),
+    Slow,
 }
+
+/// What `slow` takes at each hit.
+const SLOW: Duration = Duration::from_millis(1500);
 
 /// What the environment asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +81,9 @@ impl Wanted {
         let (place, action) = match text.rsplit_once(':') {
             Some((place, "kill")) => (place, Action::Kill),
             Some((place, "hang")) => (place, Action::Hang),
+            Some((place, "term")) => (place, Action::Signal(Signal::SIGTERM)),
+            Some((place, "int")) => (place, Action::Signal(Signal::SIGINT)),
+            Some((place, "slow")) => (place, Action::Slow),
             _ => (text, Action::Fail),
         };
         let (name, application) = match place.split_once('@') {
@@ -145,6 +155,15 @@ impl Fault {
         }
         match wanted.action {
             Action::Fail => {}
+            Action::Signal(signal) => {
+                // As from somebody else: to the process, not to this thread.
+                let _ = kill(getpid(), signal);
+                return Ok(());
+            }
+            Action::Slow => {
+                std::thread::sleep(SLOW);
+                return Ok(());
+            }
             Action::Kill => {
                 // Does not return.
                 let _ = raise(Signal::SIGKILL);
@@ -174,6 +193,9 @@ mod tests {
         check("freeze", "freeze", None, Action::Fail);
         check("freeze:kill", "freeze", None, Action::Kill);
         check("stage:hang", "stage", None, Action::Hang);
+        check("lock:term", "lock", None, Action::Signal(Signal::SIGTERM));
+        check("lock:int", "lock", None, Action::Signal(Signal::SIGINT));
+        check("lock:slow", "lock", None, Action::Slow);
         check(
             "restore-files@a:hang",
             "restore-files",

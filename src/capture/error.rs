@@ -67,6 +67,12 @@ pub enum CheckpointError {
         /// What to do.
         hint: &'static str,
     },
+    /// The rest took too long.
+    #[error(
+        "It stood still for {0:?} and was not captured yet; it runs on, allow more with \
+         --max-freeze"
+    )]
+    TooSlow(Duration),
     /// `SIGINT` or `SIGTERM`.
     #[error("Interrupted; the application runs on")]
     Interrupted,

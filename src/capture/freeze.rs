@@ -53,8 +53,7 @@ impl Capture {
         }
         self.timeline.done("freeze");
         Fault::Threads.point()?;
-        self.wakeups.check()?;
-        Ok(())
+        self.may_go_on()
     }
 
     /// A handshake that ends while memory is read would leave a connection to accept, when it is

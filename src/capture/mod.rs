@@ -81,12 +81,15 @@ pub fn survey(cgroup: &Path, devices: &BTreeSet<u32>) -> Result<Vec<Blocker>, Ch
 pub struct Options {
     /// How long freezing may take before it is given up.
     pub deadline: Duration,
+    /// How long it may stand still before it is given up; checked after each step.
+    pub max_freeze: Option<Duration>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             deadline: Duration::from_secs(10),
+            max_freeze: None,
         }
     }
 }
@@ -228,6 +231,12 @@ impl Capture {
         Ok(())
     }
 
+    /// Fails once an abort was asked for, or the application stands still for too long.
+    fn may_go_on(&self) -> Result<(), CheckpointError> {
+        self.wakeups.check()?;
+        self.timeline.within(self.options.max_freeze)
+    }
+
     /// What cannot be carried.
     #[must_use]
     pub fn blockers(&self) -> &[Blocker] {
@@ -327,7 +336,7 @@ impl Capture {
             silenced?;
         }
         Fault::Silence.point()?;
-        Ok(())
+        self.may_go_on()
     }
 
     /// Whether packets are being dropped, by this capture or by the lock it left behind.
@@ -354,13 +363,14 @@ impl Capture {
         self.timeline.done("tasks");
         Fault::Tasks.point()?;
         self.wakeups.check()?;
+        self.timeline.within(self.options.max_freeze)?;
 
         let vmas = self.iterators.borrow_mut().vmas(scope)?;
         frozen.mms = self
             .memory
             .collect(&frozen.tasks, &vmas, store, slots, &self.wakeups)?;
         self.timeline.done("memory");
-        Ok(())
+        self.may_go_on()
     }
 
     /// Reads the descriptors, with the network silent, and returns all there is. The
@@ -388,6 +398,7 @@ impl Capture {
         self.timeline.done("files");
         Fault::Files.point()?;
         self.wakeups.check()?;
+        self.timeline.within(self.options.max_freeze)?;
 
         let mut contents = read.contents;
         self.memory.copy_shown(store, slots, &mut contents)?;
@@ -415,7 +426,7 @@ impl Capture {
     /// Before the kill: everything is undone. The kill itself does not fail half-way.
     pub fn commit_and_kill(&mut self) -> Result<(), CheckpointError> {
         Fault::Kill.point()?;
-        self.wakeups.check()?;
+        self.may_go_on()?;
         if let Some(lock) = &mut self.lock {
             std::fs::create_dir_all(PIN_DIR).map_err(CheckpointError::io("mkdir", PIN_DIR))?;
             lock.pin(&pin_dir(&self.target.header))?;

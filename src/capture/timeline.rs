@@ -1,5 +1,6 @@
 //! When each step of a checkpoint ended.
 
+use super::error::CheckpointError;
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,16 @@ impl Timeline {
     pub(super) fn release(&mut self) {
         if let Some((_, end @ None)) = &mut self.frozen {
             *end = Some(Instant::now());
+        }
+    }
+
+    /// Fails if the application stands still for longer than `limit` by now.
+    pub(super) fn within(&self, limit: Option<Duration>) -> Result<(), CheckpointError> {
+        match (self.frozen, limit) {
+            (Some((from, None)), Some(limit)) if from.elapsed() > limit => {
+                Err(CheckpointError::TooSlow(from.elapsed()))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -43,6 +43,10 @@ pub struct CheckpointArgs {
     #[arg(long, value_name = "MS", default_value_t = 10_000)]
     deadline: u64,
 
+    /// Roll back rather than let it stand still for longer before its image is complete
+    #[arg(long, value_name = "MS")]
+    max_freeze: Option<u64>,
+
     /// Print the outcome as JSON
     #[arg(long)]
     json: bool,
@@ -76,6 +80,7 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode, CheckpointError> {
     };
     let options = Options {
         deadline: Duration::from_millis(args.deadline),
+        max_freeze: args.max_freeze.map(Duration::from_millis),
     };
     let mut capture = Capture::prepare(&selection, options, load_iterators()?)?;
     if !capture.blockers().is_empty() {

@@ -29,11 +29,11 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 /// Exit code for "aborted and rolled back".
-const ROLLED_BACK: i32 = 6;
+pub(super) const ROLLED_BACK: i32 = 6;
 
 /// Fault points that a checkpoint and an update both pass, in their order
 /// (`tracker::capture::fault`).
-const BOTH: &[&str] = &[
+pub(super) const BOTH: &[&str] = &[
     "prepare",
     "precopy",
     "lock",
@@ -49,7 +49,7 @@ const BOTH: &[&str] = &[
 ];
 
 /// Those of a checkpoint alone.
-const CHECKPOINT: &[&str] = &["kill"];
+pub(super) const CHECKPOINT: &[&str] = &["kill"];
 
 /// Those of an update alone.
 const UPDATE: &[&str] = &["kexec-load", "before-kexec"];

@@ -5,7 +5,9 @@ use anyhow::Result;
 use crate::image::Kernel;
 use crate::vm::{Vm, VmBuilder};
 
+mod aborts;
 mod agent;
+mod damaged;
 mod faults;
 mod handover;
 mod harness;
@@ -41,6 +43,8 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         kernel::SCENARIOS,
         services::SCENARIOS,
         faults::SCENARIOS,
+        aborts::SCENARIOS,
+        damaged::SCENARIOS,
         tracking::SCENARIOS,
         tracking_losses::SCENARIOS,
         tracking_membership::SCENARIOS,

@@ -1,0 +1,240 @@
+//! Checkpoints that are killed, interrupted or late at every step: nothing of them stays with the
+//! application, which goes on.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use super::Scenario;
+use super::faults::{BOTH, CHECKPOINT, ROLLED_BACK};
+use super::services::{PATIENCE, all_well, start};
+use crate::apps;
+use crate::image::Kernel;
+use crate::load::Load;
+use crate::payload::TESTS_DIR;
+use crate::protocol::Status;
+use crate::vm::{Exec, Output, Vm};
+
+/// The scenarios of this file.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "aborts_killed",
+        kernels: &Kernel::ALL,
+        configure: apps::forwarded,
+        run: killed,
+    },
+    Scenario {
+        name: "aborts_interrupted",
+        kernels: &[Kernel::V6_12],
+        configure: apps::forwarded,
+        run: interrupted,
+    },
+    Scenario {
+        name: "aborts_late",
+        kernels: &[Kernel::V6_1],
+        configure: apps::forwarded,
+        run: late,
+    },
+];
+
+/// How long a killed tracker's guard may take.
+const CLEANED_UP: Duration = Duration::from_secs(20);
+
+/// How long redis may be silent to its neighbour on a loaded machine.
+const GAP: Duration = Duration::from_secs(30);
+
+/// Says what a checkpoint has left of itself: the first argument is the cgroup, below the mount.
+const TRACES: &str = r#"
+    group=/sys/fs/cgroup/$1
+    [ "$(cat $group/cgroup.freeze)" = 0 ] || echo "it is to be frozen"
+    grep -qx "frozen 0" $group/cgroup.events || echo "it is frozen"
+    for tid in $(cat $group/cgroup.threads); do
+        grep -qx "TracerPid:	0" /proc/$tid/status || echo "thread $tid is traced"
+        grep -q "^State:	[Tt]" /proc/$tid/status && echo "thread $tid is stopped"
+    done
+    for pid in $(cat $group/cgroup.procs); do
+        grep -qx "0::/$1" /proc/$pid/cgroup || echo "PID $pid is in $(cat /proc/$pid/cgroup)"
+    done
+    ls /sys/fs/bpf/tracker 2>/dev/null
+    bpftool cgroup show /sys/fs/cgroup | grep cgroup_inet
+    pgrep -x tracker -a | grep checkpoint
+    true"#;
+
+fn traces(vm: &Vm, cgroup: &str) -> Result<String> {
+    Ok(vm
+        .exec(Exec::new(["sh", "-c", TRACES, "sh", cgroup]))?
+        .check()?
+        .text())
+}
+
+/// Waits until nothing of a checkpoint is left.
+fn no_traces(vm: &Vm, cgroup: &str) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let traces = traces(vm, cgroup)?;
+        if traces.is_empty() {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < CLEANED_UP, "This is left:\n{traces}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Redis and memcached with clients on the host, and one in the guest that counts its waiting.
+struct Lab<'a> {
+    vm: &'a Vm,
+    load: Load,
+    heartbeat: i32,
+    pids: Vec<u32>,
+    failures: Vec<String>,
+}
+
+const HEARTBEAT: &str = "/root/heartbeat";
+
+impl<'a> Lab<'a> {
+    fn start(vm: &'a Vm) -> Result<Self> {
+        let load = start(vm)?;
+        vm.sh(&format!("mkdir -p {HEARTBEAT}"))?.check()?;
+        let program = format!("{TESTS_DIR}/heartbeat");
+        let command = Exec::new([program, apps::REDIS.to_string(), HEARTBEAT.to_owned()]);
+        let heartbeat = vm.spawn(command, Some("/root/heartbeat.log"))?;
+        let beating = vm.await_file(&format!("{HEARTBEAT}/beating"), PATIENCE)?;
+        ensure!(beating, "There is no heartbeat");
+        let pids = apps::pids(vm, "redis")?;
+        no_traces(vm, "tracker/redis").context("Before")?;
+        Ok(Self {
+            vm,
+            load,
+            heartbeat,
+            pids,
+            failures: Vec::new(),
+        })
+    }
+
+    /// One checkpoint that comes to nothing.
+    fn attempt(
+        &mut self,
+        fault: &str,
+        more: &[&str],
+        outcome: impl FnOnce(&Output) -> bool,
+    ) -> Result<()> {
+        let vm = self.vm;
+        let image = format!("/root/image.{fault}");
+        let attempt = || -> Result<()> {
+            let command = apps::checkpoint("redis", &image, more).env("TRACKER_FAULT", fault);
+            let output = vm.exec(command.timeout(PATIENCE))?;
+            let said = output.error_text();
+            ensure!(outcome(&output), "{}\n{said}", output.status);
+            if output.code().is_some() {
+                let left = vm.sh(&format!("ls -d {image}"))?;
+                ensure!(!left.success(), "An image is left");
+            }
+            no_traces(vm, "tracker/redis")?;
+            ensure!(
+                apps::pids(vm, "redis")? == self.pids,
+                "Redis has other PIDs"
+            );
+            self.load.progress(5, Duration::from_secs(60))?;
+            let lost = self.load.lost();
+            ensure!(lost.is_empty(), "Connections are lost: {lost:?}");
+            Ok(())
+        };
+        if let Err(error) = attempt().with_context(|| format!("Fault {fault}")) {
+            // A VM that is gone has nothing more to tell.
+            if !vm.alive() {
+                return Err(error);
+            }
+            self.failures.push(format!("{error:#}"));
+        }
+        Ok(())
+    }
+
+    /// The heart has never stopped, and the next checkpoint is as good as any.
+    fn finish(self) -> Result<()> {
+        let vm = self.vm;
+        ensure!(self.failures.is_empty(), "{}", self.failures.join("\n"));
+        vm.write_file(&format!("{HEARTBEAT}/stop"), b"")?;
+        let ended = vm.wait(self.heartbeat, PATIENCE)?;
+        let log = vm.read_file("/root/heartbeat.log").unwrap_or_default();
+        let log = String::from_utf8_lossy(&log).into_owned();
+        ensure!(
+            ended == Some(Status::Exited(0)),
+            "The heartbeat: {ended:?} {log}"
+        );
+        let gap = String::from_utf8(vm.read_file(&format!("{HEARTBEAT}/gap"))?)?;
+        let gap = Duration::from_micros(gap.parse()?);
+        ensure!(gap < GAP, "The heart has stopped for {gap:?}");
+        let image = "/root/image";
+        vm.exec(apps::checkpoint("redis", image, &[]).timeout(PATIENCE))?
+            .check()?;
+        let restore = ["tracker", "restore", "--image", image, "--detach"];
+        vm.exec(Exec::new(restore).timeout(PATIENCE))?.check()?;
+        no_traces(vm, "tracker/redis").context("After a restore")?;
+        all_well(vm, self.load)
+    }
+}
+
+/// SIGKILL, which no error path can clean up after.
+fn killed(vm: &Vm) -> Result<()> {
+    let mut lab = Lab::start(vm)?;
+    // Traces are seen where there are some.
+    let command = apps::checkpoint("redis", "/root/image.hang", &[]);
+    let hanging = vm.spawn(command.env("TRACKER_FAULT", "files:hang"), None)?;
+    let begun = Instant::now();
+    loop {
+        let traces = traces(vm, "tracker/redis")?;
+        if ["frozen", "traced", "cgroup_inet", "checkpoint"]
+            .iter()
+            .all(|t| traces.contains(t))
+        {
+            break;
+        }
+        ensure!(
+            begun.elapsed() < PATIENCE,
+            "A checkpoint leaves only these traces:\n{traces}"
+        );
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    vm.kill(hanging, libc::SIGKILL)?;
+    no_traces(vm, "tracker/redis").context("Killed from outside")?;
+
+    for place in [BOTH, CHECKPOINT].concat() {
+        let died = |output: &Output| output.status == Status::Signaled(libc::SIGKILL);
+        lab.attempt(&format!("{place}:kill"), &[], died)?;
+    }
+    lab.finish()
+}
+
+/// SIGTERM and SIGINT.
+fn interrupted(vm: &Vm) -> Result<()> {
+    let mut lab = Lab::start(vm)?;
+    for place in [BOTH, CHECKPOINT].concat() {
+        for signal in ["term", "int"] {
+            let rolled_back = |output: &Output| {
+                output.code() == Some(ROLLED_BACK) && output.error_text().contains("Interrupted")
+            };
+            lab.attempt(&format!("{place}:{signal}"), &[], rolled_back)?;
+        }
+    }
+    lab.finish()
+}
+
+/// `--max-freeze`, and `--deadline` where what is late is the freezing itself.
+fn late(vm: &Vm) -> Result<()> {
+    let mut lab = Lab::start(vm)?;
+    let frozen = |place: &&&str| !["prepare", "precopy", "lock"].contains(*place);
+    let places = [BOTH, CHECKPOINT].concat();
+    for place in places.iter().filter(frozen) {
+        let rolled_back = |output: &Output| {
+            output.code() == Some(ROLLED_BACK) && output.error_text().contains("--max-freeze")
+        };
+        // What the fault point takes is more.
+        let limit = ["--max-freeze", "1000"];
+        lab.attempt(&format!("{place}:slow"), &limit, rolled_back)?;
+    }
+    let no_time = |output: &Output| {
+        output.code() == Some(ROLLED_BACK) && output.error_text().contains("did not stop within")
+    };
+    lab.attempt("none", &["--deadline", "0"], no_time)?;
+    lab.finish()
+}
