@@ -104,6 +104,7 @@ enum thread_flag {
 	THREAD_IO_URING = 4, /* has an io_uring context */
 	THREAD_FROZEN = 8,   /* stopped by the cgroup freezer */
 	THREAD_PTRACED = 16,
+	THREAD_SEM_UNDO = 32, /* has System V semaphore operations to undo when it ends */
 };
 
 /* One thread; ids are those of the initial PID namespace. */
@@ -375,7 +376,7 @@ TRK_ASSERT_SIZE(struct signalfd_rec, 16);
 
 struct pidfd_rec {
 	struct rec_hdr hdr;
-	__u32 pid; /* initial PID namespace */
+	__u32 pid; /* initial PID namespace; 0 if the process was waited for */
 	__u32 pad;
 };
 TRK_ASSERT_SIZE(struct pidfd_rec, 16);
@@ -387,6 +388,7 @@ enum sock_flag {
 	SOCK_V6ONLY = 4,
 	SOCK_HAS_FILTER = 8,
 	SOCK_MULTICAST = 16, /* member of a group, IPv4 or IPv6 */
+	SOCK_EBPF = 32,      /* its filter or the choice in its port's group is an eBPF program */
 };
 
 /* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted

@@ -210,7 +210,8 @@ static __always_inline long write_pidfd(struct seq_file *seq, struct file *file)
 		pid = file->f_inode->i_private;
 	r->hdr.kind = REC_PIDFD;
 	r->hdr.size = sizeof(*r);
-	r->pid = pid_nr(pid);
+	/* a struct pid keeps its number when nobody has it any more */
+	r->pid = BPF_CORE_READ(pid, tasks[PIDTYPE_TGID].first) ? pid_nr(pid) : 0;
 	return bpf_seq_write(seq, r, sizeof(*r));
 }
 

@@ -55,6 +55,21 @@ static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 	}
 }
 
+/* A classic program is kept as it was given to setsockopt(2); an eBPF program has no other form. */
+static __always_inline void fill_filter(struct sock_rec *r, struct sock *sk)
+{
+	struct sk_filter *filter = BPF_CORE_READ(sk, sk_filter);
+	struct sock_reuseport *group = BPF_CORE_READ(sk, sk_reuseport_cb);
+
+	if (filter) {
+		r->flags |= SOCK_HAS_FILTER;
+		if (!BPF_CORE_READ(filter, prog, orig_prog))
+			r->flags |= SOCK_EBPF;
+	}
+	if (group && BPF_CORE_READ(group, prog))
+		r->flags |= SOCK_EBPF;
+}
+
 static __always_inline long write_socket(struct seq_file *seq, struct file *file)
 {
 	struct socket *socket = bpf_sock_from_file(file);
@@ -83,8 +98,7 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 		r->flags |= SOCK_REUSEPORT;
 	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_ipv6only))
 		r->flags |= SOCK_V6ONLY;
-	if (sk->sk_filter)
-		r->flags |= SOCK_HAS_FILTER;
+	fill_filter(r, sk);
 	r->bound_ifindex = sk->__sk_common.skc_bound_dev_if;
 	r->mark = sk->sk_mark;
 	r->priority = sk->sk_priority;

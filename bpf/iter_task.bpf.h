@@ -90,6 +90,18 @@ static __always_inline void fill_namespaces(struct thread_rec *r, struct nsproxy
 	r->cgroup_ns = ns ? BPF_CORE_READ(ns, cgroup_ns, ns.inum) : 0;
 }
 
+/* A list that is its own next is empty. */
+static __always_inline bool has_undo(struct task_struct *task)
+{
+	struct sem_undo_list *list;
+
+	if (!bpf_core_field_exists(task->sysvsem))
+		return false;
+	list = BPF_CORE_READ(task, sysvsem.undo_list);
+	return list && (u64)BPF_CORE_READ(list, list_proc.next) !=
+			       (u64)list + bpf_core_field_offset(struct sem_undo_list, list_proc);
+}
+
 static __always_inline void fill_thread(struct thread_rec *r, struct task_struct *task)
 {
 	/* through the helper, for a plain number that arithmetic is allowed on */
@@ -129,6 +141,8 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 		r->flags |= THREAD_NO_NEW_PRIVS;
 	if (bpf_core_field_exists(task->io_uring) && task->io_uring)
 		r->flags |= THREAD_IO_URING;
+	if (has_undo(task))
+		r->flags |= THREAD_SEM_UNDO;
 	r->state = task->__state;
 	r->exit_state = task->exit_state;
 	r->exit_code = task->exit_code;

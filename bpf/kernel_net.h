@@ -37,6 +37,16 @@ struct sk_buff_head {
 struct sock_cgroup_data {
 	struct cgroup *cgroup;
 };
+struct sock_fprog_kern;
+struct bpf_prog {
+	struct sock_fprog_kern *orig_prog;
+};
+struct sk_filter {
+	struct bpf_prog *prog;
+};
+struct sock_reuseport {
+	struct bpf_prog *prog;
+};
 struct sock {
 	struct sock_common __sk_common;
 	struct sk_buff_head sk_receive_queue;
@@ -45,7 +55,8 @@ struct sock {
 	} sk_backlog;
 	int sk_rcvbuf;
 	int sk_sndbuf;
-	void *sk_filter;
+	struct sk_filter *sk_filter;
+	struct sock_reuseport *sk_reuseport_cb;
 	int sk_wmem_queued;
 	u32 sk_priority;
 	u32 sk_mark;

@@ -30,6 +30,13 @@ struct cpu_itimer {
 	u64 incr;
 };
 
+struct sem_undo_list {
+	struct list_head list_proc;
+};
+struct sysv_sem {
+	struct sem_undo_list *undo_list;
+};
+
 enum pid_type {
 	PIDTYPE_PID,
 	PIDTYPE_TGID,
@@ -41,6 +48,7 @@ struct upid {
 };
 struct pid {
 	unsigned int level;
+	struct hlist_head tasks[4];
 	struct upid numbers[];
 };
 struct ns_common {
@@ -275,6 +283,7 @@ struct task_struct {
 	struct fs_struct *fs;
 	struct files_struct *files;
 	void *io_uring;
+	struct sysv_sem sysvsem;
 	struct nsproxy *nsproxy;
 	struct signal_struct *signal;
 	struct sighand_struct *sighand;

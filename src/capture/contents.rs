@@ -3,8 +3,9 @@
 use super::error::CheckpointError;
 use super::files::Slots;
 use super::mm::path_ref;
+use super::sysv::Segment;
 use crate::image::Store;
-use crate::model::frozen::{Content, ContentId, ContentKind, PAGE_SIZE, PageRun};
+use crate::model::frozen::{self, Content, ContentId, ContentKind, PAGE_SIZE, PageRun};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
@@ -60,6 +61,38 @@ impl Contents {
             mode: stat.mode() & 0o7777,
             uid: stat.uid(),
             gid: stat.gid(),
+            pages: Vec::new(),
+        };
+        self.found.insert(id, (file, content));
+        Ok(id)
+    }
+
+    /// Notes the bytes of a System V segment, mapped as `link` of `/proc/PID/map_files`.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn add_segment(
+        &mut self,
+        segment: &Segment,
+        link: &Path,
+    ) -> Result<ContentId, CheckpointError> {
+        let id = segment.content();
+        if self.found.contains_key(&id) {
+            return Ok(id);
+        }
+        let file = File::open(link).map_err(CheckpointError::io("open", link))?;
+        let content = Content {
+            kind: ContentKind::SysvShm(frozen::Segment {
+                id: segment.id,
+                key: segment.key,
+                destroyed: segment.is_destroyed(),
+                creator_uid: segment.creator_ids.0,
+                creator_gid: segment.creator_ids.1,
+            }),
+            size: segment.size,
+            mode: segment.perms & 0o777,
+            uid: segment.owner.0,
+            gid: segment.owner.1,
             pages: Vec::new(),
         };
         self.found.insert(id, (file, content));

@@ -2,13 +2,16 @@
 
 use super::error::CheckpointError;
 use super::freeze::PAUSE;
-use super::{files, mm};
+use super::tasks::parents_first;
+use super::{cgroups, files, mm, sysv};
 use crate::bpf::events::{FileKind, RestartKind, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
-use crate::model::frozen::Blocker;
-use crate::model::ids::{Fd, Pid};
+use crate::model::frozen::{Blocker, Process};
+use crate::model::ids::{Fd, FilesId, FsId, Pid};
+use crate::model::plan;
 use crate::sys::cgroup::Cgroup;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
 
 /// Inode numbers of the namespaces tracker itself is in: those an application must share,
 /// the time namespace excepted.
@@ -93,15 +96,9 @@ fn look(
     let tasks = iterators.tasks(scope)?;
     let vmas = iterators.vmas(scope)?;
     let mut found = blockers(&tasks, &vmas, ours);
-    if let Some(first) = tasks.processes.first() {
-        found.extend(cgroup.children()?.into_iter().map(|child| Blocker {
-            pid: Pid(first.pid.cast_signed()),
-            fd: None,
-            object: format!("cgroup {child} below that of the application"),
-            reason: "nested cgroups are not carried yet".to_owned(),
-        }));
-    }
-    found.extend(files::blockers(&iterators.files(scope)?));
+    found.extend(cgroups::blockers(cgroup, &tasks)?);
+    found.extend(sysv::blockers(&vmas, &tasks)?);
+    found.extend(files::blockers(&iterators.files(scope)?, &tasks));
     Ok(found)
 }
 
@@ -158,6 +155,7 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocke
         thread(rec, leaders.get(&rec.tgid).copied(), ours, &mut found);
     }
     shared_memory(&leaders, &mut found);
+    family(tasks, &leaders, &mut found);
     for process in &tasks.processes {
         const SIGNAL_STOP_STOPPED: u64 = 1;
         if process.signal_flags & SIGNAL_STOP_STOPPED != 0 {
@@ -259,26 +257,62 @@ fn thread(
     }
 }
 
-/// Processes that share an address space or directories (clone(2) without CLONE_THREAD).
+/// Processes that share an address space (clone(2) without CLONE_THREAD).
 fn shared_memory(leaders: &HashMap<u32, &ThreadRec>, found: &mut Vec<Blocker>) {
-    let mut users: BTreeMap<(u8, u64), Vec<u32>> = BTreeMap::new();
+    let mut users: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
     for rec in leaders.values().filter(|rec| !rec.is_zombie()) {
-        users.entry((0, rec.mm)).or_default().push(rec.tgid);
-        users.entry((1, rec.fs)).or_default().push(rec.tgid);
+        users.entry(rec.mm).or_default().push(rec.tgid);
     }
-    for ((kind, _), pids) in users.iter_mut().filter(|(_, pids)| pids.len() > 1) {
+    for pids in users.values_mut().filter(|pids| pids.len() > 1) {
         pids.sort_unstable();
-        let (object, reason) = match kind {
-            0 => (
-                "address space shared with another process",
-                "vfork(2) or CLONE_VM: try again when the child has called exec",
-            ),
-            _ => (
-                "working directory shared with another process",
-                "CLONE_FS is not carried yet",
-            ),
-        };
-        found.push(blocker(pids[1], object, reason));
+        found.push(blocker(
+            pids[1],
+            "address space shared with another process",
+            "vfork(2) or CLONE_VM: try again when the child has called exec",
+        ));
+    }
+}
+
+/// Trees that cannot be made again: sessions, descriptor tables and directories are had from
+/// birth on.
+fn family(tasks: &Tasks, leaders: &HashMap<u32, &ThreadRec>, found: &mut Vec<Blocker>) {
+    let inside: BTreeSet<u32> = tasks.processes.iter().map(|p| p.pid).collect();
+    let pid = |number: u32| Pid(number.cast_signed());
+    let known = tasks.processes.iter().filter_map(|process| {
+        let leader = leaders.get(&process.pid)?;
+        Some(Process {
+            pid: pid(process.pid),
+            parent: inside.contains(&process.ppid).then(|| pid(process.ppid)),
+            pgid: pid(process.pgid),
+            sid: pid(process.sid),
+            zombie: leader.is_zombie().then_some(leader.exit_code),
+            files: FilesId(leader.files),
+            fs: FsId(leader.fs),
+            ..Process::default()
+        })
+    });
+    let family = parents_first(known.collect());
+    if let Err(error) = plan::processes(&family) {
+        found.push(Blocker {
+            pid: error.pid(),
+            fd: None,
+            object: "process tree".to_owned(),
+            reason: format!("{error}; it cannot be made again"),
+        });
+    }
+    let mut directories = BTreeSet::new();
+    for process in family.iter().filter(|p| p.zombie.is_none()) {
+        let link = format!("/proc/{}/root", process.pid);
+        if !directories.insert(process.fs)
+            && std::fs::read_link(link).is_ok_and(|root| root != Path::new("/"))
+        {
+            found.push(Blocker {
+                pid: process.pid,
+                fd: None,
+                object: "root directory shared with another process".to_owned(),
+                reason: "CLONE_FS is not carried together with chroot(2) yet".to_owned(),
+            });
+        }
     }
 }
 

@@ -84,7 +84,7 @@ impl Capture {
         let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
         let open = self.iterators.borrow_mut().files(self.scope())?;
         let mut blockers = eligibility::blockers(&tasks, &[], &self.ours);
-        blockers.extend(files::blockers(&open));
+        blockers.extend(files::blockers(&open, &tasks));
         blockers.extend(files::unaccepted(&open));
         if !blockers.is_empty() {
             return Ok(blockers);

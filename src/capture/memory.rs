@@ -6,6 +6,7 @@ use super::error::CheckpointError;
 use super::files::Slots;
 use super::mm::{self, Mapper};
 use super::pages::{Copier, Tracked, plan, select};
+use super::sysv;
 use super::wakeups::Wakeups;
 use crate::bpf::events::{MmRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
@@ -118,7 +119,7 @@ impl Memory {
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
         let by_mm = grouped(vmas);
         let mut copier = Copier::new(store);
-        let mut mapper = Mapper::default();
+        let mut mapper = Mapper::new(sysv::segments()?);
         self.shown = Contents::default();
         let mut found = BTreeMap::new();
         for rec in address_spaces(tasks) {

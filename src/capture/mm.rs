@@ -2,12 +2,13 @@
 
 use super::contents::Contents;
 use super::error::CheckpointError;
+use super::sysv;
 use crate::bpf::events::{MmRec, VmaKind, VmaRec};
 use crate::bpf::iter::user_dev;
 use crate::model::frozen::{Backing, Blocker, ContentId, FileIdentity, MmBounds, PathRef, Vma};
 use crate::model::ids::{InodeId, Pid};
 use nix::libc;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, Metadata};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -110,8 +111,6 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
         ("AIO ring", "AIO contexts are not carried yet")
     } else if name.starts_with("[io_uring]") {
         ("io_uring", "io_uring is not carried yet")
-    } else if rec.kind == VmaKind::SHMEM && name.starts_with("SYSV") {
-        ("System V shared memory", "it is not carried yet")
     } else {
         return None;
     };
@@ -127,6 +126,7 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
 #[derive(Debug, Default)]
 pub struct Mapper {
     files: HashMap<u64, Known>,
+    segments: BTreeMap<i32, sysv::Segment>,
 }
 
 #[derive(Clone, Debug)]
@@ -137,6 +137,14 @@ enum Known {
 }
 
 impl Mapper {
+    /// With the System V segments that there are.
+    pub fn new(segments: BTreeMap<i32, sysv::Segment>) -> Self {
+        Self {
+            files: HashMap::new(),
+            segments,
+        }
+    }
+
     /// One mapping. Content it shows is added to `contents` to be copied.
     ///
     /// # Errors
@@ -190,6 +198,14 @@ impl Mapper {
         if rec.file == 0 {
             return Ok(Backing::Anonymous);
         }
+        if let Some(segment) = sysv::of(&self.segments, rec) {
+            let id = contents.add_segment(segment, &map_file(rec))?;
+            return Ok(Backing::SysvShm {
+                id,
+                segment: segment.id,
+                readonly: rec.flags & vm::MAYWRITE == 0,
+            });
+        }
         let known = match self.files.get(&rec.file) {
             Some(known) => known.clone(),
             None => {
@@ -220,11 +236,15 @@ impl Mapper {
     }
 }
 
-fn look_at(rec: &VmaRec, contents: &mut Contents) -> Result<Known, CheckpointError> {
-    let link = PathBuf::from(format!(
+fn map_file(rec: &VmaRec) -> PathBuf {
+    PathBuf::from(format!(
         "/proc/{}/map_files/{:x}-{:x}",
         rec.tgid, rec.start, rec.end
-    ));
+    ))
+}
+
+fn look_at(rec: &VmaRec, contents: &mut Contents) -> Result<Known, CheckpointError> {
+    let link = map_file(rec);
     let path = fs::read_link(&link).map_err(CheckpointError::io("readlink", &link))?;
     let mapped = fs::metadata(&link).map_err(CheckpointError::io("stat", &link))?;
     if mapped.file_type().is_char_device() && path == Path::new("/dev/zero") {

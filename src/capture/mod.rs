@@ -1,6 +1,7 @@
 //! Takes the state of a running application: prepare, pre-copy, freeze, collect, and then
 //! either kill it or let it go on as if nothing had happened.
 
+mod cgroups;
 mod clocks;
 mod contents;
 mod eligibility;
@@ -14,6 +15,8 @@ mod memory;
 mod mm;
 mod pages;
 mod restart;
+mod semaphores;
+mod sysv;
 mod target;
 mod tasks;
 mod threads;
@@ -27,6 +30,7 @@ pub use known::Known;
 pub use target::Selection;
 pub use timeline::{Durations, Timeline};
 
+use crate::bpf::features::cgroup2_mount;
 use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
@@ -360,12 +364,21 @@ impl Capture {
             return Err(CheckpointError::Unstable("It is not frozen".into()));
         };
         frozen.processes = tasks::processes(&frozen.tasks, &frozen.tracees, &frozen.now)?;
+        let mount = cgroup2_mount().map_err(CheckpointError::io("find", "cgroup2"))?;
+        let top = &self.target.cgroup;
+        self.target.header.cgroups =
+            cgroups::read(top, &frozen.tasks, &mount, &mut frozen.processes)?;
+        self.target.header.semaphores = semaphores::read(&frozen.tasks)?;
         self.timeline.done("tasks");
         Fault::Tasks.point()?;
         self.wakeups.check()?;
         self.timeline.within(self.options.max_freeze)?;
 
         let vmas = self.iterators.borrow_mut().vmas(scope)?;
+        let blockers = sysv::blockers(&vmas, &frozen.tasks)?;
+        if !blockers.is_empty() {
+            return Err(CheckpointError::Blocked(blockers));
+        }
         frozen.mms = self
             .memory
             .collect(&frozen.tasks, &vmas, store, slots, &self.wakeups)?;
@@ -388,6 +401,7 @@ impl Capture {
         };
         let read = files::collect(
             &frozen.open,
+            &frozen.tasks,
             &mut self.iterators.borrow_mut(),
             &frozen.now,
             store,

@@ -10,7 +10,7 @@ use crate::model::frozen::{
     AltStack, Credentials, IntervalTimer, PathRef, PosixTimer, Process, Scheduling, SigAction,
     Thread,
 };
-use crate::model::ids::{FilesId, MmId, Pid, Tid};
+use crate::model::ids::{FilesId, FsId, MmId, Pid, Tid};
 use crate::sys::task::{affinity, ioprio};
 use nix::libc;
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,7 +56,7 @@ fn pid(number: u32) -> Pid {
     Pid(number.cast_signed())
 }
 
-fn parents_first(mut processes: Vec<Process>) -> Vec<Process> {
+pub(super) fn parents_first(mut processes: Vec<Process>) -> Vec<Process> {
     let mut done: BTreeSet<Pid> = BTreeSet::new();
     let mut out: Vec<Process> = Vec::new();
     while !processes.is_empty() {
@@ -125,6 +125,7 @@ impl Assembly<'_> {
         Ok(Process {
             mm: MmId(leader.mm),
             files: FilesId(leader.files),
+            fs: FsId(leader.fs),
             exe: proc.link("exe")?,
             cwd: proc.link("cwd")?,
             root: proc.link("root")?,

@@ -4,10 +4,21 @@
 //! nothing else. So a child of an older session than its parent's must be born before the
 //! parent calls setsid(2), and a process whose parent is gone but whose session leader is
 //! in the tree must be born below that leader and lose its parent then.
+//!
+//! A descriptor table or directories can be shared only from birth on, with the parent.
 
 use super::frozen::Process;
 use super::ids::Pid;
 use std::collections::{BTreeMap, BTreeSet};
+
+/// What a process has in common with its parent from its birth on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shares {
+    /// Its descriptor table (`CLONE_FILES`).
+    pub files: bool,
+    /// Its directories and umask (`CLONE_FS`).
+    pub fs: bool,
+}
 
 /// One step; each is done by one process, in the order of the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +31,8 @@ pub enum Step {
         child: Pid,
         /// Through a go-between that exits, so that the child's parent is gone.
         orphan: bool,
+        /// What it has in common with `parent`.
+        shares: Shares,
     },
     /// setsid(2), which makes a group too.
     LeadSession(Pid),
@@ -60,6 +73,29 @@ pub enum PlanError {
         /// Its session.
         sid: Pid,
     },
+    /// Processes share what only a parent and its child can be made to share again.
+    #[error("PID {pid} shares its {what} with PID {other}, which is not its parent")]
+    Sharing {
+        /// The process.
+        pid: Pid,
+        /// The other one.
+        other: Pid,
+        /// What they share.
+        what: &'static str,
+    },
+}
+
+impl PlanError {
+    /// The process that is in the way.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        match *self {
+            Self::NoParent { pid, .. }
+            | Self::Twice(pid)
+            | Self::Session { pid, .. }
+            | Self::Sharing { pid, .. } => pid,
+        }
+    }
 }
 
 /// Orders the births of `processes` (parents before children) and what each does for its
@@ -70,6 +106,7 @@ pub enum PlanError {
 /// The tree contradicts itself.
 pub fn processes(processes: &[Process]) -> Result<Vec<Step>, PlanError> {
     let tree = Tree::new(processes)?;
+    tree.check_sharing()?;
     let mut steps = Vec::new();
     for root in tree.kids(None) {
         tree.bear(None, *root, &mut steps)?;
@@ -86,6 +123,11 @@ pub fn processes(processes: &[Process]) -> Result<Vec<Step>, PlanError> {
     let dead = tree.alive.iter().rev().filter(|p| p.zombie.is_some());
     steps.extend(dead.map(|p| Step::Die(p.pid)));
     Ok(steps)
+}
+
+/// Whether two identities are of one object; 0 is none.
+fn shared(one: u64, other: u64) -> bool {
+    one != 0 && one == other
 }
 
 struct Tree<'a> {
@@ -139,6 +181,42 @@ impl<'a> Tree<'a> {
         })
     }
 
+    /// What a process shares with its parent.
+    fn shares(&self, pid: Pid) -> Shares {
+        let of = |pid: &Pid| self.by_pid.get(pid).filter(|p| p.zombie.is_none());
+        let child = of(&pid);
+        let parent = child.and_then(|p| p.parent).and_then(|pid| of(&pid));
+        match (child, parent) {
+            (Some(child), Some(parent)) => Shares {
+                files: shared(child.files.0, parent.files.0),
+                fs: shared(child.fs.0, parent.fs.0),
+            },
+            _ => Shares::default(),
+        }
+    }
+
+    /// Of those who share something, all but one must share it with their parent.
+    fn check_sharing(&self) -> Result<(), PlanError> {
+        type Key = (&'static str, u64);
+        let mut first: BTreeMap<Key, Pid> = BTreeMap::new();
+        for process in self.alive.iter().filter(|p| p.zombie.is_none()) {
+            let with_parent = self.shares(process.pid);
+            for (what, id, born) in [
+                ("descriptor table", process.files.0, with_parent.files),
+                ("working directory", process.fs.0, with_parent.fs),
+            ] {
+                if id == 0 || born {
+                    continue;
+                }
+                if let Some(other) = first.insert((what, id), process.pid) {
+                    let pid = process.pid;
+                    return Err(PlanError::Sharing { pid, other, what });
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn kids(&self, of: Option<Pid>) -> &[Pid] {
         self.kids.get(&of).map_or(&[], Vec::as_slice)
     }
@@ -181,6 +259,7 @@ impl<'a> Tree<'a> {
             parent,
             child: pid,
             orphan,
+            shares: self.shares(pid),
         });
         let leads_session = self.session(pid) == Some(pid);
         let mut late = Vec::new();
@@ -228,6 +307,7 @@ pub const USER_END: u64 = 0x7fff_ffff_f000;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ids::{FilesId, FsId};
     use proptest::prelude::*;
 
     fn process(pid: i32, parent: Option<i32>, pgid: i32, sid: i32) -> Process {
@@ -251,6 +331,7 @@ mod tests {
                     parent,
                     child,
                     orphan,
+                    ..
                 } => {
                     let (sid, pgid) = parent.map_or((OUTSIDE, OUTSIDE), |p| {
                         let (_, sid, pgid) = world[&p];
@@ -316,6 +397,36 @@ mod tests {
                 sid: Pid(10)
             })
         );
+    }
+
+    #[test]
+    fn what_is_shared_is_shared_from_birth_on() {
+        let sharing = |pid, parent, files, fs| Process {
+            files: FilesId(files),
+            fs: FsId(fs),
+            ..process(pid, parent, 10, 10)
+        };
+        let mut tree = vec![
+            sharing(10, None, 1, 1),
+            sharing(11, Some(10), 1, 2),
+            sharing(12, Some(11), 1, 1),
+        ];
+        let apart = PlanError::Sharing {
+            pid: Pid(12),
+            other: Pid(10),
+            what: "working directory",
+        };
+        assert_eq!(processes(&tree), Err(apart));
+        tree[2].fs = FsId(2);
+        let steps = processes(&tree).unwrap();
+        let shares: Vec<_> = steps
+            .iter()
+            .filter_map(|step| match step {
+                Step::Fork { shares, .. } => Some((shares.files, shares.fs)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(shares, [(false, false), (true, false), (true, true)]);
     }
 
     #[test]

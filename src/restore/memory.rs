@@ -112,6 +112,18 @@ impl Rebuild<'_> {
     }
 
     fn map(&self, script: &mut Script, vma: &Vma) -> Result<(), RestoreError> {
+        if let Backing::SysvShm {
+            segment, readonly, ..
+        } = vma.backing
+        {
+            let flags = if readonly { libc::SHM_RDONLY } else { 0 };
+            let args = [segment, flags].map(|arg| u64::from(arg.cast_unsigned()));
+            let args = [args[0], vma.start, args[1]];
+            let expect = Expect::Is(vma.start.cast_signed());
+            script.add(libc::SYS_shmat, &args, expect);
+            self.advise(script, vma);
+            return Ok(());
+        }
         let mut flags = libc::MAP_FIXED_NOREPLACE;
         flags |= if vma.shared {
             libc::MAP_SHARED
@@ -125,7 +137,7 @@ impl Rebuild<'_> {
             flags |= libc::MAP_NORESERVE;
         }
         let (fd, offset) = match vma.backing {
-            Backing::Anonymous | Backing::Vdso | Backing::Vvar => {
+            Backing::Anonymous | Backing::SysvShm { .. } | Backing::Vdso | Backing::Vvar => {
                 flags |= libc::MAP_ANONYMOUS;
                 (u64::MAX, 0)
             }
@@ -140,11 +152,16 @@ impl Rebuild<'_> {
         let args = [vma.start, len, prot, flags, fd, offset];
         let expect = Expect::Is(vma.start.cast_signed());
         script.add(libc::SYS_mmap, &args, expect);
+        self.advise(script, vma);
+        Ok(())
+    }
+
+    fn advise(&self, script: &mut Script, vma: &Vma) {
         for advice in &vma.advice {
             let advice = u64::from(advice.cast_unsigned());
+            let len = vma.end - vma.start;
             script.zero(libc::SYS_madvise, &[vma.start, len, advice]);
         }
-        Ok(())
     }
 
     fn missing(&self, vma: &Vma) -> RestoreError {
@@ -158,6 +175,10 @@ impl Rebuild<'_> {
     fn first_prot(&self, vma: &Vma) -> u32 {
         let write = libc::PROT_WRITE.cast_unsigned();
         match vma.backing {
+            // As shmat(2) maps it.
+            Backing::SysvShm { readonly, .. } => {
+                libc::PROT_READ.cast_unsigned() | if readonly { 0 } else { write }
+            }
             Backing::Vdso => write | libc::PROT_READ.cast_unsigned(),
             _ if !vma.shared && has_pages(vma, self.pages) => vma.prot | write,
             _ => vma.prot,

@@ -6,6 +6,7 @@
 //! calls (`tape`, `memory`), become many threads (`threads`, `creds`, `signals`) and go on
 //! (`resume`). Nothing here consults BPF or a running agent.
 
+mod cgroups;
 mod creds;
 mod error;
 pub mod files;
@@ -14,9 +15,11 @@ mod memory;
 mod pids;
 mod restorer;
 mod resume;
+mod semaphores;
 mod signals;
 mod sources;
 mod supervisor;
+mod sysv;
 mod tape;
 mod threads;
 mod time;

@@ -1,12 +1,15 @@
 //! The restorer process and its caller's side of it.
 
 use super::RestoreError;
+use super::cgroups;
 use super::creds::Rights;
 use super::files;
 use super::layout::Layout;
 use super::pids;
+use super::semaphores;
 use super::sources::{PageFile, check_files};
 use super::supervisor::Supervisor;
+use super::sysv;
 use super::tape::Tape;
 use super::time::RestoredClocks;
 use super::tree::Births;
@@ -118,9 +121,9 @@ fn child(
     gate: File,
     mut report: File,
 ) -> ! {
-    let mut born = BTreeSet::new();
+    let mut made = Made::default();
     let result = catch_unwind(AssertUnwindSafe(|| {
-        run(app, store, options, gate, &mut born)
+        run(app, store, options, gate, &mut made)
     }));
     let (code, message) = match result {
         Ok(Ok(())) => (0, String::new()),
@@ -131,10 +134,20 @@ fn child(
         }
     };
     if code != 0 {
-        destroy(&born);
+        destroy(&made.born);
+        sysv::remove(&made.segments);
+        semaphores::remove(&made.semaphores);
     }
     let _ = report.write_all(&[&[code], message.as_bytes()].concat());
     exit_now(i32::from(code != 0))
+}
+
+/// What a failed restore takes back.
+#[derive(Debug, Default)]
+struct Made {
+    born: BTreeSet<Pid>,
+    segments: Vec<i32>,
+    semaphores: Vec<i32>,
 }
 
 /// Kills what was created. Sockets in repair mode go silently with it.
@@ -151,19 +164,22 @@ fn run(
     store: &dyn Store,
     options: &RestoreOptions,
     mut gate: File,
-    born: &mut BTreeSet<Pid>,
+    made: &mut Made,
 ) -> Result<(), RestoreError> {
     check_supported(app)?;
     let steps = plan::processes(&app.processes)?;
     pids::check_free(app)?;
     check_files(app)?;
     become_supervisor(app)?;
-    join_cgroup(app, options)?;
+    cgroups::join(app, options)?;
     let mut lock = open_lock(options)?;
     let (page_file, slot_base) = store.page_file();
     // The clocks run from here on: timers armed after it may be late by them, never early.
     let clocks = RestoredClocks::start(&app.header.clocks)?;
-    let opened = files::open_all(app, store)?;
+    sysv::create_all(app, store, &mut made.segments)?;
+    semaphores::create_all(app, &mut made.semaphores)?;
+    let mut opened = files::open_all(app, store)?;
+    let departed = opened.take_departed();
     Fault::RestoreFiles.point_of(&app.header.name)?;
 
     let children = steps.iter().filter_map(|step| match step {
@@ -194,7 +210,7 @@ fn run(
             go_betweens.insert(*child, number);
         }
     }
-    Births {
+    let births = Births {
         app,
         steps: &steps,
         tapes: &tapes,
@@ -202,8 +218,11 @@ fn run(
         restorer,
         pages: PageFile::of(page_file).map_err(RestoreError::system("fcntl(F_GETFL)"))?,
         go_betweens,
-    }
-    .create(born)?;
+    };
+    births.create(&mut made.born)?;
+    files::complete(app, &opened, departed)?;
+    cgroups::move_all(app, options, &steps)?;
+    births.furnish_all()?;
 
     let mut supervisor = Supervisor {
         app,
@@ -215,6 +234,7 @@ fn run(
     };
     supervisor.regroup_and_bury(&steps)?;
     supervisor.rebuild_all()?;
+    sysv::mark_destroyed(app)?;
     Fault::RestoreMemory.point_of(&app.header.name)?;
     supervisor.make_ready()?;
     let mut said = [0];
@@ -243,7 +263,7 @@ fn open_lock(options: &RestoreOptions) -> Result<Option<NetLock>, RestoreError> 
 /// Refuses what would come out different.
 fn check_supported(app: &Application) -> Result<(), RestoreError> {
     let mut mms = BTreeSet::new();
-    let mut tables = BTreeSet::new();
+    let mut directories = BTreeSet::new();
     for process in app.processes.iter().filter(|p| p.zombie.is_none()) {
         let unsupported = |what: &str| RestoreError::Unsupported {
             pid: process.pid,
@@ -252,10 +272,9 @@ fn check_supported(app: &Application) -> Result<(), RestoreError> {
         if !mms.insert(process.mm) {
             return Err(unsupported("an address space shared with another process"));
         }
-        if !tables.insert(process.files) {
-            return Err(unsupported(
-                "a descriptor table shared with another process",
-            ));
+        let shared = process.fs.0 != 0 && !directories.insert(process.fs);
+        if shared && process.root.path != b"/" {
+            return Err(unsupported("a root directory shared with another process"));
         }
         if !app.mms.contains_key(&process.mm) || !app.files.contains_key(&process.files) {
             return Err(unsupported("a process without memory or descriptors"));
@@ -303,17 +322,4 @@ fn raise_limit(resource: u32, most: u64) -> Result<(), RestoreError> {
         prlimit(Pid(0), resource, Some((hard, hard)))?;
     }
     Ok(())
-}
-
-/// Enters the application's cgroup, which is made if it is not there and thawed if a
-/// checkpoint left it frozen. Children are born there.
-fn join_cgroup(app: &Application, options: &RestoreOptions) -> Result<(), RestoreError> {
-    if app.header.cgroup.is_empty() {
-        return Ok(());
-    }
-    let path = options.cgroup_root.join(&app.header.cgroup);
-    let told = |what: &str| RestoreError::io(format!("{what} {}", path.display()));
-    std::fs::create_dir_all(&path).map_err(told("mkdir"))?;
-    std::fs::write(path.join("cgroup.freeze"), "0").map_err(told("thaw"))?;
-    std::fs::write(path.join("cgroup.procs"), "0").map_err(told("join cgroup"))
 }

@@ -60,14 +60,14 @@ impl Sources {
     pub fn of(app: &Application, process: &Process) -> Self {
         let table = app.files.get(&process.files);
         let highest = table.and_then(|t| t.fds.iter().map(|e| e.fd.0).max());
-        let mut list = vec![Source::Pages, Source::Exe];
-        let vmas = app.mms.get(&process.mm).map_or(&[][..], |mm| &mm.vmas);
-        list.extend(vmas.iter().filter_map(source));
-        list.sort_unstable();
-        list.dedup();
+        // Those before it that have the same table have their numbers first.
+        let before = app.processes.iter().take_while(|p| p.pid != process.pid);
+        let sharers = before.filter(|p| p.zombie.is_none() && p.files == process.files);
+        let taken: usize = sharers.map(|p| list(app, p).len()).sum();
+        let taken = i32::try_from(taken).unwrap_or(i32::MAX);
         Self {
-            base: highest.map_or(0, |fd| fd + 1),
-            list,
+            base: highest.map_or(0, |fd| fd + 1).saturating_add(taken),
+            list: list(app, process),
         }
     }
 
@@ -158,13 +158,22 @@ impl Sources {
     }
 }
 
+fn list(app: &Application, process: &Process) -> Vec<Source> {
+    let mut list = vec![Source::Pages, Source::Exe];
+    let vmas = app.mms.get(&process.mm).map_or(&[][..], |mm| &mm.vmas);
+    list.extend(vmas.iter().filter_map(source));
+    list.sort_unstable();
+    list.dedup();
+    list
+}
+
 fn source(vma: &Vma) -> Option<Source> {
     match &vma.backing {
         Backing::File { file, writable, .. } => {
             Some(Source::File(file.at.path.clone(), *writable && vma.shared))
         }
         Backing::Content { id, .. } => Some(Source::Content(*id)),
-        Backing::Anonymous | Backing::Vdso | Backing::Vvar => None,
+        Backing::Anonymous | Backing::SysvShm { .. } | Backing::Vdso | Backing::Vvar => None,
     }
 }
 
@@ -324,6 +333,18 @@ mod tests {
         assert_eq!(what(run(&path, 4, mtime, meta.ino() + 1)), "inode");
         let gone = run(&dir.path().join("other"), 4, mtime, meta.ino());
         assert!(matches!(gone, Err(RestoreError::FileGone { .. })));
+    }
+
+    #[test]
+    fn those_who_share_a_table_get_numbers_apart() {
+        let mut app = app(file_vma(Path::new("/lib/a"), 1, 1, 1));
+        let sharer = Process {
+            pid: Pid(10),
+            ..app.processes[0].clone()
+        };
+        app.processes.push(sharer);
+        let ranges = [0, 1].map(|at| Sources::of(&app, &app.processes[at]).range());
+        assert_eq!(ranges, [(0, 2), (3, 5)]);
     }
 
     #[test]

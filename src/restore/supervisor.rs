@@ -9,7 +9,7 @@ use super::sources::Sources;
 use super::tape::{Call, Expect, Script, Tape};
 use super::time::RestoredClocks;
 use super::tree::lost;
-use super::{RestoreError, threads};
+use super::{RestoreError, semaphores, threads};
 use crate::model::frozen::{Application, LockKind, Process, Registers, Thread};
 use crate::model::ids::{Pid, Tid};
 use crate::model::plan::Step;
@@ -110,6 +110,15 @@ impl Supervisor<'_> {
             self.rebuild_process(process)?;
             self.rebuild_threads(process)?;
         }
+        // Now that nobody closes anything any more: closing any descriptor of a file gives up
+        // all POSIX locks of the table on it (fcntl_locking(2)).
+        for process in app.processes.iter().filter(|p| living.contains(&p.pid)) {
+            let tape = self.tape(process.pid)?;
+            tape.clear_data();
+            let mut script = Script::default();
+            posix_locks(&mut script, tape, app, process)?;
+            self.run(process.pid, process.pid.leader(), &script)?;
+        }
         Ok(())
     }
 
@@ -157,7 +166,7 @@ impl Supervisor<'_> {
         };
         flag(libc::PR_SET_CHILD_SUBREAPER, process.child_subreaper);
         flag(libc::PR_SET_THP_DISABLE, process.thp_disable);
-        posix_locks(&mut script, tape, app, process)?;
+        semaphores::values(&mut script, app, process);
         self.run(pid, pid.leader(), &script)?;
         let path = format!("/proc/{pid}/oom_score_adj");
         std::fs::write(&path, process.oom_score_adj.to_string())
@@ -417,8 +426,7 @@ impl Supervisor<'_> {
     }
 }
 
-/// Adds the calls that take the process's POSIX locks, now that no descriptor is closed any
-/// more: closing any descriptor of a file gives up all locks on it (fcntl_locking(2)).
+/// Adds the calls that take the process's POSIX locks.
 fn posix_locks(
     script: &mut Script,
     tape: &mut Tape,

@@ -1,5 +1,8 @@
 //! The processes themselves: born with their PIDs, each going through ordinary Rust code that
 //! sets what can be set from inside, then parked for its supervisor.
+//!
+//! They stop once on the way, when all are born: descriptors may name processes (pidfds), and
+//! those who share a descriptor table take turns.
 
 use super::RestoreError;
 use super::files::{self, OpenedFiles};
@@ -7,9 +10,9 @@ use super::sources::{PageFile, Sources, os_path};
 use super::tape::Tape;
 use crate::model::frozen::{Application, Process};
 use crate::model::ids::{Pid, Tid};
-use crate::model::plan::Step;
-use crate::sys::area::{exit_now, park};
-use crate::sys::process::{CallError, Fork, fork_with_pid};
+use crate::model::plan::{Shares, Step};
+use crate::sys::area::{exit_now, meet_tracer, park};
+use crate::sys::process::{CallError, Fork, fork_sharing, fork_with_pid};
 use crate::sys::ptrace::{self, Options, Stop};
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
@@ -43,8 +46,8 @@ const OPTIONS: Options = Options::EXIT_KILL
     .union(Options::TRACE_CLONE);
 
 impl Births<'_> {
-    /// Creates all processes and returns when every one of them is parked (stopped under this
-    /// thread as their tracer at an `int3`, with `SIGTRAP` about to be delivered).
+    /// Creates all processes and returns when every one of them has made its children and stands
+    /// stopped under this thread as their tracer.
     ///
     /// # Errors
     /// One could not be created or failed on the way.
@@ -66,7 +69,47 @@ impl Births<'_> {
                 }
             }
         }
-        self.await_parked(born)
+        let mut waiting: BTreeSet<_> = self.tapes.keys().copied().collect();
+        while !waiting.is_empty() {
+            let stopped = self.next_stopped(&waiting, |pid| {
+                born.insert(pid);
+            })?;
+            waiting.remove(&stopped);
+        }
+        Ok(())
+    }
+
+    /// Lets the living ones put their descriptors in place and returns when every one is parked
+    /// (stopped at an `int3`, with `SIGTRAP` about to be delivered).
+    ///
+    /// # Errors
+    /// One failed on the way.
+    pub fn furnish_all(&self) -> Result<(), RestoreError> {
+        let living = self.app.processes.iter().filter(|p| p.zombie.is_none());
+        let mut later: Vec<&Process> = living.filter(|p| self.tapes.contains_key(&p.pid)).collect();
+        let mut waiting: BTreeSet<Pid> = BTreeSet::new();
+        let mut tables = BTreeSet::new();
+        loop {
+            // One at a time of those who share a table, parents before children.
+            let mut blocked = Vec::new();
+            for process in later {
+                if tables.insert(process.files) {
+                    waiting.insert(process.pid);
+                    ptrace::cont(process.pid.leader(), 0)?;
+                } else {
+                    blocked.push(process);
+                }
+            }
+            later = blocked;
+            if waiting.is_empty() {
+                return Ok(());
+            }
+            let stopped = self.next_stopped(&waiting, |_| ())?;
+            waiting.remove(&stopped);
+            if let Some(process) = self.process(stopped) {
+                tables.remove(&process.files);
+            }
+        }
     }
 
     fn tape(&self, pid: Pid) -> Result<&Tape, RestoreError> {
@@ -81,18 +124,20 @@ impl Births<'_> {
         self.app.processes.iter().find(|p| p.pid == pid)
     }
 
-    fn await_parked(&self, born: &mut BTreeSet<Pid>) -> Result<(), RestoreError> {
-        let mut waiting: BTreeSet<_> = self.tapes.keys().copied().collect();
-        while !waiting.is_empty() {
+    /// Waits until one of those `waiting` traps, and lets all others go on.
+    fn next_stopped(
+        &self,
+        waiting: &BTreeSet<Pid>,
+        mut seen: impl FnMut(Pid),
+    ) -> Result<Pid, RestoreError> {
+        loop {
             let (tid, stop) = ptrace::wait_any()?;
             let pid = Pid(tid.0);
             if waiting.contains(&pid) {
-                born.insert(pid);
+                seen(pid);
             }
             match stop {
-                Stop::Signal(signal) if signal == Signal::SIGTRAP as i32 => {
-                    waiting.remove(&pid);
-                }
+                Stop::Signal(signal) if signal == Signal::SIGTRAP as i32 => return Ok(pid),
                 Stop::Interrupted(_) | Stop::Event(_) => ptrace::cont(tid, 0)?,
                 Stop::Syscall => ptrace::cont(tid, 0)?,
                 Stop::Signal(signal) => ptrace::cont(tid, signal)?,
@@ -102,7 +147,6 @@ impl Births<'_> {
                 Stop::Exited(_) | Stop::Killed(_) => {}
             }
         }
-        Ok(())
     }
 
     fn lost(&self, tid: Tid, stop: Stop) -> RestoreError {
@@ -113,7 +157,12 @@ impl Births<'_> {
 
     /// A process's life until it is parked.
     fn live(&self, pid: Pid, root: bool) -> ! {
-        let result = catch_unwind(AssertUnwindSafe(|| self.prepare(pid, root)));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            self.prepare(pid, root)?;
+            // A process that is to be a zombie goes no further.
+            meet_tracer();
+            self.furnish(self.process(pid).ok_or("not in the image")?)
+        }));
         let message = match result {
             Ok(Ok(())) => park(),
             Ok(Err(message)) => message,
@@ -138,7 +187,8 @@ impl Births<'_> {
                     parent,
                     child,
                     orphan,
-                } if parent == Some(pid) => self.bear(child, orphan)?,
+                    shares,
+                } if parent == Some(pid) => self.bear(child, orphan, shares)?,
                 Step::LeadSession(who) if who == pid => {
                     unistd::setsid().map_err(|e| format!("setsid: {e}"))?;
                 }
@@ -149,17 +199,14 @@ impl Births<'_> {
                 _ => {}
             }
         }
-        let process = self.process(pid).ok_or("not in the image")?;
-        if process.zombie.is_some() {
-            return Ok(());
-        }
-        self.furnish(process)
+        Ok(())
     }
 
-    fn bear(&self, child: Pid, orphan: bool) -> Result<(), String> {
+    fn bear(&self, child: Pid, orphan: bool, shares: Shares) -> Result<(), String> {
         let told = |e: CallError| e.to_string();
         if !orphan {
-            if fork_with_pid(Some(child), self.exit_signal(child)).map_err(told)? == Fork::Child {
+            let exit_signal = self.exit_signal(child);
+            if fork_sharing(Some(child), exit_signal, shares).map_err(told)? == Fork::Child {
                 self.live(child, false);
             }
             return Ok(());
@@ -183,22 +230,38 @@ impl Births<'_> {
         }
     }
 
+    /// What a process shares with its parent, which sees to it then.
+    fn shares(&self, pid: Pid) -> Shares {
+        let born = self.steps.iter().find_map(|step| match *step {
+            Step::Fork { child, shares, .. } if child == pid => Some(shares),
+            _ => None,
+        });
+        born.unwrap_or_default()
+    }
+
     /// Descriptors, root, working directory, and what memory is put back from.
     fn furnish(&self, process: &Process) -> Result<(), String> {
         let table = self.app.files.get(&process.files);
         let table = table.ok_or("its descriptor table is not in the image")?;
-        files::install(self.app, table, self.files).map_err(|e| e.to_string())?;
-        files::finish(self.app, process.pid, self.files).map_err(|e| e.to_string())?;
+        let shares = self.shares(process.pid);
+        if !shares.files {
+            let told = |e: files::FilesError| e.to_string();
+            files::fetch(self.app, self.files, self.restorer).map_err(told)?;
+            files::install(self.app, table, self.files).map_err(told)?;
+            files::finish(self.app, process.pid, self.files).map_err(told)?;
+        }
         let sources = Sources::of(self.app, process);
         sources.open_shared(self.restorer, self.pages, |id| self.files.content(id))?;
         let root = os_path(&process.root.path);
         if root != os_path(b"/") {
             unistd::chroot(root).map_err(|e| format!("chroot {}: {e}", root.display()))?;
         }
-        let cwd = os_path(&process.cwd.path);
-        unistd::chdir(cwd).map_err(|e| format!("chdir {}: {e}", cwd.display()))?;
         sources.open_named(&process.exe)?;
-        umask(Mode::from_bits_truncate(process.umask));
+        if !shares.fs {
+            let cwd = os_path(&process.cwd.path);
+            unistd::chdir(cwd).map_err(|e| format!("chdir {}: {e}", cwd.display()))?;
+            umask(Mode::from_bits_truncate(process.umask));
+        }
         Ok(())
     }
 }

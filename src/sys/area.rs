@@ -125,12 +125,18 @@ impl Drop for Area {
     }
 }
 
+/// Stops the calling thread under its tracer until that lets it go on; without a tracer
+/// `SIGTRAP` ends the process.
+pub fn meet_tracer() {
+    // SAFETY: raises SIGTRAP and touches nothing.
+    unsafe { std::arch::asm!("int3") };
+}
+
 /// Stops the calling thread under its tracer, which replaces what it executes; without a
 /// tracer `SIGTRAP` ends the process. Never returns.
 pub fn park() -> ! {
     loop {
-        // SAFETY: raises SIGTRAP and touches nothing.
-        unsafe { std::arch::asm!("int3") };
+        meet_tracer();
     }
 }
 

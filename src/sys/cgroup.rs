@@ -187,19 +187,6 @@ impl Cgroup {
         let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
         Ok(numbers(&text).map(Pid).collect())
     }
-
-    /// Names of cgroups right below it.
-    ///
-    /// # Errors
-    /// getdents(2) fails.
-    pub fn children(&self) -> Result<Vec<String>, CgroupError> {
-        let entries = fs::read_dir(&self.path).map_err(failed("read", &self.path))?;
-        Ok(entries
-            .flatten()
-            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-            .map(|entry| entry.file_name().to_string_lossy().into_owned())
-            .collect())
-    }
 }
 
 fn numbers(text: &str) -> impl Iterator<Item = i32> {

@@ -17,5 +17,6 @@ pub mod process;
 pub mod ptrace;
 pub mod signal;
 pub mod socket;
+pub mod sysv;
 pub mod task;
 pub mod tcp;

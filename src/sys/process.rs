@@ -3,6 +3,7 @@
 
 use crate::model::frozen::SigInfo;
 use crate::model::ids::{Pid, Tid};
+use crate::model::plan::Shares;
 use nix::errno::Errno;
 use nix::libc;
 use std::fs::{File, OpenOptions};
@@ -127,19 +128,36 @@ pub enum Fork {
 
 /// Forks with a chosen PID in the current PID namespace (clone3(2) `set_tid`).
 ///
-/// The child has the caller's memory copied and goes on as ordinary code; it has no
-/// `CLONE_*` flag set, so everything but memory and descriptors is as fork(2) leaves it.
+/// The child has the caller's memory copied and goes on as ordinary code; but for what it
+/// `shares`, everything is as fork(2) leaves it.
 /// glibc's fork handlers do not run: call it single-threaded only.
 ///
 /// # Errors
 /// `EEXIST`: the number is in use (also as process group or session of others);
 /// `EINVAL`: beyond `pid_max`; `EPERM`: needs `CAP_CHECKPOINT_RESTORE` or `CAP_SYS_ADMIN`.
 pub fn fork_with_pid(pid: Option<Pid>, exit_signal: i32) -> Result<Fork, CallError> {
+    fork_sharing(pid, exit_signal, Shares::default())
+}
+
+/// As [`fork_with_pid`]; the child has its descriptor table or its directories in common with
+/// the caller (`CLONE_FILES`, `CLONE_FS`).
+///
+/// # Errors
+/// As [`fork_with_pid`].
+pub fn fork_sharing(pid: Option<Pid>, exit_signal: i32, shares: Shares) -> Result<Fork, CallError> {
     let wanted = pid.unwrap_or_default();
     let set_tid = [wanted.0];
     // SAFETY: clone_args is plain data for which zero means "not used".
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.exit_signal = u64::from(exit_signal.cast_unsigned());
+    for (shared, flag) in [
+        (shares.files, libc::CLONE_FILES),
+        (shares.fs, libc::CLONE_FS),
+    ] {
+        if shared {
+            args.flags |= u64::from(flag.cast_unsigned());
+        }
+    }
     if pid.is_some() {
         args.set_tid = set_tid.as_ptr() as u64;
         args.set_tid_size = 1;

@@ -94,6 +94,62 @@ pub fn set_int_option(
     set_option(fd, level, name, &value.to_ne_bytes())
 }
 
+/// Bytes of a `struct sock_filter`.
+const INSTRUCTION: usize = 8;
+
+/// The classic program attached to a socket (`SO_GET_FILTER`, socket(7)); its length is counted
+/// in instructions.
+///
+/// # Errors
+/// `EACCES`: it is an eBPF program.
+pub fn filter(fd: BorrowedFd<'_>) -> Result<Vec<u8>, SocketError> {
+    let told = || failed("getsockopt(SO_GET_FILTER)".to_owned());
+    let mut count: libc::socklen_t = 0;
+    let null = std::ptr::null_mut();
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_GET_FILTER);
+    // SAFETY: a length of 0 asks for the number of instructions; nothing is written but that.
+    if unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, null, &raw mut count) } < 0 {
+        return Err(told());
+    }
+    let len = usize::try_from(count).unwrap_or(0) * INSTRUCTION;
+    let mut program = vec![0_u8; len];
+    let to = program.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `count` instructions, which `program` holds.
+    if unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, to, &raw mut count) } < 0 {
+        return Err(told());
+    }
+    Ok(program)
+}
+
+/// Attaches a classic program (`SO_ATTACH_FILTER`).
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn attach_filter(fd: BorrowedFd<'_>, program: &[u8]) -> Result<(), SocketError> {
+    let words = program.chunks_exact(INSTRUCTION);
+    let mut instructions: Vec<u64> = words
+        .filter_map(|bytes| bytes.first_chunk().map(|word| u64::from_ne_bytes(*word)))
+        .collect();
+    let described = libc::sock_fprog {
+        len: u16::try_from(instructions.len()).unwrap_or(u16::MAX),
+        filter: instructions.as_mut_ptr().cast(),
+    };
+    // SAFETY: the kernel reads `len` instructions, which outlive the call; a u64 is aligned for them.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const described).cast(),
+            libc::socklen_t::try_from(size_of_val(&described)).unwrap_or(0),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(failed("setsockopt(SO_ATTACH_FILTER)".to_owned())),
+    }
+}
+
 /// What an ioctl(2) counts on a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Count {

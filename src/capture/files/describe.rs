@@ -2,9 +2,11 @@
 
 use super::borrow::{Lender, place};
 use super::refuse::{END_OUTSIDE, Survey};
-use super::{CollectError, FrozenFiles, Repaired, Slots, content, pipe, regular, socket, unix};
+use super::{
+    CollectError, FrozenFiles, Repaired, Slots, content, filter, pipe, regular, socket, unix,
+};
 use crate::bpf::events::{EpollItemRec, FileKind as Kind, LockClass, LockRec, SockRec, WatchRec};
-use crate::bpf::iter::{Detail, File, Files, Iterators, Scope};
+use crate::bpf::iter::{Detail, File, Files, Iterators, Scope, Tasks};
 use crate::capture::restart::Now;
 use crate::image::Store;
 use crate::model::frozen::{
@@ -53,6 +55,7 @@ fn grouped<T>(records: &[T], key: impl Fn(&T) -> u64) -> HashMap<u64, Vec<&T>> {
 impl<'a> Reader<'a> {
     pub(super) fn new(
         found: &'a Files,
+        tasks: &Tasks,
         now: &'a Now,
         store: &'a dyn Store,
         slots: &'a mut Slots,
@@ -61,7 +64,7 @@ impl<'a> Reader<'a> {
             now,
             store,
             slots,
-            survey: Survey::of(found),
+            survey: Survey::of(found, tasks),
             items: grouped(&found.epoll_items, |item| item.epoll),
             watches: grouped(&found.watches, |watch| watch.group),
             locks: grouped(&found.locks, |lock| lock.ino),
@@ -105,7 +108,7 @@ impl<'a> Reader<'a> {
             flags: rec.flags,
             pos: u64::try_from(rec.pos).unwrap_or(0),
             owner,
-            locks: self.locks(file)?,
+            locks: self.locks(file),
             kind,
         };
         self.ofds.insert(id, open);
@@ -158,6 +161,9 @@ impl<'a> Reader<'a> {
             },
             (Kind::INOTIFY, _) => FileKind::Inotify {
                 watches: self.inotify_watches(file)?,
+            },
+            (Kind::PIDFD, Detail::Pidfd(pidfd)) => FileKind::Pidfd {
+                pid: self.survey.processes.target(pidfd),
             },
             (Kind::SOCKET, Detail::Socket(sock)) => self.socket(id, file, sock)?,
             _ => {
@@ -264,9 +270,8 @@ impl<'a> Reader<'a> {
         Ok(watches)
     }
 
-    fn locks(&self, file: &File) -> Result<Vec<FileLock>, CollectError> {
+    fn locks(&self, file: &File) -> Vec<FileLock> {
         let rec = &file.rec;
-        let (pid, fd) = place(file);
         let mut locks = Vec::new();
         for lock in self.locks.get(&rec.ino).map_or(&[][..], Vec::as_slice) {
             if lock.dev != rec.dev {
@@ -281,14 +286,6 @@ impl<'a> Reader<'a> {
                 LockClass::POSIX if lock.flags & FL_OFDLCK == 0 && lock.file == rec.file => {
                     LockKind::Posix
                 }
-                LockClass::LEASE if lock.file == rec.file => {
-                    return Err(CollectError::Blocked(Blocker {
-                        pid,
-                        fd: Some(fd),
-                        object: "file lease".into(),
-                        reason: "it is not carried yet; release it before the update".into(),
-                    }));
-                }
                 _ => continue,
             };
             let start = u64::try_from(lock.start).unwrap_or(0);
@@ -302,7 +299,7 @@ impl<'a> Reader<'a> {
                 pid: Pid(lock.pid.cast_signed()),
             });
         }
-        Ok(locks)
+        locks
     }
 
     fn socket(&mut self, id: OfdId, file: &File, sock: &SockRec) -> Result<FileKind, CollectError> {
@@ -328,6 +325,7 @@ impl<'a> Reader<'a> {
         Ok(FileKind::Socket(Box::new(Socket {
             inode: sock.ino,
             options: socket::read_unix_options(&from)?,
+            filter: filter::read(&from, sock)?,
             state: SocketState::Unix(unix),
         })))
     }

@@ -8,6 +8,8 @@ mod borrow;
 mod content;
 mod describe;
 mod error;
+mod filter;
+mod pidfd;
 mod pipe;
 mod pseudo;
 mod refuse;
@@ -19,7 +21,7 @@ mod unix;
 pub use error::CollectError;
 pub use refuse::{blockers, handshakes, unaccepted};
 
-use crate::bpf::iter::{Files, Iterators};
+use crate::bpf::iter::{Files, Iterators, Tasks};
 use crate::capture::restart::Now;
 use crate::image::Store;
 use crate::model::frozen::{Content, ContentId, FdEntry, FilesTable, OpenFile};
@@ -99,19 +101,20 @@ pub struct FrozenFiles {
 
 /// Reads the open files of frozen processes.
 ///
-/// `found` is the iterators' pass over them, `now` what the clocks showed when they stopped. On an error everything borrowed is
-/// given back and every connection left as it was.
+/// `found` and `tasks` are the iterators' passes over them, `now` what the clocks showed when they
+/// stopped. On an error everything borrowed is given back and every connection left as it was.
 ///
 /// # Errors
 /// Something is not carried, or a system call fails.
 pub(in crate::capture) fn collect(
     found: &Files,
+    tasks: &Tasks,
     iterators: &mut Iterators,
     now: &Now,
     store: &dyn Store,
     slots: &mut Slots,
 ) -> Result<FrozenFiles, CollectError> {
-    let mut reader = Reader::new(found, now, store, slots);
+    let mut reader = Reader::new(found, tasks, now, store, slots);
     for file in &found.files {
         reader.describe(file)?;
     }

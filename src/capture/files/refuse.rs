@@ -1,9 +1,10 @@
 //! What is not carried, named before anything is frozen.
 
 use super::borrow::place;
+use super::pidfd::Processes;
 use super::{pseudo, regular, socket, unix};
-use crate::bpf::events::{FileKind as Kind, SockRec};
-use crate::bpf::iter::{Detail, File, Files};
+use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, SockRec};
+use crate::bpf::iter::{Detail, File, Files, Tasks};
 use crate::model::frozen::Blocker;
 use crate::model::ids::OfdId;
 use std::collections::{HashMap, HashSet};
@@ -17,8 +18,8 @@ const O_PATH: u32 = 0o10_000_000;
 
 /// Every open file that keeps the application from being checkpointed.
 #[must_use]
-pub fn blockers(found: &Files) -> Vec<Blocker> {
-    let survey = Survey::of(found);
+pub fn blockers(found: &Files, tasks: &Tasks) -> Vec<Blocker> {
+    let survey = Survey::of(found, tasks);
     found
         .files
         .iter()
@@ -67,14 +68,23 @@ pub(super) struct Survey {
     pipes: HashMap<u64, (u32, u32)>,
     /// Some Unix socket has descriptors in flight, which no table shows.
     in_flight: bool,
+    pub processes: Processes,
+    /// Why a file is not carried for a lock taken through it.
+    locked: HashMap<u64, String>,
     /// epoll sets that watch a file which is open nowhere in the application.
     strays: HashMap<u64, u32>,
 }
 
 impl Survey {
     /// Goes through a pass once.
-    pub fn of(found: &Files) -> Self {
+    pub fn of(found: &Files, tasks: &Tasks) -> Self {
+        let processes = Processes::of(tasks);
+        let tables: HashSet<u64> = found.files.iter().map(|file| file.rec.files).collect();
+        let reason = |lock: &LockRec| Some((lock.file, lock_refusal(lock, &tables, &processes)?));
+        let locked = found.locks.iter().filter_map(reason).collect();
         let mut survey = Self {
+            processes,
+            locked,
             sockets: HashMap::new(),
             pipes: HashMap::new(),
             in_flight: false,
@@ -125,6 +135,9 @@ impl Survey {
                 "it is not carried yet; close it before the update".to_owned(),
             ))
         };
+        if let Some(reason) = self.locked.get(&rec.file) {
+            return Some(blocked(format!("file {}", rec.name()), reason.clone()));
+        }
         match rec.kind {
             Kind::REGULAR if rec.nlink == 0 && rec.flags & O_PATH != 0 => {
                 not_yet("O_PATH descriptor of a deleted file".into())
@@ -175,6 +188,13 @@ impl Survey {
                     .map(|reason| blocked(format!("socket {}", sock.ino), reason)),
                 _ => not_yet("socket".into()),
             },
+            Kind::PIDFD => match &file.detail {
+                Detail::Pidfd(pidfd) => self
+                    .processes
+                    .refusal(rec, pidfd)
+                    .map(|reason| blocked("pidfd".into(), reason)),
+                _ => not_yet("pidfd".into()),
+            },
             kind => not_yet(kind_name(kind, &rec.name())),
         }
     }
@@ -199,6 +219,29 @@ impl Survey {
     }
 }
 
+/// Why a file is not carried for a lock; `None` when it is.
+fn lock_refusal(lock: &LockRec, tables: &HashSet<u64>, processes: &Processes) -> Option<String> {
+    const FL_OFDLCK: u32 = 1024;
+    match lock.class {
+        LockClass::LEASE => {
+            Some("its lease is not carried yet; release it before the update".into())
+        }
+        // Such locks belong to the descriptor table, which others may share.
+        LockClass::POSIX
+            if lock.flags & FL_OFDLCK == 0
+                && tables.contains(&lock.owner)
+                && !processes.has(lock.pid) =>
+        {
+            Some(format!(
+                "PID {}, which took a lock on it, is gone and others share its descriptor \
+                 table; release the lock before the update",
+                lock.pid
+            ))
+        }
+        _ => None,
+    }
+}
+
 /// Why a pipe with an end elsewhere is not carried.
 pub(super) const END_OUTSIDE: &str =
     "another end is open outside the application; close it, or checkpoint both together";
@@ -207,7 +250,6 @@ fn kind_name(kind: u32, name: &str) -> String {
     match kind {
         Kind::BLOCK_DEVICE => format!("block device {name}"),
         Kind::FANOTIFY => "fanotify".into(),
-        Kind::PIDFD => "pidfd".into(),
         Kind::IO_URING => "io_uring".into(),
         Kind::USERFAULTFD => "userfaultfd".into(),
         Kind::PERF_EVENT => "perf event".into(),

@@ -1,7 +1,7 @@
 //! Sockets: options and addresses through a borrowed descriptor, the rest from the iterators.
 
-use super::CollectError;
 use super::borrow::Borrowed;
+use super::{CollectError, filter};
 use crate::bpf::events::{SockFlag, SockRec};
 use crate::model::frozen::{SockOption, Socket, SocketState};
 use crate::sys::socket::{int_option, option, set_int_option};
@@ -115,8 +115,12 @@ pub fn addresses(rec: &SockRec) -> (Option<SocketAddr>, Option<SocketAddr>) {
 
 /// Why a socket is not carried; `None` when it is.
 pub fn refusal(rec: &SockRec) -> Option<String> {
-    if rec.flags & SockFlag::HAS_FILTER != 0 {
-        return Some("its attached filter is not carried yet; detach it before the update".into());
+    if rec.flags & SockFlag::EBPF != 0 {
+        return Some(
+            "the eBPF or reuseport program attached to it is not carried; detach it before the \
+             update"
+                .into(),
+        );
     }
     if rec.flags & SockFlag::MULTICAST != 0 {
         return Some(
@@ -183,6 +187,7 @@ pub fn read(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
         socket: Socket {
             inode: rec.ino,
             options: read_options(&from, &[OPTIONS, ip_options(v6)].concat())?,
+            filter: filter::read(&from, rec)?,
             state,
         },
         repaired: None,
@@ -201,6 +206,7 @@ fn read_netlink(from: &Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
         socket: Socket {
             inode: rec.ino,
             options: read_options(from, &[OPTIONS, NETLINK_OPTIONS].concat())?,
+            filter: filter::read(from, rec)?,
             state,
         },
         repaired: None,
@@ -221,6 +227,7 @@ fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
     let connected = CONNECTED.contains(&info.state);
     wanted.retain(|(_, name, _)| !connected || !v6 || *name != libc::IPV6_V6ONLY);
     let options = read_options(&from, &wanted)?;
+    let filter = filter::read(&from, rec)?;
     let mut repaired = None;
     let state = match (info.state, local, remote) {
         (LISTEN, Some(local), _) => {
@@ -261,6 +268,7 @@ fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
         socket: Socket {
             inode: rec.ino,
             options,
+            filter,
             state,
         },
         repaired,

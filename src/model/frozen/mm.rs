@@ -85,6 +85,15 @@ pub enum Backing {
         /// Offset of `start` in the content, bytes.
         offset: u64,
     },
+    /// A System V shared memory segment as a whole, attached by shmat(2).
+    SysvShm {
+        /// Its bytes.
+        id: ContentId,
+        /// Its id.
+        segment: i32,
+        /// `SHM_RDONLY`.
+        readonly: bool,
+    },
     /// The vDSO's code.
     Vdso,
     /// The vDSO's data pages, which cannot be read.
@@ -113,7 +122,8 @@ pub struct PageRun {
     pub slot: u64,
 }
 
-/// Names one [`Content`]; the inode number of the shmem file it was.
+/// Names one [`Content`]: the inode number of the shmem file it was; of a System V segment its
+/// id with bit 62 set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ContentId(pub u64);
@@ -148,11 +158,28 @@ pub enum ContentKind {
         /// `F_GET_SEALS`.
         seals: u32,
     },
+    /// A System V shared memory segment.
+    SysvShm(Segment),
     /// A file with no name left; made anew in the directory it was in, then unlinked.
     Deleted {
         /// Its last path.
         at: PathRef,
     },
+}
+
+/// What a System V shared memory segment has beside bytes, owner and permissions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Id, which user space holds.
+    pub id: i32,
+    /// Key; 0 = `IPC_PRIVATE`.
+    pub key: i32,
+    /// Marked by `IPC_RMID`: it goes with the last who has it attached.
+    pub destroyed: bool,
+    /// Effective user of who made it.
+    pub creator_uid: u32,
+    /// Effective group of who made it.
+    pub creator_gid: u32,
 }
 
 /// The vDSO of the kernel the application ran on.

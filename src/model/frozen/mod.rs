@@ -54,6 +54,55 @@ pub struct ApplicationHeader {
     pub kernel_release: String,
     /// The application's clocks at the moment of capture.
     pub clocks: Clocks,
+    /// Cgroups below its own, parents before children.
+    #[serde(default)]
+    pub cgroups: Vec<CgroupBelow>,
+    /// System V semaphore sets it uses.
+    #[serde(default)]
+    pub semaphores: Vec<SemaphoreSet>,
+}
+
+/// A System V semaphore set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SemaphoreSet {
+    /// Id, which user space holds.
+    pub id: i32,
+    /// Key; 0 = `IPC_PRIVATE`.
+    pub key: i32,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Owner.
+    pub gid: u32,
+    /// Effective user of who made it.
+    pub creator_uid: u32,
+    /// Effective group of who made it.
+    pub creator_gid: u32,
+    /// Value of each semaphore and who did the last operation on it; 0 = nobody.
+    pub semaphores: Vec<(u16, Pid)>,
+}
+
+/// A cgroup below that of the application, without controllers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CgroupBelow {
+    /// Path below the application's, without slashes at the ends.
+    pub path: String,
+    /// Whose its directory is.
+    pub owner: Owner,
+    /// Whose those of its files are that are handed over with it (cgroup delegation).
+    pub files: Vec<(String, Owner)>,
+}
+
+/// Owner and mode of a file or directory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// Permission bits.
+    pub mode: u32,
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
 }
 
 /// Clocks as the application saw them when it was frozen, in nanoseconds.

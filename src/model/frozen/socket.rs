@@ -12,8 +12,20 @@ pub struct Socket {
     pub inode: u64,
     /// Options in the order setsockopt(2) replays them.
     pub options: Vec<SockOption>,
+    /// Its classic filter.
+    #[serde(default)]
+    pub filter: Option<SocketFilter>,
     /// What kind it is and where it stands.
     pub state: SocketState,
+}
+
+/// A classic BPF program attached by `SO_ATTACH_FILTER`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketFilter {
+    /// `struct sock_filter` after `struct sock_filter`, 8 bytes each.
+    pub program: ByteBuf,
+    /// `SO_LOCK_FILTER`: it can be neither changed nor detached.
+    pub locked: bool,
 }
 
 /// One value of getsockopt(2), replayed as it is by setsockopt(2).

@@ -1,6 +1,6 @@
 //! Processes and threads.
 
-use crate::model::ids::{FilesId, InodeId, MmId, Pid, Tid};
+use crate::model::ids::{FilesId, FsId, InodeId, MmId, Pid, Tid};
 use serde::{Deserialize, Serialize};
 
 /// One thread group, or one zombie.
@@ -22,6 +22,12 @@ pub struct Process {
     pub mm: MmId,
     /// Descriptor table.
     pub files: FilesId,
+    /// Directories and umask, as an identity: processes may share them (`CLONE_FS`).
+    #[serde(default)]
+    pub fs: FsId,
+    /// Its cgroup below that of the application, without slashes at the ends; empty = that one.
+    #[serde(default)]
+    pub cgroup: String,
     /// Program file, working and root directory.
     pub exe: PathRef,
     /// Working directory.

@@ -30,6 +30,7 @@ pub fn make(content: &Content, store: &dyn Store) -> Result<OwnedFd, FilesError>
             let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
             memfd_create(name.as_str(), flags).map_err(call(&object, "memfd_create"))?
         }
+        ContentKind::SysvShm(_) => return Err(FilesError::Missing(object)),
         ContentKind::Deleted { at } => {
             let path = Path::new(OsStr::from_bytes(&at.path));
             let dir = path.parent().unwrap_or(Path::new("/"));
@@ -62,6 +63,7 @@ fn name(content: &Content) -> String {
     match &content.kind {
         ContentKind::SharedAnonymous => "shared anonymous memory".to_owned(),
         ContentKind::Memfd { name, .. } => format!("memfd {name}"),
+        ContentKind::SysvShm(segment) => format!("System V shared memory {}", segment.id),
         ContentKind::Deleted { at } => {
             format!("deleted file {}", String::from_utf8_lossy(&at.path))
         }

@@ -1,7 +1,8 @@
 //! Open file descriptions and descriptor tables.
 //!
 //! Every description is created once, by the restorer, at numbers above those
-//! the application uses ([`open_all`]). The processes inherit them all; each puts
+//! the application uses ([`open_all`]). The processes inherit them all. When all of
+//! them are born, what needs processes follows ([`complete`], [`fetch`]); each puts
 //! its own in place ([`install`]), does what only it can do ([`finish`]) and
 //! closes the rest. TCP connections keep silent until [`go_live`].
 
@@ -10,7 +11,9 @@ mod content;
 mod datagram;
 mod epoll;
 mod error;
+mod filter;
 mod lock;
+mod pidfd;
 mod pipe;
 mod regular;
 mod tcp;
@@ -20,8 +23,8 @@ pub use error::FilesError;
 
 use crate::image::Store;
 use crate::model::frozen::{
-    Application, ContentId, FdEntry, FileKind, FilesTable, OpenFile, Socket, SocketState,
-    proc_owner,
+    Application, Content, ContentId, ContentKind, FdEntry, FileKind, FilesTable, OpenFile, Socket,
+    SocketState, proc_owner,
 };
 use crate::model::ids::{OfdId, Pid};
 use crate::sys::fd;
@@ -35,9 +38,18 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 pub struct OpenedFiles {
     ofds: BTreeMap<OfdId, OwnedFd>,
     contents: BTreeMap<ContentId, OwnedFd>,
+    departed: Departed,
 }
 
+/// Other ends of Unix sockets that the application had closed, by the end that is left.
+pub type Departed = BTreeMap<OfdId, OwnedFd>;
+
 impl OpenedFiles {
+    /// Takes out what [`complete`] needs, which no child is to hold.
+    pub fn take_departed(&mut self) -> Departed {
+        std::mem::take(&mut self.departed)
+    }
+
     /// Descriptor of a content in the restorer, to map it from.
     #[must_use]
     pub fn content(&self, id: ContentId) -> Option<i32> {
@@ -52,7 +64,9 @@ impl OpenedFiles {
 /// What was created goes with the caller's descriptors; no packet was sent.
 pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, FilesError> {
     let mut opened = OpenedFiles::default();
-    for (&id, content) in &app.contents {
+    // Segments are reached by their ids.
+    let is_file = |content: &Content| !matches!(content.kind, ContentKind::SysvShm(_));
+    for (&id, content) in app.contents.iter().filter(|(_, content)| is_file(content)) {
         opened.contents.insert(id, content::make(content, store)?);
     }
     opened.ofds = pipe::open_all(app)?;
@@ -81,9 +95,34 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
         set_status(fd, file)?;
         lock::take_shared(fd, file)?;
     }
-    unix::fill_all(app, &opened.ofds, unix.departed)?;
+    opened.departed = unix.departed;
     move_up(app, &mut opened)?;
     Ok(opened)
+}
+
+/// Does what needs all processes of the application: pidfds, then the queues of Unix sockets,
+/// in which pidfds may be in flight, then the filters, which let through only what is to come.
+/// To be called by the restorer when all are born.
+///
+/// # Errors
+/// The kernel refuses a step.
+pub fn complete(
+    app: &Application,
+    opened: &OpenedFiles,
+    departed: Departed,
+) -> Result<(), FilesError> {
+    pidfd::open_all(app, &opened.ofds)?;
+    unix::fill_all(app, &opened.ofds, departed)?;
+    filter::attach_all(app, &opened.ofds)
+}
+
+/// Gets what [`complete`] has opened since the caller was born. To be called by a process with
+/// a table of its own, before [`install`].
+///
+/// # Errors
+/// A descriptor of the restorer cannot be had.
+pub fn fetch(app: &Application, opened: &OpenedFiles, restorer: Pid) -> Result<(), FilesError> {
+    pidfd::fetch(app, &opened.ofds, restorer)
 }
 
 fn is_connection(file: &OpenFile) -> bool {
@@ -122,9 +161,7 @@ fn open_one(
         FileKind::Signalfd { mask } => anonymous::signalfd(*mask)?,
         FileKind::Epoll { .. } => epoll::create()?,
         FileKind::Inotify { watches } => anonymous::inotify(watches)?,
-        FileKind::Pidfd { pid } => {
-            return Err(FilesError::Unsupported(format!("A pidfd of PID {pid}")));
-        }
+        FileKind::Pidfd { .. } => pidfd::reserve()?,
         FileKind::Socket(socket) => match open_socket(socket)? {
             Some(fd) => fd,
             None => return Ok(None),

@@ -24,6 +24,25 @@ pub struct Child {
 /// The child's way to wait for its parent.
 pub struct Turn(());
 
+/// fork(2), or clone(2) without a stack, which is the same but for what is shared.
+///
+/// # Safety
+/// As for fork(2); no `CLONE_VM`.
+unsafe fn fork_sharing(flags: i32) -> nix::Result<ForkResult> {
+    if flags == 0 {
+        // SAFETY: as for this function.
+        return unsafe { fork() };
+    }
+    // SAFETY: as for this function; null pointers are not used by these flags.
+    let result = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
+    Ok(match nix::errno::Errno::result(result)? {
+        0 => ForkResult::Child,
+        child => ForkResult::Parent {
+            child: Pid::from_raw(i32::try_from(child).unwrap_or(-1)),
+        },
+    })
+}
+
 extern "C" fn nothing(_: libc::c_int) {}
 
 impl Turn {
@@ -41,12 +60,24 @@ impl Child {
     /// Forks; the child runs `body` and exits with 0 if it succeeds. The
     /// caller must have no other thread.
     pub fn start(dir: &Path, name: &str, body: impl FnOnce(&Turn) -> Result<()>) -> Result<Child> {
+        Child::sharing(0, dir, name, body)
+    }
+
+    /// As [`Child::start`], by clone(2) with these `CLONE_*` flags. With
+    /// `CLONE_FILES` the body must own no descriptor: it would be closed for
+    /// both.
+    pub fn sharing(
+        flags: i32,
+        dir: &Path,
+        name: &str,
+        body: impl FnOnce(&Turn) -> Result<()>,
+    ) -> Result<Child> {
         let error = dir.join(format!("child-{name}"));
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGUSR1);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None).context("Block SIGUSR1")?;
         // SAFETY: this process has one thread.
-        match unsafe { fork() }.context("Fork")? {
+        match unsafe { fork_sharing(flags) }.context("Fork")? {
             ForkResult::Parent { child } => Ok(Child {
                 pid: child,
                 name: name.to_owned(),

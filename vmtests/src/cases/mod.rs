@@ -6,16 +6,22 @@
 
 use crate::guest::case::Entry;
 
+mod cgroup;
 mod child;
 mod events;
 mod file;
+mod filter;
 mod mapping;
 mod memory;
+mod pidfd;
 mod pipe;
 mod probe;
 mod process;
 mod refused;
+mod refused_objects;
+mod sharing;
 mod signals;
+mod sysv;
 mod tcp;
 mod threads;
 mod time;
@@ -28,14 +34,20 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         file::CASES,
         mapping::CASES,
         memory::CASES,
+        sysv::CASES,
         threads::CASES,
         time::CASES,
         signals::CASES,
         process::CASES,
+        sharing::CASES,
+        pidfd::CASES,
+        cgroup::CASES,
         events::CASES,
         unix::CASES,
         tcp::CASES,
+        filter::CASES,
         refused::CASES,
+        refused_objects::CASES,
     ]
     .into_iter()
     .flatten()

@@ -124,7 +124,7 @@ fn proc_mem(case: &Case) -> Result<()> {
 }
 
 /// The mount point of the cgroup v2 hierarchy.
-fn cgroup_root() -> Result<String> {
+pub(super) fn cgroup_root() -> Result<String> {
     let mounts = fs::read_to_string("/proc/mounts")?;
     let found = mounts.lines().find_map(|line| {
         let mut words = line.split(' ').skip(1);

@@ -1,0 +1,141 @@
+//! Cgroups that the application made below its own.
+
+use super::error::CheckpointError;
+use crate::bpf::iter::Tasks;
+use crate::model::frozen::{Blocker, CgroupBelow, Owner, Process};
+use crate::model::ids::Pid;
+use crate::sys::cgroup::{Cgroup, of_process};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// Settings that every cgroup has, with what they are in a new one.
+const DEFAULTS: &[(&str, &str)] = &[
+    ("cgroup.type", "domain"),
+    ("cgroup.freeze", "0"),
+    ("cgroup.controllers", ""),
+    ("cgroup.subtree_control", ""),
+    ("cgroup.max.depth", "max"),
+    ("cgroup.max.descendants", "max"),
+];
+
+/// Cgroups below that of an application, parents before children, by their path below it.
+fn below(top: &Path) -> io::Result<Vec<String>> {
+    let mut found: Vec<String> = Vec::new();
+    let mut next = vec![String::new()];
+    while let Some(path) = next.pop() {
+        let entries = match fs::read_dir(top.join(&path)) {
+            // One that the application has just removed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.is_empty() => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let child = Path::new(&path).join(name).to_string_lossy().into_owned();
+                next.push(child.clone());
+                found.push(child);
+            }
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Why cgroups below that of the application cannot be made again.
+///
+/// # Errors
+/// They cannot be read.
+pub fn blockers(top: &Cgroup, tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointError> {
+    let Some(first) = tasks.processes.first() else {
+        return Ok(Vec::new());
+    };
+    let told = || CheckpointError::io("read", top.path());
+    let mut found = Vec::new();
+    for path in below(top.path()).map_err(told())? {
+        for (file, default) in DEFAULTS {
+            let Ok(text) = fs::read_to_string(top.path().join(&path).join(file)) else {
+                continue;
+            };
+            if text.trim_end() != *default {
+                found.push(Blocker {
+                    pid: Pid(first.pid.cast_signed()),
+                    fd: None,
+                    object: format!("cgroup {path} below that of the application"),
+                    reason: format!(
+                        "its {file} is {:?}; only plain cgroups without controllers are carried \
+                         yet",
+                        text.trim_end()
+                    ),
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Reads the cgroups of the frozen application and which of them each process is in.
+///
+/// # Errors
+/// They cannot be read, or one is not carried.
+pub fn read(
+    top: &Cgroup,
+    tasks: &Tasks,
+    mount: &Path,
+    processes: &mut [Process],
+) -> Result<Vec<CgroupBelow>, CheckpointError> {
+    let blockers = blockers(top, tasks)?;
+    if !blockers.is_empty() {
+        return Err(CheckpointError::Blocked(blockers));
+    }
+    let paths = below(top.path()).map_err(CheckpointError::io("read", top.path()))?;
+    if paths.is_empty() {
+        return Ok(Vec::new());
+    }
+    for process in processes {
+        let path = of_process(process.pid)?;
+        let path = mount.join(path.trim_start_matches('/'));
+        let below = path.strip_prefix(top.path()).map_err(|_| {
+            CheckpointError::Unstable(format!("PID {} left its cgroup", process.pid))
+        })?;
+        process.cgroup = below.to_string_lossy().into_owned();
+    }
+    let owner = |path: &Path| -> Result<Owner, CheckpointError> {
+        let stat = fs::metadata(path).map_err(CheckpointError::io("stat", path))?;
+        Ok(Owner {
+            mode: stat.mode() & 0o7777,
+            uid: stat.uid(),
+            gid: stat.gid(),
+        })
+    };
+    paths
+        .into_iter()
+        .map(|path| {
+            let dir = top.path().join(&path);
+            let files = ["cgroup.procs", "cgroup.threads", "cgroup.subtree_control"];
+            let files = files.map(|file| Ok((file.to_owned(), owner(&dir.join(file))?)));
+            Ok(CgroupBelow {
+                owner: owner(&dir)?,
+                files: files.into_iter().collect::<Result<_, CheckpointError>>()?,
+                path,
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_come_before_their_children() {
+        let top = tempfile::tempdir().unwrap();
+        fs::create_dir_all(top.path().join("b/inner/most")).unwrap();
+        fs::create_dir(top.path().join("a")).unwrap();
+        fs::write(top.path().join("cgroup.procs"), "").unwrap();
+        let found = below(top.path()).unwrap();
+        assert_eq!(found, ["a", "b", "b/inner", "b/inner/most"]);
+    }
+}

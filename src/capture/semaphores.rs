@@ -1,0 +1,126 @@
+//! System V semaphore sets: those that a process of the application used last.
+//!
+//! The namespace is the machine's and a set belongs to nobody; who did the last operation on
+//! each semaphore is all that tells whose it is.
+
+use super::error::CheckpointError;
+use super::sysv::table;
+use crate::bpf::events::{ThreadFlag, ThreadRec};
+use crate::bpf::iter::Tasks;
+use crate::model::frozen::{Blocker, SemaphoreSet};
+use crate::model::ids::Pid;
+use crate::sys::sysv::{semaphore_pid, semaphore_value};
+use nix::errno::Errno;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// What cannot be carried of the sets in use.
+///
+/// # Errors
+/// procfs cannot be read.
+pub fn blockers(tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointError> {
+    let undo = |rec: &&ThreadRec| rec.flags & ThreadFlag::SEM_UNDO != 0;
+    let mut pids: Vec<u32> = tasks.threads.iter().filter(undo).map(|t| t.tgid).collect();
+    pids.dedup();
+    let mut found: Vec<Blocker> = pids
+        .into_iter()
+        .map(|pid| Blocker {
+            pid: Pid(pid.cast_signed()),
+            fd: None,
+            object: "System V semaphore adjustments".to_owned(),
+            reason: "operations with SEM_UNDO are not carried yet; stop the process first"
+                .to_owned(),
+        })
+        .collect();
+    let inside = inside(tasks);
+    for set in used(&inside)? {
+        let outside = set.semaphores.iter().map(|(_, pid)| *pid).find(|pid| {
+            pid.0 > 0 && !inside.contains(pid) && Path::new(&format!("/proc/{pid}")).exists()
+        });
+        let user = set.semaphores.iter().find(|(_, pid)| inside.contains(pid));
+        found.extend(outside.zip(user).map(|(outside, (_, user))| Blocker {
+            pid: *user,
+            fd: None,
+            object: format!("System V semaphore set {}", set.id),
+            reason: format!(
+                "PID {outside}, which is outside the application, uses it as well; checkpoint \
+                 both together"
+            ),
+        }));
+    }
+    Ok(found)
+}
+
+/// Reads the sets of the frozen application.
+///
+/// # Errors
+/// procfs cannot be read.
+pub fn read(tasks: &Tasks) -> Result<Vec<SemaphoreSet>, CheckpointError> {
+    used(&inside(tasks))
+}
+
+fn inside(tasks: &Tasks) -> BTreeSet<Pid> {
+    let pids = tasks.processes.iter().map(|p| Pid(p.pid.cast_signed()));
+    pids.collect()
+}
+
+fn used(inside: &BTreeSet<Pid>) -> Result<Vec<SemaphoreSet>, CheckpointError> {
+    let mut found = Vec::new();
+    for line in table("/proc/sysvipc/sem")? {
+        let Some(mut set) = set(&line) else {
+            continue;
+        };
+        let count = line.get(3).copied().unwrap_or(0);
+        let one = |number| -> Result<(u16, Pid), Errno> {
+            let value = semaphore_value(set.id, number)?;
+            Ok((
+                u16::try_from(value).unwrap_or(0),
+                Pid(semaphore_pid(set.id, number)?),
+            ))
+        };
+        // A set that is gone by now is no longer used.
+        let Ok(semaphores) = (0..i32::try_from(count).unwrap_or(0))
+            .map(one)
+            .collect::<Result<Vec<_>, _>>()
+        else {
+            continue;
+        };
+        if semaphores.iter().any(|(_, pid)| inside.contains(pid)) {
+            set.semaphores = semaphores;
+            found.push(set);
+        }
+    }
+    Ok(found)
+}
+
+/// A line of /proc/sysvipc/sem.
+fn set(line: &[i64]) -> Option<SemaphoreSet> {
+    let [key, id, mode, _, uid, gid, cuid, cgid, ..] = *line else {
+        return None;
+    };
+    let number = |value: i64| u32::try_from(value).unwrap_or(0);
+    Some(SemaphoreSet {
+        id: i32::try_from(id).ok()?,
+        key: i32::try_from(key).ok()?,
+        mode: number(mode) & 0o777,
+        uid: number(uid),
+        gid: number(gid),
+        creator_uid: number(cuid),
+        creator_gid: number(cgid),
+        semaphores: Vec::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_procfs_is_read() {
+        let line = [0x1234, 32770, 0o660, 3, 33, 44, 5, 6, 1, 2];
+        let set = set(&line).unwrap();
+        assert_eq!((set.key, set.id, set.mode), (0x1234, 32770, 0o660));
+        assert_eq!((set.uid, set.gid), (33, 44));
+        assert_eq!((set.creator_uid, set.creator_gid), (5, 6));
+    }
+}

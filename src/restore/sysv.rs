@@ -1,0 +1,160 @@
+//! System V shared memory: made with the old ids before any process attaches it.
+
+use super::RestoreError;
+use crate::image::Store;
+use crate::model::frozen::{Application, Content, ContentKind, PAGE_SIZE, Segment};
+use crate::sys::sysv::{Attached, create_segment, remove_segment, set_owner};
+use nix::errno::Errno;
+use nix::unistd::{Gid, Uid, setegid, seteuid};
+use std::fs;
+
+/// Pages copied at once.
+const CHUNK_PAGES: u64 = 256;
+
+fn all(app: &Application) -> impl Iterator<Item = (&Content, &Segment)> {
+    app.contents
+        .values()
+        .filter_map(|content| match &content.kind {
+            ContentKind::SysvShm(segment) => Some((content, segment)),
+            _ => None,
+        })
+}
+
+fn refused(id: i32, call: &str) -> impl FnOnce(Errno) -> RestoreError + use<> {
+    RestoreError::system(format!("{call} of System V shared memory {id}"))
+}
+
+/// Makes every segment and fills it; the ids of new ones are added to `created`. One that the
+/// checkpoint left behind on this kernel is used as it is, but for its bytes.
+///
+/// # Errors
+/// An id or key is in use, or the kernel refuses a step.
+pub fn create_all(
+    app: &Application,
+    store: &dyn Store,
+    created: &mut Vec<i32>,
+) -> Result<(), RestoreError> {
+    for (content, segment) in all(app) {
+        if !is_left(content, segment)? {
+            create(content, segment)?;
+            created.push(segment.id);
+            set_owner(segment.id, content.uid, content.gid, content.mode)
+                .map_err(refused(segment.id, "shmctl(IPC_SET)"))?;
+        }
+        fill(content, segment.id, store)?;
+    }
+    Ok(())
+}
+
+/// What there is under an id.
+pub enum Left {
+    /// No object.
+    Nothing,
+    /// One of the same key and size; the columns of its line.
+    Same(Vec<String>),
+    /// Another one.
+    Other,
+}
+
+/// Looks for an object in a file of /proc/sysvipc; its fourth column is the size.
+///
+/// # Errors
+/// procfs cannot be read.
+pub fn left(path: &str, id: i32, key: i32, size: u64) -> Result<Left, RestoreError> {
+    let text = fs::read_to_string(path).map_err(RestoreError::io(format!("read {path}")))?;
+    for line in text.lines().skip(1) {
+        let words: Vec<String> = line.split_ascii_whitespace().map(str::to_owned).collect();
+        let [its_key, its_id, _, its_size, ..] = &words[..] else {
+            continue;
+        };
+        if its_id.parse() == Ok(id) {
+            let same = its_key.parse() == Ok(key) && its_size.parse() == Ok(size);
+            return Ok(if same { Left::Same(words) } else { Left::Other });
+        }
+    }
+    Ok(Left::Nothing)
+}
+
+/// Whether the segment itself is still there.
+fn is_left(content: &Content, segment: &Segment) -> Result<bool, RestoreError> {
+    match left("/proc/sysvipc/shm", segment.id, segment.key, content.size)? {
+        Left::Nothing => Ok(false),
+        Left::Same(words) if words.get(6).is_some_and(|n| n == "0") && !segment.destroyed => {
+            Ok(true)
+        }
+        _ => Err(refused(segment.id, "shmget")(Errno::EEXIST)),
+    }
+}
+
+/// Runs `make` with the effective ids of who made the object, which cannot be set later.
+///
+/// # Errors
+/// Those of `make`, or the ids cannot be changed.
+pub fn as_creator(
+    uid: u32,
+    gid: u32,
+    make: impl FnOnce() -> Result<i32, Errno>,
+) -> Result<i32, Errno> {
+    setegid(Gid::from_raw(gid))?;
+    seteuid(Uid::from_raw(uid))?;
+    let made = make();
+    seteuid(Uid::from_raw(0))?;
+    setegid(Gid::from_raw(0))?;
+    made
+}
+
+fn create(content: &Content, segment: &Segment) -> Result<(), RestoreError> {
+    let path = "/proc/sys/kernel/shm_next_id";
+    fs::write(path, segment.id.to_string()).map_err(RestoreError::io(format!("write {path}")))?;
+    let told = |call: &str| refused(segment.id, call);
+    let size = usize::try_from(content.size).unwrap_or(usize::MAX);
+    let mode = i32::try_from(content.mode & 0o777).unwrap_or(0);
+    let made = as_creator(segment.creator_uid, segment.creator_gid, || {
+        create_segment(segment.key, size, mode)
+    });
+    match made {
+        Ok(id) if id == segment.id => Ok(()),
+        Ok(other) => {
+            let _ = remove_segment(other);
+            Err(told("shmget")(Errno::EEXIST))
+        }
+        Err(errno) => Err(told("shmget")(errno)),
+    }
+}
+
+fn fill(content: &Content, id: i32, store: &dyn Store) -> Result<(), RestoreError> {
+    let size = usize::try_from(content.size).unwrap_or(usize::MAX);
+    let mut memory = Attached::new(id, size).map_err(refused(id, "shmat"))?;
+    memory.clear();
+    let mut buffer = Vec::new();
+    for run in &content.pages {
+        let mut done = 0;
+        while done < run.pages {
+            let pages = CHUNK_PAGES.min(run.pages - done);
+            buffer.resize(usize::try_from(pages * PAGE_SIZE).unwrap_or(0), 0);
+            store.read_pages(run.slot + done, &mut buffer)?;
+            let at = run.addr + done * PAGE_SIZE;
+            memory.write(usize::try_from(at).unwrap_or(usize::MAX), &buffer);
+            done += pages;
+        }
+    }
+    Ok(())
+}
+
+/// Marks those that were marked, now that all who had them attached have them again.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn mark_destroyed(app: &Application) -> Result<(), RestoreError> {
+    for (_, segment) in all(app).filter(|(_, segment)| segment.destroyed) {
+        remove_segment(segment.id).map_err(refused(segment.id, "shmctl(IPC_RMID)"))?;
+    }
+    Ok(())
+}
+
+/// Takes back what was made, after a failure.
+pub fn remove(created: &[i32]) {
+    for id in created {
+        let _ = remove_segment(*id);
+    }
+}

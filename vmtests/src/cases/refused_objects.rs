@@ -1,0 +1,268 @@
+//! Objects of kinds that are not carried at all; see `refused`.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::{gethostname, sethostname};
+
+use super::child::Child;
+use super::probe::sys;
+use crate::guest::case::{Case, Entry};
+
+/// The cases of this file.
+pub const CASES: &[Entry] = &[
+    Entry::refused("refused_aio", "AIO", aio),
+    Entry::refused("refused_fanotify", "fanotify", fanotify),
+    Entry::refused("refused_perf_event", "perf event", perf_event),
+    Entry::refused("refused_bpf_map", "BPF object", bpf_map),
+    Entry::refused("refused_hugetlb", "hugetlb mapping", hugetlb),
+    Entry::refused("refused_seccomp", "seccomp filter", seccomp),
+    Entry::refused("refused_namespace", "UTS namespace", namespace),
+    Entry::refused("refused_traced", "traced by PID", traced),
+    Entry::refused("refused_lease", "lease", lease),
+    Entry::refused("refused_mqueue", "POSIX message queue", mqueue),
+    Entry::refused("refused_clone_vm", "address space shared", clone_vm),
+];
+
+/// A descriptor from a system call.
+fn owned(name: &str, result: i64) -> Result<OwnedFd> {
+    let fd = i32::try_from(sys(name, result)?)?;
+    // SAFETY: a new descriptor, owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn aio(case: &Case) -> Result<()> {
+    let mut context: u64 = 0;
+    // SAFETY: the kernel writes the context's number.
+    let made = unsafe { libc::syscall(libc::SYS_io_setup, 8, &raw mut context) };
+    sys("io_setup", made)?;
+    case.ready()?;
+    let null = std::ptr::null_mut::<u64>();
+    // SAFETY: asks for no events.
+    let got = unsafe { libc::syscall(libc::SYS_io_getevents, context, 0, 0, null, null) };
+    ensure!(sys("io_getevents", got)? == 0, "{got} events");
+    // SAFETY: takes the number.
+    let gone = unsafe { libc::syscall(libc::SYS_io_destroy, context) };
+    sys("io_destroy", gone).map(|_| ())
+}
+
+fn fanotify(case: &Case) -> Result<()> {
+    let flags = libc::FAN_CLASS_NOTIF | libc::FAN_NONBLOCK;
+    // SAFETY: takes integers.
+    let fd = unsafe { libc::fanotify_init(flags, 0) };
+    let group = owned("fanotify_init", fd.into())?;
+    let path = CString::new(case.dir().to_string_lossy().into_owned())?;
+    let mask = libc::FAN_OPEN | libc::FAN_EVENT_ON_CHILD;
+    // SAFETY: the path is a C string.
+    let marked = unsafe {
+        libc::fanotify_mark(
+            group.as_raw_fd(),
+            libc::FAN_MARK_ADD,
+            mask,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+        )
+    };
+    sys("fanotify_mark", marked.into())?;
+    case.ready()?;
+    let _opened = File::create(case.path("opened"))?;
+    let mut events = [0; 256];
+    ensure!(File::from(group).read(&mut events)? > 0, "It is deaf");
+    Ok(())
+}
+
+fn perf_event(case: &Case) -> Result<()> {
+    // struct perf_event_attr, first version: type PERF_TYPE_SOFTWARE, size 64, config
+    // PERF_COUNT_SW_PAGE_FAULTS.
+    let attributes: [u64; 8] = [1 | 64 << 32, 2, 0, 0, 0, 0, 0, 0];
+    // SAFETY: the kernel reads 64 bytes.
+    let fd = unsafe { libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), 0, -1, -1, 0) };
+    let event = owned("perf_event_open", fd)?;
+    case.ready()?;
+    let mut count = [0; 8];
+    let mut file = File::from(event);
+    let memory = vec![1_u8; 1 << 20];
+    file.read_exact(&mut count)?;
+    ensure!(
+        u64::from_ne_bytes(count) > 0 && memory[77] == 1,
+        "No page faults are counted"
+    );
+    Ok(())
+}
+
+fn bpf_map(case: &Case) -> Result<()> {
+    const BPF_MAP_CREATE: i32 = 0;
+    const BPF_MAP_UPDATE_ELEM: i32 = 2;
+    const ARRAY: u32 = 2;
+    // union bpf_attr: type and key size, value size and entries.
+    let attributes: [u32; 32] = {
+        let mut words = [0; 32];
+        words[..4].copy_from_slice(&[ARRAY, 4, 8, 1]);
+        words
+    };
+    let len = size_of_val(&attributes);
+    // SAFETY: the kernel reads the attributes.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_CREATE, attributes.as_ptr(), len) };
+    let map = owned("bpf(BPF_MAP_CREATE)", fd)?;
+    case.ready()?;
+    let (key, value) = (0_u32, 5_u64);
+    // union bpf_attr: map, key, value.
+    let mut attributes = [0_u64; 16];
+    attributes[0] = u64::from(map.as_raw_fd().cast_unsigned());
+    attributes[1] = (&raw const key) as u64;
+    attributes[2] = (&raw const value) as u64;
+    // SAFETY: the kernel reads the attributes, the key and the value.
+    let done =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_ELEM, attributes.as_ptr(), len) };
+    sys("bpf(BPF_MAP_UPDATE_ELEM)", done).map(|_| ())
+}
+
+/// Reserved and never touched: the VM has no huge pages.
+fn hugetlb(case: &Case) -> Result<()> {
+    const LEN: usize = 2 << 20;
+    // SAFETY: a new mapping.
+    let mapped = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            LEN,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    ensure!(mapped != libc::MAP_FAILED, "mmap: {}", Errno::last());
+    case.ready()?;
+    // SAFETY: mapped above, nothing refers to it.
+    let gone = unsafe { libc::munmap(mapped, LEN) };
+    sys("munmap", gone.into()).map(|_| ())
+}
+
+/// A filter that allows everything but getcpu(2), which fails with its own error.
+fn seccomp(case: &Case) -> Result<()> {
+    const SET_MODE_FILTER: u32 = 1;
+    const RET_ERRNO: u32 = 0x0005_0000;
+    const RET_ALLOW: u32 = 0x7fff_0000;
+    let instruction = |code: u32, jt, jf, k| libc::sock_filter {
+        code: u16::try_from(code).unwrap_or(0),
+        jt,
+        jf,
+        k,
+    };
+    let getcpu = u32::try_from(libc::SYS_getcpu)?;
+    let mut program = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, getcpu),
+        instruction(libc::BPF_RET, 0, 0, RET_ERRNO | 77),
+        instruction(libc::BPF_RET, 0, 0, RET_ALLOW),
+    ];
+    let described = libc::sock_fprog {
+        len: u16::try_from(program.len())?,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the kernel reads the program, which outlives the call.
+    let set = unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, 0, &raw const described) };
+    sys("seccomp", set)?;
+    case.ready()?;
+    // SAFETY: null pointers are not written.
+    let result = unsafe { libc::syscall(libc::SYS_getcpu, 0, 0, 0) };
+    ensure!(
+        Errno::result(result) == Err(Errno::from_raw(77)),
+        "The filter is gone"
+    );
+    Ok(())
+}
+
+fn namespace(case: &Case) -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWUTS)?;
+    sethostname("elsewhere")?;
+    case.ready()?;
+    ensure!(gethostname()? == "elsewhere", "In another namespace");
+    Ok(())
+}
+
+fn traced(case: &Case) -> Result<()> {
+    let child = Child::start(case.dir(), "traced", |turn| {
+        turn.wait();
+        Ok(())
+    })?;
+    child.waits()?;
+    let request = |name, request, data: i32| {
+        // SAFETY: no pointers.
+        let result = unsafe { libc::ptrace(request, child.pid.as_raw(), 0, data) };
+        sys(name, result)
+    };
+    request("PTRACE_SEIZE", libc::PTRACE_SEIZE, 0)?;
+    case.ready()?;
+    request("PTRACE_INTERRUPT", libc::PTRACE_INTERRUPT, 0)?;
+    waitpid(child.pid, Some(WaitPidFlag::__WALL))?;
+    request("PTRACE_DETACH", libc::PTRACE_DETACH, 0)?;
+    child.waits()?;
+    child.finish()
+}
+
+fn lease(case: &Case) -> Result<()> {
+    std::fs::write(case.path("leased"), "text")?;
+    let file = File::open(case.path("leased"))?;
+    // SAFETY: takes integers.
+    let set = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) };
+    sys("F_SETLEASE", set.into())?;
+    case.ready()?;
+    // SAFETY: takes integers.
+    let held = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) };
+    ensure!(held == libc::F_RDLCK, "The lease is {held}");
+    Ok(())
+}
+
+fn mqueue(case: &Case) -> Result<()> {
+    let name = c"/tracker-case";
+    let flags = libc::O_CREAT | libc::O_RDWR | libc::O_NONBLOCK;
+    let none = std::ptr::null::<libc::mq_attr>();
+    // SAFETY: the name is a C string; no attributes are given.
+    let queue = unsafe { libc::mq_open(name.as_ptr(), flags, 0o600, none) };
+    sys("mq_open", queue.into())?;
+    // SAFETY: a C string.
+    unsafe { libc::mq_unlink(name.as_ptr()) };
+    // SAFETY: the kernel reads four bytes.
+    let sent = unsafe { libc::mq_send(queue, b"text".as_ptr().cast(), 4, 1) };
+    sys("mq_send", sent.into())?;
+    case.ready()?;
+    let mut text = vec![0_u8; 8192];
+    let null = std::ptr::null_mut();
+    // SAFETY: the kernel writes at most as much as there is room.
+    let got = unsafe { libc::mq_receive(queue, text.as_mut_ptr().cast(), text.len(), null) };
+    ensure!(
+        got == 4 && text.starts_with(b"text"),
+        "Received {got} bytes"
+    );
+    Ok(())
+}
+
+extern "C" fn sleep_for_ever(_: *mut libc::c_void) -> i32 {
+    loop {
+        // SAFETY: no memory is touched.
+        unsafe { libc::syscall(libc::SYS_pause) };
+    }
+}
+
+/// A child in its parent's address space.
+fn clone_vm(case: &Case) -> Result<()> {
+    let mut stack = vec![0_u64; 8192];
+    let top = stack.as_mut_ptr_range().end;
+    let flags = libc::CLONE_VM | libc::SIGCHLD;
+    // SAFETY: a stack of its own, which outlives the child; it makes one system call only.
+    let child = unsafe { libc::clone(sleep_for_ever, top.cast(), flags, std::ptr::null_mut()) };
+    sys("clone", child.into())?;
+    case.ready()?;
+    let child = nix::unistd::Pid::from_raw(child);
+    nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL)?;
+    waitpid(child, None).context("Wait for the child")?;
+    ensure!(stack.len() == 8192, "The stack is gone");
+    Ok(())
+}
