@@ -153,6 +153,27 @@ impl Life {
             said.contains(text),
             "The refusal does not name {text:?}:\n{said}"
         );
+        self.check_agrees(vm, &said)
+    }
+
+    /// `tracker check` lists the objects that the checkpoint has refused.
+    fn check_agrees(&self, vm: &Vm, said: &str) -> Result<()> {
+        let output = vm.exec(Exec::new(["tracker", "check", self.name]).timeout(STEP))?;
+        ensure!(
+            output.code() == Some(NOT_ELIGIBLE),
+            "tracker check ended with {}, not with exit code {NOT_ELIGIBLE}\n{}",
+            output.status,
+            output.error_text()
+        );
+        let listed = output.text();
+        let reasons: Vec<&str> = said.lines().filter(|l| l.starts_with("  PID ")).collect();
+        ensure!(!reasons.is_empty(), "The refusal names no object:\n{said}");
+        for reason in reasons {
+            ensure!(
+                listed.contains(reason),
+                "tracker check does not list {reason:?}:\n{listed}"
+            );
+        }
         Ok(())
     }
 
