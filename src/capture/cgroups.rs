@@ -1,6 +1,7 @@
 //! Cgroups that the application made below its own.
 
 use super::error::CheckpointError;
+use crate::bpf::features::cgroup2_mount;
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{Blocker, CgroupBelow, Owner, Process};
 use crate::model::ids::Pid;
@@ -83,7 +84,6 @@ pub fn blockers(top: &Cgroup, tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointE
 pub fn read(
     top: &Cgroup,
     tasks: &Tasks,
-    mount: &Path,
     processes: &mut [Process],
 ) -> Result<Vec<CgroupBelow>, CheckpointError> {
     let blockers = blockers(top, tasks)?;
@@ -94,6 +94,7 @@ pub fn read(
     if paths.is_empty() {
         return Ok(Vec::new());
     }
+    let mount = cgroup2_mount().map_err(CheckpointError::io("find", "cgroup2"))?;
     for process in processes {
         let path = of_process(process.pid)?;
         let path = mount.join(path.trim_start_matches('/'));

@@ -30,7 +30,6 @@ pub use known::Known;
 pub use target::Selection;
 pub use timeline::{Durations, Timeline};
 
-use crate::bpf::features::cgroup2_mount;
 use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
@@ -364,10 +363,8 @@ impl Capture {
             return Err(CheckpointError::Unstable("It is not frozen".into()));
         };
         frozen.processes = tasks::processes(&frozen.tasks, &frozen.tracees, &frozen.now)?;
-        let mount = cgroup2_mount().map_err(CheckpointError::io("find", "cgroup2"))?;
         let top = &self.target.cgroup;
-        self.target.header.cgroups =
-            cgroups::read(top, &frozen.tasks, &mount, &mut frozen.processes)?;
+        self.target.header.cgroups = cgroups::read(top, &frozen.tasks, &mut frozen.processes)?;
         self.target.header.semaphores = semaphores::read(&frozen.tasks)?;
         self.timeline.done("tasks");
         Fault::Tasks.point()?;
