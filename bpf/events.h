@@ -40,6 +40,8 @@ enum rec_kind {
 	REC_WATCH = 14,
 	REC_LOCK = 15,
 	REC_VMA = 16,
+	REC_TTY = 17,
+	REC_TTY_DATA = 18,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -50,6 +52,7 @@ enum iter_want {
 	WANT_EPOLL = 8,
 	WANT_WATCHES = 16,
 	WANT_LOCKS = 32,
+	WANT_TTY_DATA = 64,
 };
 
 /* What every record starts with; size counts the header itself. */
@@ -233,9 +236,10 @@ struct process_rec {
 	__u64 cpu_runtime_ns;
 	__u32 next_timer_id;
 	__u32 pad;
+	__u64 tty; /* the controlling terminal, a struct tty_struct */
 	struct rlimit_rec rlimits[TRK_NR_RLIMITS];
 };
-TRK_ASSERT_SIZE(struct process_rec, 400);
+TRK_ASSERT_SIZE(struct process_rec, 408);
 
 /* An address space. */
 struct mm_rec {
@@ -580,6 +584,7 @@ enum lock_direction {
 	DIRECTION_COUNT = 2,
 };
 
+#include "tty_events.h"
 #include "track_events.h"
 
 #endif

@@ -249,6 +249,10 @@ int iter_files(struct bpf_iter__task_file *ctx)
 	case FILE_SOCKET:
 		failed = write_socket(seq, file);
 		break;
+	case FILE_CHAR_DEVICE:
+		if (r->rdev == PTMX_DEV || r->rdev >> 20 == PTS_MAJOR)
+			failed = write_tty(seq, file, r->rdev == PTMX_DEV);
+		break;
 	}
 	/* side records last: a seq_write that did not fit has this object visited again */
 	if (failed)
@@ -257,6 +261,8 @@ int iter_files(struct bpf_iter__task_file *ctx)
 		emit_epoll(file);
 	if (r->kind == FILE_INOTIFY && (want & WANT_WATCHES) && first_visit((u64)file))
 		emit_watches(file);
+	if (r->kind == FILE_CHAR_DEVICE && (want & WANT_TTY_DATA))
+		emit_tty(r->rdev, file);
 	if (r->has_locks && (want & WANT_LOCKS) && first_visit((u64)file->f_inode))
 		emit_locks(file->f_inode);
 	return 0;

@@ -73,6 +73,7 @@ struct rb_root_cached {
 #include "kernel_task.h"
 #include "kernel_file.h"
 #include "kernel_net.h"
+#include "kernel_tty.h"
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 

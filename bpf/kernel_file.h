@@ -20,6 +20,8 @@ struct file_lock_context {
 };
 struct inode {
 	u16 i_mode;
+	kuid_t i_uid;
+	kgid_t i_gid;
 	struct super_block *i_sb;
 	unsigned long i_ino;
 	unsigned int i_nlink;
@@ -49,9 +51,13 @@ struct fown_struct {
 	int signum;
 };
 /* f_owner is a pointer since 6.12; f_count became f_ref in 6.13 */
+struct file_operations {
+	void *open;
+};
 struct file {
 	struct path f_path;
 	struct inode *f_inode;
+	struct file_operations *f_op;
 	atomic_long_t f_count;
 	unsigned int f_flags;
 	u32 f_mode;

@@ -135,9 +135,7 @@ struct task_cputime_atomic {
 struct thread_group_cputimer {
 	struct task_cputime_atomic cputime_atomic;
 };
-struct tty_struct {
-	int index;
-};
+struct tty_struct;
 /* posix_timers is a list_head up to 6.10 and an hlist_head afterwards */
 struct signal_struct {
 	int nr_threads;

@@ -14,8 +14,8 @@ use libbpf_rs::{RingBuffer, RingBufferBuilder};
 
 use super::events::{
     self, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessRec,
-    RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, VmaRec,
-    WatchRec,
+    RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec,
+    TtyRec, VmaRec, WatchRec,
 };
 use super::pass::{self, Buffer, Target};
 use super::programs::Programs;
@@ -24,7 +24,9 @@ use super::skeleton::iter::{IterSkel, IterSkelBuilder};
 
 /// Bits of the BPF variable `want`.
 mod want {
-    pub use crate::bpf::events::IterWant::{EPOLL, LOCKS, SIGACTIONS, TASKS, TIMERS, WATCHES};
+    pub use crate::bpf::events::IterWant::{
+        EPOLL, LOCKS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
+    };
 }
 
 /// Why the iterators could not be loaded.
@@ -108,10 +110,6 @@ pub struct File {
 
 /// The state of some kinds of files, read in the same pass.
 #[derive(Clone, Copy, Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "most descriptors of a server are sockets"
-)]
 pub enum Detail {
     /// Nothing beyond the [`FileRec`].
     None,
@@ -127,6 +125,8 @@ pub enum Detail {
     Pidfd(PidfdRec),
     /// A socket.
     Socket(SockRec),
+    /// Either end of a pseudo-terminal.
+    Tty(TtyRec),
 }
 
 /// What a pass over the descriptors found.
@@ -141,6 +141,8 @@ pub struct Files {
     pub watches: Vec<WatchRec>,
     /// Locks and leases on the files among them, whoever holds them.
     pub locks: Vec<LockRec>,
+    /// What is queued in the pseudo-terminals among them, in order for each.
+    pub tty_data: Vec<TtyDataRec>,
 }
 
 /// The loaded iterators.
@@ -247,7 +249,10 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn files(&mut self, scope: Scope) -> Result<Files, ReadError> {
-        self.read_files(scope, want::EPOLL | want::WATCHES | want::LOCKS)
+        self.read_files(
+            scope,
+            want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA,
+        )
     }
 
     /// Every mapping, in ascending order per process. One address space shared by several
@@ -344,6 +349,7 @@ impl Iterators {
             match raw.kind {
                 RecKind::EPOLL_ITEM => found.epoll_items.push(raw.decode()?),
                 RecKind::WATCH => found.watches.push(raw.decode()?),
+                RecKind::TTY_DATA => found.tty_data.push(raw.decode()?),
                 _ => found.locks.push(raw.decode()?),
             }
         }
@@ -419,6 +425,7 @@ fn decode_detail(raw: &Raw<'_>) -> Result<Detail, Malformed> {
         RecKind::TIMERFD => Detail::Timerfd(raw.decode()?),
         RecKind::SIGNALFD => Detail::Signalfd(raw.decode()?),
         RecKind::PIDFD => Detail::Pidfd(raw.decode()?),
+        RecKind::TTY => Detail::Tty(raw.decode()?),
         _ => Detail::Socket(raw.decode()?),
     })
 }

@@ -41,6 +41,8 @@ impl_record! {
     events::WatchRec => RecKind::WATCH,
     events::LockRec => RecKind::LOCK,
     events::VmaRec => RecKind::VMA,
+    events::TtyRec => RecKind::TTY,
+    events::TtyDataRec => RecKind::TTY_DATA,
 }
 
 /// A record whose bytes do not fit its kind.

@@ -2,9 +2,9 @@
 
 use super::error::CheckpointError;
 use super::freeze::PAUSE;
-use super::tasks::parents_first;
+use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
 use super::{cgroups, files, mm, sysv};
-use crate::bpf::events::{FileKind, RestartKind, ThreadRec, VmaRec};
+use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::{Blocker, Process};
 use crate::model::ids::{Fd, FilesId, FsId, Pid};
@@ -98,7 +98,9 @@ fn look(
     let mut found = blockers(&tasks, &vmas, ours);
     found.extend(cgroups::blockers(cgroup, &tasks)?);
     found.extend(sysv::blockers(&vmas, &tasks)?);
-    found.extend(files::blockers(&iterators.files(scope)?, &tasks));
+    let open = iterators.files(scope)?;
+    found.extend(files::blockers(&open, &tasks));
+    found.extend(files::controlling(&tasks, &open));
     Ok(found)
 }
 
@@ -157,12 +159,22 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocke
     shared_memory(&leaders, &mut found);
     family(tasks, &leaders, &mut found);
     for process in &tasks.processes {
-        const SIGNAL_STOP_STOPPED: u64 = 1;
-        if process.signal_flags & SIGNAL_STOP_STOPPED != 0 {
+        let threads = tasks.threads.iter().filter(|t| t.tgid == process.pid);
+        if stopping(process, threads) {
             found.push(blocker(
                 process.pid,
-                "stopped process",
-                "it was stopped by a signal: send SIGCONT first",
+                "process about to stop",
+                "a stop signal was sent to it; try again when it has stopped",
+            ));
+        }
+        let stopped = process.signal_flags & SIGNAL_STOP_STOPPED != 0;
+        if stopped && !tasks.processes.iter().any(|p| p.pid == process.sid) {
+            // When the restorer ends, whose session it will be in, the kernel would send SIGHUP
+            // to the process group (kill_orphaned_pgrp()).
+            found.push(blocker(
+                process.pid,
+                "stopped process in a session led from outside",
+                "it is not carried yet: send SIGCONT, or start the application with setsid(1)",
             ));
         }
     }
@@ -187,6 +199,21 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocke
     found.extend(vmas.iter().filter_map(mm::refusal));
     found.dedup();
     found
+}
+
+/// Whether a stop signal is on its way, or some threads have stopped for it and others not yet.
+fn stopping<'a>(process: &ProcessRec, threads: impl Iterator<Item = &'a ThreadRec>) -> bool {
+    const JOBCTL_STOP_PENDING: u64 = 1 << 17;
+    const SIGSTOP: u64 = 1 << (nix::libc::SIGSTOP - 1);
+    if process.signal_flags & SIGNAL_STOP_STOPPED != 0 {
+        return false;
+    }
+    let mut threads = threads.filter(|thread| !thread.is_zombie());
+    let on_its_way = |thread: &ThreadRec| {
+        thread.jobctl & JOBCTL_STOP_PENDING != 0
+            || (thread.pending | process.shared_pending) & SIGSTOP != 0
+    };
+    threads.any(on_its_way)
 }
 
 fn blocker(pid: u32, object: &str, reason: &str) -> Blocker {
@@ -356,6 +383,31 @@ mod tests {
         let mut foreign = leader(5, 1);
         foreign.net_ns = 9;
         check(vec![foreign], &["network namespace"]);
+    }
+
+    #[test]
+    fn a_stop_is_carried_once_it_is_complete() {
+        let process = |signal_flags, shared_pending, sid| ProcessRec {
+            pid: 5,
+            sid,
+            signal_flags,
+            shared_pending,
+            ..ProcessRec::default()
+        };
+        let check = |process: ProcessRec, expected: &[&str]| {
+            let tasks = Tasks {
+                threads: vec![leader(5, 1)],
+                processes: vec![process],
+                ..Tasks::default()
+            };
+            let found = blockers(&tasks, &[], &Namespaces::default());
+            let objects: Vec<&str> = found.iter().map(|b| b.object.as_str()).collect();
+            assert_eq!(objects, expected);
+        };
+        check(process(SIGNAL_STOP_STOPPED, 1 << 18, 5), &[]);
+        check(process(0, 1 << 18, 5), &["process about to stop"]);
+        let outside = "stopped process in a session led from outside";
+        check(process(SIGNAL_STOP_STOPPED, 0, 4), &[outside]);
     }
 
     #[test]

@@ -86,6 +86,11 @@ impl Capture {
         let mut blockers = eligibility::blockers(&tasks, &[], &self.ours);
         blockers.extend(files::blockers(&open, &tasks));
         blockers.extend(files::unaccepted(&open));
+        blockers.extend(files::controlling(&tasks, &open));
+        if blockers.is_empty() && files::has_terminals(&open) {
+            let again = self.iterators.borrow_mut().files(self.scope())?;
+            blockers.extend(files::unsettled(&open, &again));
+        }
         if !blockers.is_empty() {
             return Ok(blockers);
         }

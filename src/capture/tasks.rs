@@ -7,8 +7,8 @@ use super::threads::{self, Tracees};
 use crate::bpf::events::{ProcessFlag, ProcessRec, SigactionsRec, ThreadFlag, ThreadRec, TimerRec};
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{
-    AltStack, Credentials, IntervalTimer, PathRef, PosixTimer, Process, Scheduling, SigAction,
-    Thread,
+    AltStack, Credentials, IntervalTimer, JobStop, PathRef, PosixTimer, Process, Scheduling,
+    SigAction, SigInfo, Thread,
 };
 use crate::model::ids::{FilesId, FsId, MmId, Pid, Tid};
 use crate::sys::task::{affinity, ioprio};
@@ -121,6 +121,7 @@ impl Assembly<'_> {
         } else {
             threads::pending(Tid(leader.tid.cast_signed()), true)?
         };
+        let stopped = job_stop(rec, leader);
         let actions = self.tasks.sigactions.iter().find(|a| a.pid == rec.pid);
         Ok(Process {
             mm: MmId(leader.mm),
@@ -140,7 +141,13 @@ impl Assembly<'_> {
             sigactions: actions.map(sigactions).unwrap_or_default(),
             itimers: itimers(rec, self.now),
             posix_timers: self.posix_timers(),
-            pending: shared,
+            // Stopped already, it would not notice another one, which goes when it continues.
+            pending: shared
+                .into_iter()
+                .filter(|info| stopped.is_none() || !is_stop(info))
+                .collect(),
+            stopped,
+            continued: rec.signal_flags & SIGNAL_STOP_CONTINUED != 0,
             threads: self
                 .threads
                 .iter()
@@ -210,6 +217,25 @@ impl Assembly<'_> {
         timers.sort_by_key(|timer| timer.id);
         timers
     }
+}
+
+/// `SIGNAL_*` of include/linux/sched/signal.h.
+pub(super) const SIGNAL_STOP_STOPPED: u64 = 1;
+const SIGNAL_STOP_CONTINUED: u64 = 2;
+
+/// The group stop of a process. The signal is at hand until its parent has been told of it
+/// (wait_task_stopped()).
+fn job_stop(rec: &ProcessRec, leader: &ThreadRec) -> Option<JobStop> {
+    const JOBCTL_STOP_SIGMASK: u64 = 0xffff;
+    let reported = rec.group_exit_code == 0;
+    let last = i32::try_from(leader.jobctl & JOBCTL_STOP_SIGMASK).unwrap_or(0);
+    let signal = if reported { last } else { rec.group_exit_code };
+    (rec.signal_flags & SIGNAL_STOP_STOPPED != 0).then_some(JobStop { signal, reported })
+}
+
+fn is_stop(info: &SigInfo) -> bool {
+    let signal = info.0.first_chunk::<4>().map(|b| i32::from_ne_bytes(*b));
+    signal == Some(libc::SIGSTOP)
 }
 
 /// `MMF_DUMP_FILTER_MASK` (include/linux/sched/coredump.h), as /proc shows it.

@@ -127,6 +127,7 @@ fn name(kind: &FileKind) -> &'static str {
         FileKind::Content(_) => "memfd or deleted file",
         FileKind::Pipe { .. } => "pipe",
         FileKind::Fifo { .. } => "FIFO",
+        FileKind::Pty { .. } => "pseudo-terminal",
         FileKind::Eventfd { .. } => "eventfd",
         FileKind::Timerfd(_) => "timerfd",
         FileKind::Signalfd { .. } => "signalfd",

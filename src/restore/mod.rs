@@ -10,6 +10,8 @@ mod cgroups;
 mod creds;
 mod error;
 pub mod files;
+mod groups;
+mod jobs;
 mod layout;
 mod memory;
 mod pids;

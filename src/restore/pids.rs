@@ -19,7 +19,9 @@ pub fn numbers(app: &Application) -> BTreeSet<i32> {
     threads.collect()
 }
 
-fn is_free(number: i32) -> bool {
+/// Whether nobody uses a number, as a PID, a TID, a process group or a session.
+#[must_use]
+pub fn is_free(number: i32) -> bool {
     // /proc/N answers for threads too; kill(-N) for groups whose leader is gone.
     !Path::new(&format!("/proc/{number}")).exists()
         && kill(nix::unistd::Pid::from_raw(-number), None) == Err(Errno::ESRCH)

@@ -4,6 +4,7 @@ use super::RestoreError;
 use super::cgroups;
 use super::creds::Rights;
 use super::files;
+use super::groups;
 use super::layout::Layout;
 use super::pids;
 use super::semaphores;
@@ -167,6 +168,14 @@ fn run(
     made: &mut Made,
 ) -> Result<(), RestoreError> {
     check_supported(app)?;
+    let stand_ins = groups::stand_ins(app, pids::is_free);
+    let with_stand_ins;
+    let app = if stand_ins.is_empty() {
+        app
+    } else {
+        with_stand_ins = groups::with(app, &stand_ins);
+        &with_stand_ins
+    };
     let steps = plan::processes(&app.processes)?;
     pids::check_free(app)?;
     check_files(app)?;
@@ -232,7 +241,11 @@ fn run(
         rights: Rights::own()?,
         clocks,
     };
-    supervisor.regroup_and_bury(&steps)?;
+    supervisor.regroup(&steps)?;
+    supervisor.foreground(&opened, restorer)?;
+    supervisor.bury_all(&steps)?;
+    supervisor.reap(&stand_ins)?;
+    supervisor.stop_jobs()?;
     supervisor.rebuild_all()?;
     sysv::mark_destroyed(app)?;
     Fault::RestoreMemory.point_of(&app.header.name)?;

@@ -10,8 +10,8 @@ const SIGSET_LEN: u64 = 8;
 const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
 
 /// Adds the calls that set every action but that of `SIGTRAP`, which the tape itself needs.
-/// All were `SIG_DFL` before. Setting `SIGCHLD` to its default also discards what the deaths of
-/// restored zombies queued.
+/// All were `SIG_DFL` before. Setting `SIGCHLD` and `SIGCONT` to their default also discards what
+/// the deaths of restored zombies, and their own stops and those of children, queued.
 ///
 /// # Errors
 /// The tape has no room for the data.
@@ -20,7 +20,9 @@ pub fn actions(
     tape: &mut Tape,
     process: &Process,
 ) -> Result<(), RestoreError> {
-    set_action(script, tape, libc::SIGCHLD, &SigAction::default())?;
+    for ignored in [libc::SIGCHLD, libc::SIGCONT] {
+        set_action(script, tape, ignored, &SigAction::default())?;
+    }
     for (signal, action) in (1..).zip(&process.sigactions) {
         let fixed = [libc::SIGKILL, libc::SIGSTOP, libc::SIGTRAP].contains(&signal);
         if !fixed && *action != SigAction::default() {
@@ -269,7 +271,7 @@ mod tests {
         let mut script = Script::default();
         actions(&mut script, &mut tape, &process).unwrap();
         assert!(script.calls.iter().all(|c| c.args[0] != 5));
-        assert_eq!(script.calls.len(), 62);
+        assert_eq!(script.calls.len(), 63);
         assert!(trap_action(&mut script, &mut tape, &process).unwrap());
     }
 }

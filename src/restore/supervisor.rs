@@ -38,30 +38,39 @@ pub struct Supervisor<'a> {
 type Result<T> = std::result::Result<T, RestoreError>;
 
 impl Supervisor<'_> {
-    fn tape(&mut self, pid: Pid) -> Result<&mut Tape> {
+    pub(super) fn tape(&mut self, pid: Pid) -> Result<&mut Tape> {
         self.tapes.get_mut(&pid).ok_or(RestoreError::NoRoom)
     }
 
-    fn living(&self) -> impl Iterator<Item = &Process> + use<'_> {
+    pub(super) fn living(&self) -> impl Iterator<Item = &Process> + use<'_> {
         let tapes = &self.tapes;
         let all = self.app.processes.iter();
         all.filter(|p| p.zombie.is_none() && tapes.contains_key(&p.pid))
     }
 
-    /// Process groups that others lead, then the deaths of those who died.
+    /// Process groups that others lead.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn regroup_and_bury(&mut self, steps: &[Step]) -> Result<()> {
+    pub fn regroup(&mut self, steps: &[Step]) -> Result<()> {
         for step in steps {
-            match *step {
-                Step::JoinGroup { pid, pgid } => {
-                    let mut script = Script::default();
-                    script.zero(libc::SYS_setpgid, &[0, number(pgid.0)]);
-                    self.run(pid, pid.leader(), &script)?;
-                }
-                Step::Die(pid) => self.bury(pid)?,
-                _ => {}
+            if let Step::JoinGroup { pid, pgid } = *step {
+                let mut script = Script::default();
+                script.zero(libc::SYS_setpgid, &[0, number(pgid.0)]);
+                self.run(pid, pid.leader(), &script)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The deaths of those who died.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn bury_all(&mut self, steps: &[Step]) -> Result<()> {
+        for step in steps {
+            if let Step::Die(pid) = *step {
+                self.bury(pid)?;
             }
         }
         Ok(())
@@ -239,7 +248,7 @@ impl Supervisor<'_> {
     }
 
     /// Executes a script on one stopped thread; its results.
-    fn run(&mut self, pid: Pid, tid: Tid, script: &Script) -> Result<Vec<i64>> {
+    pub(super) fn run(&mut self, pid: Pid, tid: Tid, script: &Script) -> Result<Vec<i64>> {
         let mut results = Vec::with_capacity(script.calls.len());
         for calls in script.calls.chunks(Tape::CAPACITY) {
             self.start(pid, tid, 0, calls)?;

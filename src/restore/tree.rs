@@ -191,6 +191,7 @@ impl Births<'_> {
                 } if parent == Some(pid) => self.bear(child, orphan, shares)?,
                 Step::LeadSession(who) if who == pid => {
                     unistd::setsid().map_err(|e| format!("setsid: {e}"))?;
+                    files::take_terminal(self.app, pid, self.files).map_err(|e| e.to_string())?;
                 }
                 Step::LeadGroup(who) if who == pid => {
                     let own = unistd::Pid::from_raw(0);

@@ -20,3 +20,4 @@ pub mod socket;
 pub mod sysv;
 pub mod task;
 pub mod tcp;
+pub mod tty;

@@ -6,18 +6,20 @@
     reason = "a field that comes later has a default, or old images cannot be read"
 )]
 
+mod system;
+
 use std::collections::BTreeMap;
 use tracker::image::{Image, Store};
 use tracker::model::frozen::{
     AltStack, Application, ApplicationHeader, Backing, Clocks, Content, ContentId, ContentKind,
     Credentials, EpollItem, FdEntry, FileIdentity, FileKind, FileLock, FileOwner, FilesTable,
-    InotifyWatch, Interface, IntervalTimer, LockKind, Milestone, Mm, MmBounds, OpenFile, Origin,
-    PageRun, PathRef, PipeState, PosixTimer, Process, Registers, Route, Rseq, Scheduling,
-    SigAction, SigInfo, SockOption, Socket, SocketState, SyscallInProgress, System, TcpConnection,
-    TcpOptions, TcpWindow, Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState, Vdso,
-    Vma,
+    InotifyWatch, Interface, IntervalTimer, JobStop, LockKind, Milestone, Mm, MmBounds, OpenFile,
+    Origin, PageRun, PathRef, PipeState, PosixTimer, Process, Registers, Route, Rseq, Scheduling,
+    SigAction, SigInfo, SockOption, Socket, SocketFilter, SocketState, SyscallInProgress, System,
+    TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket,
+    UnixState, Vdso, Vma,
 };
-use tracker::model::ids::{Fd, FilesId, InodeId, MmId, OfdId, Pid, Tid};
+use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
 
 /// Page slots that [`everything`] points to.
@@ -99,6 +101,8 @@ fn application() -> Application {
                 boottime: 18,
                 realtime: 19,
             },
+            cgroups: system::cgroups(),
+            semaphores: system::semaphores(),
             ..ApplicationHeader::default()
         },
         processes: vec![process, zombie()],
@@ -147,6 +151,13 @@ fn process() -> Process {
         pgid: Pid(20_001),
         sid: Pid(19_999),
         exit_signal: 17,
+        stopped: Some(JobStop {
+            signal: 20,
+            reported: true,
+        }),
+        continued: true,
+        fs: FsId(0xffff_8880_0000_3000),
+        cgroup: "workers/a".into(),
         mm: MmId(0xffff_8880_0000_1000),
         files: FilesId(0xffff_8880_0000_2000),
         exe: path("/usr/bin/redis-server", 11),
@@ -427,6 +438,7 @@ fn open_files() -> Vec<OpenFile> {
             }],
         },
         FileKind::Pidfd { pid: Pid(20_001) },
+        system::terminal(),
     ];
     kinds.extend(sockets().into_iter().map(|state| {
         FileKind::Socket(Box::new(Socket {
@@ -436,6 +448,10 @@ fn open_files() -> Vec<OpenFile> {
                 name: 9,
                 value: vec![1, 0, 0, 0].into(),
             }],
+            filter: Some(SocketFilter {
+                program: vec![6, 0, 0, 0, 0xff, 0xff, 0, 0].into(),
+                locked: true,
+            }),
             state,
         }))
     }));
@@ -553,6 +569,7 @@ fn contents() -> Vec<Content> {
     vec![
         content(ContentKind::SharedAnonymous),
         filled,
+        content(system::segment()),
         content(deleted),
     ]
 }

@@ -3,9 +3,11 @@
 use super::borrow::{Lender, place};
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
-    CollectError, FrozenFiles, Repaired, Slots, content, filter, pipe, regular, socket, unix,
+    CollectError, FrozenFiles, Repaired, Slots, content, filter, pipe, pty, regular, socket, unix,
 };
-use crate::bpf::events::{EpollItemRec, FileKind as Kind, LockClass, LockRec, SockRec, WatchRec};
+use crate::bpf::events::{
+    EpollItemRec, FileKind as Kind, LockClass, LockRec, SockRec, TtyDataRec, TtyRec, WatchRec,
+};
 use crate::bpf::iter::{Detail, File, Files, Iterators, Scope, Tasks};
 use crate::capture::restart::Now;
 use crate::image::Store;
@@ -42,6 +44,9 @@ pub(super) struct Reader<'a> {
     /// By inode number of a pipe: where one end is, and how many readers and writers it has.
     ends: BTreeMap<u64, (Pid, Fd, u32, u32)>,
     in_flight: Vec<InFlight>,
+    tty_data: HashMap<u64, Vec<&'a TtyDataRec>>,
+    /// By the address of a pseudo-terminal: where an end is, and what ends there are.
+    terminals: BTreeMap<u64, (Pid, Fd, TtyRec, pty::Ends)>,
 }
 
 fn grouped<T>(records: &[T], key: impl Fn(&T) -> u64) -> HashMap<u64, Vec<&T>> {
@@ -75,6 +80,8 @@ impl<'a> Reader<'a> {
             pipes: HashMap::new(),
             ends: BTreeMap::new(),
             in_flight: Vec::new(),
+            tty_data: grouped(&found.tty_data, |data| data.tty),
+            terminals: BTreeMap::new(),
         }
     }
 
@@ -121,6 +128,7 @@ impl<'a> Reader<'a> {
             (Kind::REGULAR, _) if rec.nlink > 0 => FileKind::Regular(regular::identity(file)?),
             (Kind::REGULAR | Kind::MEMFD, _) => FileKind::Content(self.content(file)?),
             (Kind::DIRECTORY, _) => FileKind::Directory(regular::path(file)?),
+            (Kind::CHAR_DEVICE, Detail::Tty(tty)) => self.terminal(file, tty)?,
             (Kind::CHAR_DEVICE, _) => FileKind::CharDevice {
                 at: regular::path(file)?,
                 rdev: rec.rdev,
@@ -214,6 +222,49 @@ impl<'a> Reader<'a> {
         }
         let end = self.lender.borrow(file)?;
         pipe::read_state(&end, rec).map(Some)
+    }
+
+    fn terminal(&mut self, file: &File, tty: &TtyRec) -> Result<FileKind, CollectError> {
+        let (pid, fd) = place(file);
+        let (id, master) = (tty.master.tty, tty.is_master != 0);
+        let first = !self.terminals.contains_key(&id);
+        let (.., ends) = self
+            .terminals
+            .entry(id)
+            .or_insert((pid, fd, *tty, pty::Ends::default()));
+        ends.add(master);
+        let data = |tty| self.tty_data.get(&tty).map_or(&[][..], Vec::as_slice);
+        let state = first.then(|| pty::state(tty, data(id), data(tty.slave.tty)));
+        let state = state.transpose().map_err(|reason| {
+            CollectError::Blocked(Blocker {
+                pid,
+                fd: Some(fd),
+                object: pty::object(tty),
+                reason,
+            })
+        })?;
+        Ok(FileKind::Pty {
+            id,
+            master,
+            at: regular::path(file)?,
+            state: state.map(Box::new),
+        })
+    }
+
+    /// Every end of every pseudo-terminal must be among what was described, those in flight
+    /// included.
+    pub(super) fn check_terminals(&self) -> Result<(), CollectError> {
+        for (pid, fd, tty, ends) in self.terminals.values() {
+            if let Some(reason) = ends.outside(tty) {
+                return Err(CollectError::Blocked(Blocker {
+                    pid: *pid,
+                    fd: Some(*fd),
+                    object: pty::object(tty),
+                    reason,
+                }));
+            }
+        }
+        Ok(())
     }
 
     fn epoll_items(&self, epoll: u64) -> Vec<EpollItem> {

@@ -12,6 +12,7 @@ mod filter;
 mod pidfd;
 mod pipe;
 mod pseudo;
+mod pty;
 mod refuse;
 mod regular;
 mod socket;
@@ -19,6 +20,7 @@ mod tcp;
 mod unix;
 
 pub use error::CollectError;
+pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{blockers, handshakes, unaccepted};
 
 use crate::bpf::iter::{Files, Iterators, Tasks};
@@ -120,6 +122,7 @@ pub(in crate::capture) fn collect(
     }
     reader.describe_in_flight(iterators)?;
     reader.check_pipes()?;
+    reader.check_terminals()?;
     let mut frozen = reader.finish();
     frozen.files = tables(found);
     Ok(frozen)

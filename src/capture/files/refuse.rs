@@ -2,8 +2,8 @@
 
 use super::borrow::place;
 use super::pidfd::Processes;
-use super::{pseudo, regular, socket, unix};
-use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, SockRec};
+use super::{pseudo, pty, regular, socket, unix};
+use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, SockRec, TtyRec};
 use crate::bpf::iter::{Detail, File, Files, Tasks};
 use crate::model::frozen::Blocker;
 use crate::model::ids::OfdId;
@@ -66,6 +66,10 @@ pub(super) struct Survey {
     pub sockets: HashMap<u64, OfdId>,
     /// Readers and writers of each pipe within the application.
     pipes: HashMap<u64, (u32, u32)>,
+    /// Ends of each pseudo-terminal within the application.
+    terminals: HashMap<u64, pty::Ends>,
+    /// Processes with open files.
+    pids: HashSet<u32>,
     /// Some Unix socket has descriptors in flight, which no table shows.
     in_flight: bool,
     pub processes: Processes,
@@ -87,6 +91,8 @@ impl Survey {
             locked,
             sockets: HashMap::new(),
             pipes: HashMap::new(),
+            terminals: HashMap::new(),
+            pids: found.files.iter().map(|file| file.rec.tgid).collect(),
             in_flight: false,
             strays: HashMap::new(),
         };
@@ -107,6 +113,11 @@ impl Survey {
                     *readers += u32::from(access != 1);
                     *writers += u32::from(access != 0);
                 }
+                Detail::Tty(tty) => survey
+                    .terminals
+                    .entry(tty.master.tty)
+                    .or_default()
+                    .add(tty.is_master != 0),
                 _ => {}
             }
         }
@@ -165,6 +176,11 @@ impl Survey {
                 if STATELESS.contains(&(major, minor)) {
                     return None;
                 }
+                if let Detail::Tty(tty) = &file.detail {
+                    return self
+                        .terminal_refusal(tty)
+                        .map(|reason| blocked(pty::object(tty), reason));
+                }
                 not_yet(format!("character device {major}:{minor} ({})", rec.name()))
             }
             Kind::PIPE => self
@@ -203,6 +219,13 @@ impl Survey {
         let unix = i32::from(sock.family) == nix::libc::AF_UNIX;
         unix.then(|| unix::state(sock, &self.sockets).err())
             .flatten()
+    }
+
+    fn terminal_refusal(&self, tty: &TtyRec) -> Option<String> {
+        let ends = self.terminals.get(&tty.master.tty).copied();
+        // An end may be in flight, as with pipes.
+        let outside = || ends.unwrap_or_default().outside(tty);
+        pty::refusal(tty, &self.pids).or_else(|| (!self.in_flight).then(outside).flatten())
     }
 
     /// Both ends must be the application's own: an end outside would lose its peer.

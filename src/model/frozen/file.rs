@@ -1,6 +1,6 @@
 //! Descriptor tables and open file descriptions.
 
-use super::{ContentId, FileIdentity, PathRef, Socket};
+use super::{ContentId, FileIdentity, PathRef, PtyState, Socket};
 use crate::model::ids::{Fd, OfdId, Pid};
 use serde::{Deserialize, Serialize};
 
@@ -104,6 +104,17 @@ pub enum FileKind {
         at: PathRef,
         /// Queue, as for a pipe.
         state: Option<PipeState>,
+    },
+    /// One end of a pseudo-terminal; ends with one id belong together.
+    Pty {
+        /// The kernel's address of the terminal.
+        id: u64,
+        /// The master rather than a slave.
+        master: bool,
+        /// Its name: `/dev/ptmx`, or `/dev/pts/N`.
+        at: PathRef,
+        /// The terminal, carried by the first end in order of discovery only.
+        state: Option<Box<PtyState>>,
     },
     /// eventfd(2).
     Eventfd {

@@ -6,12 +6,14 @@
 
 mod file;
 mod mm;
+mod pty;
 mod socket;
 mod system;
 mod task;
 
 pub use file::*;
 pub use mm::*;
+pub use pty::*;
 pub use socket::*;
 pub use system::*;
 pub use task::*;

@@ -18,6 +18,12 @@ pub struct Process {
     pub exit_signal: i32,
     /// `Some(wait status)` for a zombie, which has nothing below but `threads[0].comm`.
     pub zombie: Option<i32>,
+    /// A stop signal stopped it, and it was not continued.
+    #[serde(default)]
+    pub stopped: Option<JobStop>,
+    /// It was continued, and its parent was not told by a wait with `WCONTINUED`.
+    #[serde(default)]
+    pub continued: bool,
     /// Address space.
     pub mm: MmId,
     /// Descriptor table.
@@ -61,6 +67,15 @@ pub struct Process {
     pub posix_timers: Vec<PosixTimer>,
     /// Threads, leader first.
     pub threads: Vec<Thread>,
+}
+
+/// A group stop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobStop {
+    /// `SIGSTOP`, `SIGTSTP`, `SIGTTIN` or `SIGTTOU`.
+    pub signal: i32,
+    /// Its parent was told by a wait with `WUNTRACED`.
+    pub reported: bool,
 }
 
 /// A file by name, with what proves after the restore that it is the same one.

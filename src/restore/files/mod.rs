@@ -15,6 +15,7 @@ mod filter;
 mod lock;
 mod pidfd;
 mod pipe;
+mod pty;
 mod regular;
 mod tcp;
 mod unix;
@@ -39,6 +40,8 @@ pub struct OpenedFiles {
     ofds: BTreeMap<OfdId, OwnedFd>,
     contents: BTreeMap<ContentId, OwnedFd>,
     departed: Departed,
+    /// A slave of each pseudo-terminal that can be somebody's controlling terminal.
+    terminals: BTreeMap<u64, OwnedFd>,
 }
 
 /// Other ends of Unix sockets that the application had closed, by the end that is left.
@@ -48,6 +51,23 @@ impl OpenedFiles {
     /// Takes out what [`complete`] needs, which no child is to hold.
     pub fn take_departed(&mut self) -> Departed {
         std::mem::take(&mut self.departed)
+    }
+
+    /// The controlling terminal of a session: its descriptor in the restorer and the group to
+    /// be in its foreground.
+    #[must_use]
+    pub fn terminal(&self, app: &Application, session: Pid) -> Option<(BorrowedFd<'_>, Pid)> {
+        app.ofds.values().find_map(|file| match &file.kind {
+            FileKind::Pty {
+                id,
+                state: Some(state),
+                ..
+            } if state.session == Some(session) => {
+                let fd = self.terminals.get(id)?.as_fd();
+                Some((fd, state.foreground.unwrap_or(session)))
+            }
+            _ => None,
+        })
     }
 
     /// Descriptor of a content in the restorer, to map it from.
@@ -70,6 +90,9 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
         opened.contents.insert(id, content::make(content, store)?);
     }
     opened.ofds = pipe::open_all(app)?;
+    let mut terminals = pty::open_all(app)?;
+    opened.ofds.append(&mut terminals.ofds);
+    opened.terminals = terminals.slaves;
     let mut unix = unix::open_all(app)?;
     opened.ofds.append(&mut unix.opened);
     // Listeners first: a connection on a listener's port is bound by force only after it.
@@ -166,7 +189,7 @@ fn open_one(
             Some(fd) => fd,
             None => return Ok(None),
         },
-        FileKind::Pipe { .. } | FileKind::Fifo { .. } => return Ok(None),
+        FileKind::Pipe { .. } | FileKind::Fifo { .. } | FileKind::Pty { .. } => return Ok(None),
     };
     Ok(Some(fd))
 }
@@ -201,13 +224,29 @@ fn move_up(app: &Application, opened: &mut OpenedFiles) -> Result<(), FilesError
         .map(|entry| entry.fd.0)
         .max();
     let base = highest.map_or(0, |fd| fd + 1);
-    for fd in opened.ofds.values_mut().chain(opened.contents.values_mut()) {
+    let all = opened.ofds.values_mut().chain(opened.contents.values_mut());
+    for fd in all.chain(opened.terminals.values_mut()) {
         if fd.as_raw_fd() < base {
             *fd = fd::duplicate_above(fd.as_fd(), base)
                 .map_err(call("Open file", "fcntl(F_DUPFD_CLOEXEC)"))?;
         }
     }
     Ok(())
+}
+
+/// Gives a session leader its controlling terminal. To be called by the leader, before it has
+/// children in its session.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn take_terminal(app: &Application, pid: Pid, opened: &OpenedFiles) -> Result<(), FilesError> {
+    match opened.terminal(app, pid) {
+        Some((fd, _)) => crate::sys::tty::set_controlling(fd).map_err(call(
+            format!("Controlling terminal of session {pid}"),
+            "ioctl(TIOCSCTTY)",
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Puts a process's descriptors in place. To be called by that process, on a table of its own.

@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-fn path_of(at: &PathRef) -> &Path {
+/// The name as a path.
+pub(super) fn path_of(at: &PathRef) -> &Path {
     Path::new(OsStr::from_bytes(&at.path))
 }
 

@@ -11,12 +11,14 @@ mod child;
 mod events;
 mod file;
 mod filter;
+mod job;
 mod mapping;
 mod memory;
 mod pidfd;
 mod pipe;
 mod probe;
 mod process;
+mod pty;
 mod refused;
 mod refused_objects;
 mod sharing;
@@ -42,6 +44,8 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         sharing::CASES,
         pidfd::CASES,
         cgroup::CASES,
+        pty::CASES,
+        job::CASES,
         events::CASES,
         unix::CASES,
         tcp::CASES,

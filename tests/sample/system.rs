@@ -1,0 +1,85 @@
+//! What belongs to no process: terminals, System V objects, cgroups.
+
+use super::path;
+use tracker::model::frozen::{
+    CgroupBelow, ContentKind, FileKind, PtyInput, PtyState, Segment, SemaphoreSet, Termios,
+};
+use tracker::model::ids::Pid;
+
+pub fn cgroups() -> Vec<CgroupBelow> {
+    let below = |path: &str| CgroupBelow {
+        path: path.into(),
+        ..CgroupBelow::default()
+    };
+    vec![below("workers"), below("workers/a")]
+}
+
+pub fn semaphores() -> Vec<SemaphoreSet> {
+    vec![SemaphoreSet {
+        id: 32_769,
+        key: 0x1234,
+        mode: 0o600,
+        uid: 1,
+        gid: 2,
+        creator_uid: 3,
+        creator_gid: 4,
+        semaphores: vec![(5, Pid(20_001)), (6, Pid(0))],
+    }]
+}
+
+pub fn segment() -> ContentKind {
+    ContentKind::SysvShm(Segment {
+        id: 32_770,
+        key: 0x5678,
+        destroyed: true,
+        creator_uid: 1,
+        creator_gid: 2,
+    })
+}
+
+pub fn terminal() -> FileKind {
+    let mut cc = [0; 19];
+    cc[..4].copy_from_slice(&[3, 28, 127, 21]);
+    let state = PtyState {
+        index: 7,
+        uid: 1,
+        gid: 5,
+        mode: 0o620,
+        hung_up: true,
+        slave_opened: true,
+        termios: Termios {
+            iflag: 0x500,
+            oflag: 5,
+            cflag: 0xbf,
+            lflag: 0x8a3b,
+            line: 1,
+            cc,
+            ispeed: 38_400,
+            ospeed: 38_401,
+        },
+        winsize: [24, 80, 480, 640],
+        exclusive: [true, false],
+        locked: true,
+        packet: true,
+        stopped: true,
+        output_off: [false, true],
+        session: Some(Pid(19_999)),
+        foreground: Some(Pid(20_001)),
+        output: b"$ ".to_vec().into(),
+        input: PtyInput {
+            bytes: b"ls\nmake".to_vec().into(),
+            line_ends: vec![2],
+            complete: 3,
+            pushed: true,
+            waiting: b"more".to_vec().into(),
+        },
+        column: 2,
+        canon_column: 1,
+    };
+    FileKind::Pty {
+        id: 0xffff_8880_0000_b000,
+        master: true,
+        at: path("/dev/ptmx", 20),
+        state: Some(Box::new(state)),
+    }
+}
