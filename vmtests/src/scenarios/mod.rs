@@ -13,6 +13,7 @@ mod handover;
 mod harness;
 mod kernel;
 mod services;
+mod terminal;
 mod tracked;
 mod tracking;
 mod tracking_losses;
@@ -42,6 +43,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         harness::SCENARIOS,
         kernel::SCENARIOS,
         services::SCENARIOS,
+        terminal::SCENARIOS,
         faults::SCENARIOS,
         aborts::SCENARIOS,
         damaged::SCENARIOS,
