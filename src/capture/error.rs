@@ -26,6 +26,17 @@ pub enum CheckpointError {
     /// Tracker would freeze itself.
     #[error("PID {0} is tracker itself or contains it; run tracker from elsewhere")]
     Ourselves(Pid),
+    /// A tree that could not be put back as it was.
+    #[error(
+        "PID {pid} is in the cgroup {cgroup} and the process it descends from is in another; \
+         start the application with tracker run"
+    )]
+    Scattered {
+        /// The descendant.
+        pid: Pid,
+        /// Its cgroup below the mount.
+        cgroup: String,
+    },
     /// The name or its record.
     #[error(transparent)]
     Application(#[from] ApplicationError),
@@ -118,7 +129,7 @@ impl HasExitCode for CheckpointError {
                 ExitCode::Usage
             }
             Self::Store(StoreError::Exists(_)) => ExitCode::Usage,
-            Self::Blocked(_) => ExitCode::NotEligible,
+            Self::Blocked(_) | Self::Scattered { .. } => ExitCode::NotEligible,
             Self::Application(_) | Self::Load(_) | Self::Lock(LockError::Load { .. }) => {
                 ExitCode::Unsupported
             }

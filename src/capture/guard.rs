@@ -127,8 +127,8 @@ fn clean_up(watch: &Watch) {
     remove_pins(&watch.pins);
     let _ = cgroup.set_frozen(false);
     if let Some(back) = &watch.back_to {
-        super::target::move_all(&cgroup, back);
-        let _ = crate::sys::cgroup::remove(&watch.cgroup);
+        // Nobody is left to tell.
+        let _ = super::target::disband(&cgroup, back);
     }
 }
 

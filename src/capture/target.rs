@@ -6,9 +6,10 @@ use crate::bpf::features::cgroup2_mount;
 use crate::bpf::iter::{Iterators, Scope};
 use crate::model::frozen::ApplicationHeader;
 use crate::model::ids::Pid;
-use crate::sys::cgroup::{self, Cgroup};
+use crate::sys::cgroup::{self, Cgroup, CgroupError};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// What to checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,7 +86,8 @@ impl Target {
     /// meanwhile is born next to its parent.
     ///
     /// # Errors
-    /// The process is gone, contains tracker, or may not be moved.
+    /// The process is gone, contains tracker, may not be moved, or what is below it is in
+    /// another cgroup.
     pub fn gather(
         &self,
         selection: &Selection,
@@ -123,6 +125,7 @@ impl Target {
                 return Err(CheckpointError::NotRunning(format!("PID {root}")));
             }
             for pid in outside {
+                self.comes_from_there(Pid(pid))?;
                 match self.cgroup.add(Pid(pid)) {
                     // Ended meanwhile.
                     Err(e) if e.source.raw_os_error() == Some(nix::libc::ESRCH) => {}
@@ -132,23 +135,54 @@ impl Target {
         }
     }
 
+    /// All of a tree is moved back to one place.
+    fn comes_from_there(&self, pid: Pid) -> Result<(), CheckpointError> {
+        let mount = cgroup2_mount().map_err(CheckpointError::io("find", "cgroup2"))?;
+        // Of a process that has ended meanwhile there is nothing to move.
+        let Ok(theirs) = cgroup::of_process(pid) else {
+            return Ok(());
+        };
+        let path = mount.join(theirs.trim_start_matches('/'));
+        if self.moved_from.as_ref().is_some_and(|from| *from != path) {
+            return Err(CheckpointError::Scattered {
+                pid,
+                cgroup: theirs,
+            });
+        }
+        Ok(())
+    }
+
     /// Moves a tree back where it came from and removes the cgroup made for it.
     pub fn put_back(&self) {
         if let Some(from) = &self.moved_from {
-            move_all(&self.cgroup, from);
-            if let Err(e) = cgroup::remove(self.cgroup.path()) {
+            if let Err(e) = disband(&self.cgroup, from) {
                 tracing::warn!("{e}");
             }
         }
     }
 }
 
-/// Moves every process of one cgroup to another, as far as possible.
-pub fn move_all(from: &Cgroup, to: &Path) {
-    for pid in from.processes().unwrap_or_default() {
-        let _ = cgroup::move_to(to, pid);
+/// Moves every process of one cgroup to another and removes the one. Repeats that for some
+/// seconds: what is forked meanwhile is born next to its parent.
+///
+/// # Errors
+/// Somebody is still in it.
+pub fn disband(from: &Cgroup, to: &Path) -> Result<(), CgroupError> {
+    let begun = Instant::now();
+    loop {
+        for pid in from.processes()? {
+            // It may have ended; who may not be moved is in the way of the removal.
+            let _ = cgroup::move_to(to, pid);
+        }
+        match cgroup::remove(from.path()) {
+            Err(_) if begun.elapsed() < DISBANDING => std::thread::sleep(PAUSE),
+            result => return result,
+        }
     }
 }
+
+const DISBANDING: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// A PID and all below it, by (PID, parent) pairs.
 fn descendants(root: i32, pairs: &[(i32, i32)]) -> BTreeSet<i32> {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::Scenario;
 use super::faults::{BOTH, CHECKPOINT, ROLLED_BACK};
@@ -35,6 +35,12 @@ pub const SCENARIOS: &[Scenario] = &[
         configure: apps::forwarded,
         run: late,
     },
+    Scenario {
+        name: "aborts_tree",
+        kernels: &[Kernel::V6_12],
+        configure: |vm| vm,
+        run: tree,
+    },
 ];
 
 /// How long a killed tracker's guard may take.
@@ -49,11 +55,14 @@ const TRACES: &str = r#"
     [ "$(cat $group/cgroup.freeze)" = 0 ] || echo "it is to be frozen"
     grep -qx "frozen 0" $group/cgroup.events || echo "it is frozen"
     for tid in $(cat $group/cgroup.threads); do
-        grep -qx "TracerPid:	0" /proc/$tid/status || echo "thread $tid is traced"
-        grep -q "^State:	[Tt]" /proc/$tid/status && echo "thread $tid is stopped"
+        # It may have ended meanwhile.
+        status=$(cat /proc/$tid/status 2>/dev/null) || continue
+        echo "$status" | grep -qx "TracerPid:	0" || echo "thread $tid is traced"
+        echo "$status" | grep "^State:	[Tt]"
     done
     for pid in $(cat $group/cgroup.procs); do
-        grep -qx "0::/$1" /proc/$pid/cgroup || echo "PID $pid is in $(cat /proc/$pid/cgroup)"
+        group=$(cat /proc/$pid/cgroup 2>/dev/null) || continue
+        [ "$group" = "0::/$1" ] || echo "PID $pid is in $group"
     done
     ls /sys/fs/bpf/tracker 2>/dev/null
     bpftool cgroup show /sys/fs/cgroup | grep cgroup_inet
@@ -237,4 +246,90 @@ fn late(vm: &Vm) -> Result<()> {
     };
     lab.attempt("none", &["--deadline", "0"], no_time)?;
     lab.finish()
+}
+
+/// Processes of several cgroups cannot all be moved back, and are not moved.
+fn scattered(vm: &Vm) -> Result<()> {
+    let script = "
+        mkdir /sys/fs/cgroup/aside || exit
+        sleep 1000 & child=$!
+        echo $child >/sys/fs/cgroup/aside/cgroup.procs && echo $child >/root/child
+        wait";
+    let pid = vm.spawn(Exec::new(["sh", "-c", script]), None)?;
+    ensure!(vm.await_file("/root/child", PATIENCE)?, "There is no child");
+    let child = String::from_utf8(vm.read_file("/root/child")?)?;
+    let (pid, child) = (pid.to_string(), child.trim());
+    let groups = || -> Result<[Vec<u8>; 2]> {
+        let of = |pid: &str| vm.read_file(&format!("/proc/{pid}/cgroup"));
+        Ok([of(&pid)?, of(child)?])
+    };
+    let before = groups()?;
+    ensure!(before[1].trim_ascii() == b"0::/aside", "{before:?}");
+    let command = [
+        "tracker",
+        "checkpoint",
+        "--pid",
+        &pid,
+        "--image",
+        "/root/image",
+    ];
+    let output = vm.exec(Exec::new(command).timeout(PATIENCE))?;
+    let said = output.error_text();
+    ensure!(output.code() == Some(3), "{}: {said}", output.status);
+    ensure!(
+        said.contains(&format!("PID {child} is in the cgroup /aside")),
+        "{said}"
+    );
+    ensure!(groups()? == before, "They were moved");
+    Ok(())
+}
+
+/// A tree of processes that is moved for the checkpoint is moved back.
+fn tree(vm: &Vm) -> Result<()> {
+    let script = "
+        mkdir /sys/fs/cgroup/elsewhere && echo 0 >/sys/fs/cgroup/elsewhere/cgroup.procs &&
+        while :; do echo beat >>/root/beats; sleep 0.05; done";
+    let pid = vm.spawn(Exec::new(["sh", "-c", script]), None)?;
+    let pid = pid.to_string();
+    let beats = || -> Result<u64> {
+        let script = "stat -c %s /root/beats 2>/dev/null || echo 0";
+        Ok(vm.sh(script)?.check()?.text().trim().parse()?)
+    };
+    let goes_on = || -> Result<()> {
+        let (before, begun) = (beats()?, Instant::now());
+        while beats()? < before + 15 {
+            ensure!(begun.elapsed() < PATIENCE, "The heart has stopped");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    };
+    goes_on().context("Before")?;
+    scattered(vm).context("A tree in two cgroups")?;
+    for place in [BOTH, CHECKPOINT].concat() {
+        for (action, status) in [
+            ("kill", Status::Signaled(libc::SIGKILL)),
+            ("term", Status::Exited(ROLLED_BACK)),
+        ] {
+            let fault = format!("{place}:{action}");
+            let image = format!("/root/image.{fault}");
+            let command = ["tracker", "checkpoint", "--pid", &pid, "--image", &image];
+            let command = Exec::new(command).env("TRACKER_FAULT", &fault);
+            let output = vm.exec(command.timeout(PATIENCE))?;
+            if output.status != status {
+                bail!("{fault}: {}\n{}", output.status, output.error_text());
+            }
+            no_traces(vm, "elsewhere").with_context(|| fault.clone())?;
+            let group = vm.read_file(&format!("/proc/{pid}/cgroup"))?;
+            ensure!(
+                group.trim_ascii() == b"0::/elsewhere",
+                "{fault}: it is in {}",
+                String::from_utf8_lossy(&group)
+            );
+            let others = "ls -d /sys/fs/cgroup/tracker/*/ 2>/dev/null | xargs";
+            let others = vm.sh(others)?.text();
+            ensure!(others.trim().is_empty(), "{fault}: {others} is left");
+            goes_on().with_context(|| fault.clone())?;
+        }
+    }
+    Ok(())
 }
