@@ -154,10 +154,10 @@ impl Target {
 
     /// Moves a tree back where it came from and removes the cgroup made for it.
     pub fn put_back(&self) {
-        if let Some(from) = &self.moved_from {
-            if let Err(e) = disband(&self.cgroup, from) {
-                tracing::warn!("{e}");
-            }
+        if let Some(from) = &self.moved_from
+            && let Err(e) = disband(&self.cgroup, from)
+        {
+            tracing::warn!("{e}");
         }
     }
 }

@@ -147,10 +147,8 @@ fn descriptions(state: &State, found: &mut Vec<Inconsistency>) {
     }
     for (id, inotify) in &state.inotifies {
         let holder = state.ofds.get(&inotify.holder);
-        let paths = inotify.paths.keys();
-        let watched = paths
-            .map(|wd| inotify.watches.contains_key(wd))
-            .all(|is| is);
+        let mut paths = inotify.paths.keys();
+        let watched = paths.all(|wd| inotify.watches.contains_key(wd));
         if holder.and_then(|ofd| ofd.group) != Some(*id) || !watched {
             found.push(Inconsistency::Inotify(*id));
         }

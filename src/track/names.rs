@@ -14,8 +14,11 @@ use std::thread::{self, JoinHandle};
 /// Those that were asked for and found.
 pub(super) type Named = Vec<Names>;
 
+/// Where to ask, where the answers come, and the thread.
+type Namer = (Sender<Vec<Unnamed>>, Receiver<Named>, JoinHandle<()>);
+
 /// Starts the thread; it ends when the sender is dropped.
-pub(super) fn start() -> std::io::Result<(Sender<Vec<Unnamed>>, Receiver<Named>, JoinHandle<()>)> {
+pub(super) fn start() -> std::io::Result<Namer> {
     let (questions, inbox) = bounded::<Vec<Unnamed>>(1);
     let (outbox, answers) = bounded(1);
     let thread = thread::Builder::new().name("names".into()).spawn(move || {

@@ -144,10 +144,9 @@ impl Engine {
         // They end when nobody can order from them.
         (self.orders, self.namer) = (None, None);
         while self.readings.recv().is_ok() || self.named.recv().is_ok() {}
-        for thread in [self.reader.take(), self.namer_thread.take()] {
-            if let Some(thread) = thread {
-                let _ = thread.join();
-            }
+        let threads = [self.reader.take(), self.namer_thread.take()];
+        for thread in threads.into_iter().flatten() {
+            let _ = thread.join();
         }
     }
 

@@ -35,7 +35,7 @@ pub const CASES: &[Entry] = &[
         "in a session led from outside",
         stopped_outside,
     ),
-    Entry::refused("refused_traced", "traced by", traced),
+    Entry::refused("refused_traced", "traced by PID", traced),
     Entry::refused("refused_multicast", "multicast memberships", multicast),
     Entry::refused("refused_proc_mem", "it shows an address space", proc_mem),
     Entry::refused(

@@ -8,10 +8,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::waitpid;
 use nix::unistd::{gethostname, sethostname};
 
-use super::child::Child;
 use super::probe::sys;
 use crate::guest::case::{Case, Entry};
 
@@ -24,7 +23,6 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_hugetlb", "hugetlb mapping", hugetlb),
     Entry::refused("refused_seccomp", "seccomp filter", seccomp),
     Entry::refused("refused_namespace", "UTS namespace", namespace),
-    Entry::refused("refused_traced", "traced by PID", traced),
     Entry::refused("refused_lease", "lease", lease),
     Entry::refused("refused_mqueue", "POSIX message queue", mqueue),
     Entry::refused("refused_clone_vm", "address space shared", clone_vm),
@@ -185,26 +183,6 @@ fn namespace(case: &Case) -> Result<()> {
     case.ready()?;
     ensure!(gethostname()? == "elsewhere", "In another namespace");
     Ok(())
-}
-
-fn traced(case: &Case) -> Result<()> {
-    let child = Child::start(case.dir(), "traced", |turn| {
-        turn.wait();
-        Ok(())
-    })?;
-    child.waits()?;
-    let request = |name, request, data: i32| {
-        // SAFETY: no pointers.
-        let result = unsafe { libc::ptrace(request, child.pid.as_raw(), 0, data) };
-        sys(name, result)
-    };
-    request("PTRACE_SEIZE", libc::PTRACE_SEIZE, 0)?;
-    case.ready()?;
-    request("PTRACE_INTERRUPT", libc::PTRACE_INTERRUPT, 0)?;
-    waitpid(child.pid, Some(WaitPidFlag::__WALL))?;
-    request("PTRACE_DETACH", libc::PTRACE_DETACH, 0)?;
-    child.waits()?;
-    child.finish()
 }
 
 fn lease(case: &Case) -> Result<()> {
