@@ -12,6 +12,7 @@ mod faults;
 mod handover;
 mod harness;
 mod kernel;
+mod programs;
 mod services;
 mod terminal;
 mod tracked;
@@ -42,6 +43,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         handover::SCENARIOS,
         harness::SCENARIOS,
         kernel::SCENARIOS,
+        programs::SCENARIOS,
         services::SCENARIOS,
         terminal::SCENARIOS,
         faults::SCENARIOS,

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Scenario;
+use super::programs::{NGINX, POSTGRES};
 use super::tracked::{
     PATIENCE, PAUSE, application, audited, audited_at_rest, await_status, calm, end, log, lost,
     resume, start, start_agent, status, stop,
@@ -73,17 +74,9 @@ const PROGRAMS: &[Program] = &[
     },
     Program {
         name: "nginx",
-        prepare: "cat >/root/nginx.conf <<'END'
-worker_processes 3;
-daemon off;
-pid /tmp/nginx.pid;
-error_log stderr notice;
-events { worker_connections 200; }
-http { access_log off; server { listen 127.0.0.1:8080; root /var/www/html; } }
-END
-echo hello >/var/www/html/index.html",
-        command: &["nginx", "-c", "/root/nginx.conf"],
-        ready: "start worker process ",
+        prepare: NGINX.prepare,
+        command: NGINX.command,
+        ready: NGINX.ready,
         furnish: ":",
         // With and without connections that last.
         load: "ab -q -k -c 60 -n 3000 http://127.0.0.1:8080/ && \
@@ -93,26 +86,9 @@ echo hello >/var/www/html/index.html",
     },
     Program {
         name: "postgres",
-        prepare: ":",
-        command: &[
-            "setpriv",
-            "--reuid=postgres",
-            "--regid=postgres",
-            "--clear-groups",
-            "--reset-env",
-            "/usr/lib/postgresql/15/bin/postgres",
-            "-D",
-            "/var/lib/postgresql/15/main",
-            "-c",
-            "config_file=/etc/postgresql/15/main/postgresql.conf",
-            "-c",
-            "external_pid_file=",
-            "-c",
-            "unix_socket_directories=/tmp",
-            "-c",
-            "ssl=off",
-        ],
-        ready: "ready to accept connections",
+        prepare: POSTGRES.prepare,
+        command: POSTGRES.command,
+        ready: POSTGRES.ready,
         furnish: "cd /tmp && setpriv --reuid=postgres --regid=postgres --clear-groups \
                   /usr/lib/postgresql/15/bin/pgbench --host=/tmp --initialize --quiet postgres",
         // Backends that last, then one for each transaction.

@@ -1,0 +1,164 @@
+//! Servers from Debian's packages, ended and restored while their clients are connected.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use super::Scenario;
+use super::tracked::{PATIENCE, PAUSE, log, start, start_beside};
+use crate::apps;
+use crate::image::Kernel;
+use crate::vm::{Exec, Vm, VmBuilder};
+
+/// The scenarios of this file.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "programs_nginx",
+        kernels: &Kernel::ALL,
+        configure,
+        run: |vm| restored(vm, &NGINX),
+    },
+    Scenario {
+        name: "programs_postgres",
+        kernels: &Kernel::ALL,
+        configure,
+        run: |vm| restored(vm, &POSTGRES),
+    },
+    Scenario {
+        name: "programs_node",
+        kernels: &Kernel::ALL,
+        configure,
+        run: |vm| restored(vm, &NODE),
+    },
+    Scenario {
+        name: "programs_asyncio",
+        kernels: &Kernel::ALL,
+        configure,
+        run: |vm| restored(vm, &ASYNCIO),
+    },
+];
+
+fn configure(vm: VmBuilder) -> VmBuilder {
+    vm.memory_mib(2048)
+}
+
+/// A server.
+#[derive(Debug)]
+pub(super) struct Server {
+    /// Name of the application.
+    pub name: &'static str,
+    /// Runs once before it is started.
+    pub prepare: &'static str,
+    /// Its command.
+    pub command: &'static [&'static str],
+    /// Its log has this once it can be used.
+    pub ready: &'static str,
+}
+
+/// A master and three workers.
+pub(super) const NGINX: Server = Server {
+    name: "nginx",
+    prepare: "cat >/root/nginx.conf <<'END'
+worker_processes 3;
+daemon off;
+pid /tmp/nginx.pid;
+error_log stderr notice;
+events { worker_connections 200; }
+http { access_log off; server { listen 127.0.0.1:8080; root /var/www/html; } }
+END
+echo hello >/var/www/html/index.html
+dd if=/dev/urandom of=/var/www/html/big bs=1M count=16 status=none",
+    command: &["nginx", "-c", "/root/nginx.conf"],
+    ready: "start worker process ",
+};
+
+/// As user postgres, with nothing outside of it but TCP.
+pub(super) const POSTGRES: Server = Server {
+    name: "postgres",
+    prepare: "echo 'host all all 127.0.0.1/32 trust\nlocal all all trust' >/tmp/hba.conf",
+    command: &[
+        "setpriv",
+        "--reuid=postgres",
+        "--regid=postgres",
+        "--clear-groups",
+        "--reset-env",
+        "/usr/lib/postgresql/15/bin/postgres",
+        "-D",
+        "/var/lib/postgresql/15/main",
+        "-c",
+        "config_file=/etc/postgresql/15/main/postgresql.conf",
+        "-c",
+        "hba_file=/tmp/hba.conf",
+        "-c",
+        "external_pid_file=",
+        "-c",
+        "unix_socket_directories=/tmp",
+        "-c",
+        "ssl=off",
+    ],
+    ready: "ready to accept connections",
+};
+
+const NODE: Server = Server {
+    name: "node",
+    prepare: ":",
+    command: &["node", "/root/squares.js"],
+    ready: "listening",
+};
+
+const ASYNCIO: Server = Server {
+    name: "asyncio",
+    prepare: ":",
+    command: &["python3", "/root/counter.py"],
+    ready: "listening",
+};
+
+/// The clients get late answers, and nothing else.
+fn restored(vm: &Vm, server: &Server) -> Result<()> {
+    vm.write_file("/root/clients.py", include_bytes!("clients.py"))?;
+    vm.write_file("/root/counter.py", include_bytes!("counter.py"))?;
+    vm.write_file("/root/squares.js", include_bytes!("squares.js"))?;
+    let name = server.name;
+    let patient = |script: &str| Exec::new(["sh", "-c", script]).timeout(PATIENCE);
+    vm.exec(patient(server.prepare))?.check()?;
+    start(vm, name, server.command, server.ready)?;
+    let client = ["python3", "/root/clients.py", name];
+    let client = start_beside(vm, "client", &client, "before")?;
+
+    let image = format!("/root/{name}.image");
+    let before = apps::pids(vm, name)?;
+    let checkpoint = apps::checkpoint(name, &image, &[]).timeout(PATIENCE);
+    vm.exec(checkpoint)?.check()?;
+    ensure!(apps::pids(vm, name).is_err(), "It was not ended");
+    // Long enough for a peer to send again what was not answered.
+    std::thread::sleep(Duration::from_secs(1));
+    let restore = ["tracker", "restore", "--image", &image, "--detach"];
+    vm.exec(Exec::new(restore).timeout(PATIENCE))?.check()?;
+    let after = apps::pids(vm, name)?;
+    ensure!(after == before, "It had PIDs {before:?}, has {after:?}");
+
+    vm.write_file("/root/go", b"")?;
+    let begun = Instant::now();
+    let ended = loop {
+        if let Some(how) = vm.wait(client, PAUSE)? {
+            break how;
+        }
+        ensure!(begun.elapsed() < PATIENCE, "The client waits for answers");
+    };
+    ensure!(
+        ended == crate::protocol::Status::Exited(0),
+        "The client ended: {ended}\n{}\n{}",
+        log(vm, "/root/client.log"),
+        log(vm, &format!("/root/{name}.log"))
+    );
+    // They end as they would have.
+    let kill = "kill $(cat /sys/fs/cgroup/tracker/\"$1\"/cgroup.procs)";
+    vm.exec(Exec::new(["sh", "-c", kill, "sh", name]))?
+        .check()?;
+    let empty = "for try in $(seq 300); do \
+                 [ -s /sys/fs/cgroup/tracker/\"$1\"/cgroup.procs ] || exit 0; sleep 0.1; done; exit 1";
+    vm.exec(Exec::new(["sh", "-c", empty, "sh", name]).timeout(PATIENCE))?
+        .check()
+        .context("They do not end on SIGTERM")?;
+    Ok(())
+}
