@@ -143,7 +143,9 @@ impl<'a> Lab<'a> {
                 apps::pids(vm, "redis")? == self.pids,
                 "Redis has other PIDs"
             );
-            self.load.progress(5, Duration::from_secs(60))?;
+            // What was dropped is sent again by the emulator, whose idea of a round trip grows
+            // with each of these stops.
+            self.load.progress(5, PATIENCE)?;
             let lost = self.load.lost();
             ensure!(lost.is_empty(), "Connections are lost: {lost:?}");
             Ok(())
