@@ -163,10 +163,11 @@ static __always_inline void send_state(struct sock *sk, u32 state, u32 shutdown)
 	submit(e);
 }
 
-/* The socket knows the cgroup it was made in: who changes it may be anyone. */
+/* The socket knows the cgroup it was made in: who changes it may be anyone. One that came in
+ * with a process that was moved was made outside; it is changed by tracked ones at least. */
 static __always_inline bool sock_tracked(const bool typed, struct sock *sk)
 {
-	return !bpf_core_field_exists(sk->sk_cgrp_data) ||
+	return current_tracked() || !bpf_core_field_exists(sk->sk_cgrp_data) ||
 	       cgroup_tracked(typed, MEMBER(typed, sk, sk_cgrp_data.cgroup));
 }
 
