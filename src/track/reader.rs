@@ -1,12 +1,13 @@
 //! Reads objects from the kernel through the BPF iterators, in a thread of its own.
 
-use crate::bpf::iter::{Iterators, ReadError, Scope};
+use crate::bpf::iter::{Files, Iterators, ReadError, Scope, Tasks};
 use crate::bpf::reading::{add_files, add_tasks};
 use crate::bpf::wire;
 use crate::model::ids::MmId;
 use crate::model::snapshot::Snapshot;
 use crate::sys::membarrier;
 use crossbeam_channel::{Receiver, Sender, bounded};
+use std::collections::BTreeSet;
 use std::thread::{self, JoinHandle};
 
 /// What to read.
@@ -59,6 +60,13 @@ pub(super) fn start(
     Ok((orders, readings, thread))
 }
 
+/// Whether a thread uses a table of which no descriptor was listed.
+fn has_unlisted(files: &Files, tasks: &Tasks) -> bool {
+    let listed: BTreeSet<u64> = files.files.iter().map(|file| file.rec.files).collect();
+    let mut alive = tasks.threads.iter().filter(|thread| !thread.is_zombie());
+    alive.any(|thread| thread.files != 0 && !listed.contains(&thread.files))
+}
+
 fn read(iterators: &mut Iterators, order: &Order) -> Result<Snapshot, ReadError> {
     let mut snapshot = Snapshot {
         seq: order.seq,
@@ -68,8 +76,12 @@ fn read(iterators: &mut Iterators, order: &Order) -> Result<Snapshot, ReadError>
     for scope in &order.scopes {
         if order.files {
             // Descriptors first: a table is then never listed without its threads.
-            let files = iterators.files(*scope)?;
+            let mut files = iterators.files(*scope)?;
             let tasks = iterators.threads(*scope)?;
+            if has_unlisted(&files, &tasks) {
+                // A thread came in between, with a table that is not empty for that.
+                files = iterators.files(*scope)?;
+            }
             add_tasks(&mut snapshot, &tasks);
             add_files(&mut snapshot, &files);
         }
