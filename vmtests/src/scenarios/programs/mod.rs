@@ -152,12 +152,12 @@ fn restored(vm: &Vm, server: &Server) -> Result<()> {
         log(vm, &format!("/root/{name}.log"))
     );
     // They end as they would have.
-    let kill = "kill $(cat /sys/fs/cgroup/tracker/\"$1\"/cgroup.procs)";
-    vm.exec(Exec::new(["sh", "-c", kill, "sh", name]))?
-        .check()?;
-    let empty = "for try in $(seq 300); do \
-                 [ -s /sys/fs/cgroup/tracker/\"$1\"/cgroup.procs ] || exit 0; sleep 0.1; done; exit 1";
-    vm.exec(Exec::new(["sh", "-c", empty, "sh", name]).timeout(PATIENCE))?
+    let end = "group=/sys/fs/cgroup/tracker/$1
+        # Some end before their own signal, when their master does.
+        for pid in $(cat $group/cgroup.procs); do kill $pid 2>/dev/null; done
+        for try in $(seq 300); do [ -z \"$(cat $group/cgroup.procs)\" ] && exit; sleep 0.1; done
+        exit 1";
+    vm.exec(Exec::new(["sh", "-c", end, "sh", name]).timeout(PATIENCE))?
         .check()
         .context("They do not end on SIGTERM")?;
     Ok(())
