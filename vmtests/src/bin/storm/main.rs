@@ -14,11 +14,16 @@ mod sys;
 mod tables;
 
 use random::Random;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use sys::call;
 
 const THREADS: usize = 2;
+
+/// For an operation, on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() {
     sys::ignore_signals();
@@ -52,10 +57,14 @@ fn main() {
 /// Storms in two threads that share the table, then waits to be killed.
 fn storm(ops: u64, seed: u64, tell: bool) -> ! {
     static STILL: AtomicUsize = AtomicUsize::new(0);
-    for thread in 0..THREADS {
-        let mut random = Random(seed.wrapping_mul(2) + thread as u64 + 1);
-        thread::spawn(move || {
+    static STEPS: [AtomicU64; THREADS] = [const { AtomicU64::new(0) }; THREADS];
+    sys::be_interruptible();
+    let mut threads = Vec::new();
+    for (thread, steps) in (0..).zip(&STEPS) {
+        let mut random = Random(seed.wrapping_mul(2) + thread + 1);
+        threads.push(thread::spawn(move || {
             for n in 0..ops {
+                steps.store(n, Ordering::Relaxed);
                 // Late, for the table to be shared until then.
                 if thread == 1 && n == ops / 4 * 3 {
                     tables::unshare(&mut random);
@@ -64,10 +73,22 @@ fn storm(ops: u64, seed: u64, tell: bool) -> ! {
             }
             STILL.fetch_add(1, Ordering::SeqCst);
             sys::pause_forever();
-        });
+        }));
     }
     let mut depth = 0;
+    let mut seen = [(0, Instant::now()); THREADS];
     while STILL.load(Ordering::SeqCst) < THREADS {
+        for ((seen, steps), thread) in seen.iter_mut().zip(&STEPS).zip(&threads) {
+            let now = steps.load(Ordering::Relaxed);
+            if now != seen.0 || now + 1 == ops {
+                *seen = (now, Instant::now());
+            } else if seen.1.elapsed() > PATIENCE {
+                // What it waits for may have gone to another process, or never come.
+                println!("storm: operation {now} hangs");
+                call!(libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR2));
+                seen.1 = Instant::now();
+            }
+        }
         depth = (depth + 1).min(60);
         memory::use_stack(depth);
         thread::sleep(Duration::from_millis(20));

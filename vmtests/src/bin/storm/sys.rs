@@ -47,6 +47,20 @@ pub fn ignore_signals() {
     }
 }
 
+extern "C" fn nothing(_: c_int) {}
+
+/// Has SIGUSR2 end the call that a thread waits in.
+pub fn be_interruptible() {
+    // SAFETY: zeroes are a valid sigaction: no flags, so calls are not restarted.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = nothing as *const () as usize;
+    call!(libc::sigaction(
+        libc::SIGUSR2,
+        &raw const action,
+        std::ptr::null_mut()
+    ));
+}
+
 pub fn sleep_ms(ms: i64) {
     let time = libc::timespec {
         tv_sec: 0,
