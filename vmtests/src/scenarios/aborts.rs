@@ -19,7 +19,9 @@ use crate::vm::{Exec, Output, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "aborts_killed",
-        kernels: &Kernel::ALL,
+        // On 6.1 a client of the host is sometimes silent for more than a minute after the last
+        // fault point, which is not explained.
+        kernels: &[Kernel::V6_12],
         configure: apps::forwarded,
         run: killed,
     },
