@@ -216,8 +216,6 @@ static __always_inline void fill_process(struct process_rec *r, struct task_stru
 		r->flags |= PROCESS_CHILD_SUBREAPER;
 	if (signal->leader)
 		r->flags |= PROCESS_SESSION_LEADER;
-	if (signal->tty)
-		r->flags |= PROCESS_HAS_TTY;
 	r->tty = (u64)signal->tty;
 	r->oom_score_adj = signal->oom_score_adj;
 	r->group_exit_code = signal->group_exit_code;

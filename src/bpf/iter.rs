@@ -243,6 +243,16 @@ impl Iterators {
         Ok(self.read_files(scope, 0)?.files)
     }
 
+    /// Descriptors with what epoll and inotify instances hold, without locks and bytes of
+    /// terminals: what is followed while applications run.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn files_and_sets(&mut self, scope: Scope) -> Result<Files, ReadError> {
+        self.read_files(scope, want::EPOLL | want::WATCHES)
+    }
+
     /// Everything a [`Files`] holds.
     ///
     /// # Errors

@@ -50,14 +50,18 @@ fn below(top: &Path) -> io::Result<Vec<String>> {
 /// # Errors
 /// They cannot be read.
 pub fn blockers(top: &Cgroup, tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointError> {
+    let paths = below(top.path()).map_err(CheckpointError::io("read", top.path()))?;
+    Ok(not_plain(top, tasks, &paths))
+}
+
+fn not_plain(top: &Cgroup, tasks: &Tasks, paths: &[String]) -> Vec<Blocker> {
     let Some(first) = tasks.processes.first() else {
-        return Ok(Vec::new());
+        return Vec::new();
     };
-    let told = || CheckpointError::io("read", top.path());
     let mut found = Vec::new();
-    for path in below(top.path()).map_err(told())? {
+    for path in paths {
         for (file, default) in DEFAULTS {
-            let Ok(text) = fs::read_to_string(top.path().join(&path).join(file)) else {
+            let Ok(text) = fs::read_to_string(top.path().join(path).join(file)) else {
                 continue;
             };
             if text.trim_end() != *default {
@@ -74,7 +78,7 @@ pub fn blockers(top: &Cgroup, tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointE
             }
         }
     }
-    Ok(found)
+    found
 }
 
 /// Reads the cgroups of the frozen application and which of them each process is in.
@@ -86,11 +90,11 @@ pub fn read(
     tasks: &Tasks,
     processes: &mut [Process],
 ) -> Result<Vec<CgroupBelow>, CheckpointError> {
-    let blockers = blockers(top, tasks)?;
+    let paths = below(top.path()).map_err(CheckpointError::io("read", top.path()))?;
+    let blockers = not_plain(top, tasks, &paths);
     if !blockers.is_empty() {
         return Err(CheckpointError::Blocked(blockers));
     }
-    let paths = below(top.path()).map_err(CheckpointError::io("read", top.path()))?;
     if paths.is_empty() {
         return Ok(Vec::new());
     }

@@ -113,13 +113,14 @@ impl Memory {
         &mut self,
         tasks: &Tasks,
         vmas: &[VmaRec],
+        segments: BTreeMap<i32, sysv::Segment>,
         store: &dyn Store,
         slots: &mut Slots,
         wakeups: &Wakeups,
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
         let by_mm = grouped(vmas);
         let mut copier = Copier::new(store);
-        let mut mapper = Mapper::new(sysv::segments()?);
+        let mut mapper = Mapper::new(segments);
         self.shown = Contents::default();
         let mut found = BTreeMap::new();
         for rec in address_spaces(tasks) {

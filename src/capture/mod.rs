@@ -372,13 +372,16 @@ impl Capture {
         self.timeline.within(self.options.max_freeze)?;
 
         let vmas = self.iterators.borrow_mut().vmas(scope)?;
-        let blockers = sysv::blockers(&vmas, &frozen.tasks)?;
+        let segments = sysv::segments()?;
+        let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks)?;
+        let sets = &self.target.header.semaphores;
+        blockers.extend(semaphores::blockers(&frozen.tasks, sets));
         if !blockers.is_empty() {
             return Err(CheckpointError::Blocked(blockers));
         }
-        frozen.mms = self
-            .memory
-            .collect(&frozen.tasks, &vmas, store, slots, &self.wakeups)?;
+        frozen.mms =
+            self.memory
+                .collect(&frozen.tasks, &vmas, segments, store, slots, &self.wakeups)?;
         self.timeline.done("memory");
         self.may_go_on()
     }

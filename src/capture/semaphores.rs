@@ -14,11 +14,8 @@ use nix::errno::Errno;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// What cannot be carried of the sets in use.
-///
-/// # Errors
-/// procfs cannot be read.
-pub fn blockers(tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointError> {
+/// What cannot be carried of these sets, which the application uses.
+pub fn blockers(tasks: &Tasks, sets: &[SemaphoreSet]) -> Vec<Blocker> {
     let undo = |rec: &&ThreadRec| rec.flags & ThreadFlag::SEM_UNDO != 0;
     let mut pids: Vec<u32> = tasks.threads.iter().filter(undo).map(|t| t.tgid).collect();
     pids.dedup();
@@ -33,7 +30,7 @@ pub fn blockers(tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointError> {
         })
         .collect();
     let inside = inside(tasks);
-    for set in used(&inside)? {
+    for set in sets {
         let outside = set.semaphores.iter().map(|(_, pid)| *pid).find(|pid| {
             pid.0 > 0 && !inside.contains(pid) && Path::new(&format!("/proc/{pid}")).exists()
         });
@@ -48,15 +45,7 @@ pub fn blockers(tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointError> {
             ),
         }));
     }
-    Ok(found)
-}
-
-/// Reads the sets of the frozen application.
-///
-/// # Errors
-/// procfs cannot be read.
-pub fn read(tasks: &Tasks) -> Result<Vec<SemaphoreSet>, CheckpointError> {
-    used(&inside(tasks))
+    found
 }
 
 fn inside(tasks: &Tasks) -> BTreeSet<Pid> {
@@ -64,7 +53,12 @@ fn inside(tasks: &Tasks) -> BTreeSet<Pid> {
     pids.collect()
 }
 
-fn used(inside: &BTreeSet<Pid>) -> Result<Vec<SemaphoreSet>, CheckpointError> {
+/// Reads the sets that the application uses.
+///
+/// # Errors
+/// procfs cannot be read.
+pub fn read(tasks: &Tasks) -> Result<Vec<SemaphoreSet>, CheckpointError> {
+    let inside = inside(tasks);
     let mut found = Vec::new();
     for line in table("/proc/sysvipc/sem")? {
         let Some(mut set) = set(&line) else {

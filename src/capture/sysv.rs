@@ -5,7 +5,6 @@
 //! which is enough to refuse them.
 
 use super::error::CheckpointError;
-use super::semaphores;
 use crate::bpf::events::{VmaKind, VmaRec};
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{Blocker, ContentId, PAGE_SIZE};
@@ -119,14 +118,17 @@ pub fn of<'a>(segments: &'a BTreeMap<i32, Segment>, vma: &VmaRec) -> Option<&'a 
     segments.get(&i32::try_from(vma.ino).ok()?)
 }
 
-/// What of System V IPC keeps an application from being checkpointed.
+/// What of segments and message queues keeps an application from being checkpointed.
 ///
 /// # Errors
 /// procfs cannot be read.
-pub fn blockers(vmas: &[VmaRec], tasks: &Tasks) -> Result<Vec<Blocker>, CheckpointError> {
-    let segments = segments()?;
+pub fn blockers(
+    segments: &BTreeMap<i32, Segment>,
+    vmas: &[VmaRec],
+    tasks: &Tasks,
+) -> Result<Vec<Blocker>, CheckpointError> {
     let inside: BTreeSet<u32> = tasks.processes.iter().map(|p| p.pid).collect();
-    let mut found = attachments(&segments, vmas, &inside);
+    let mut found = attachments(segments, vmas, &inside);
     for line in table("/proc/sysvipc/msg")? {
         let [_, id, _, _, _, sender, receiver, ..] = line[..] else {
             continue;
@@ -141,7 +143,6 @@ pub fn blockers(vmas: &[VmaRec], tasks: &Tasks) -> Result<Vec<Blocker>, Checkpoi
             reason: "it is not carried yet; remove it before the update".to_owned(),
         }));
     }
-    found.extend(semaphores::blockers(tasks)?);
     Ok(found)
 }
 

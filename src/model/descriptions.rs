@@ -274,7 +274,7 @@ mod tests {
     use crate::model::apply::apply;
     use crate::model::check::check;
     use crate::model::event::{Body, Event, TaskInfo};
-    use crate::model::ids::{CgroupId, MmId, Pid, SockId, TaskId, Tid};
+    use crate::model::ids::SockId;
     use crate::model::state::State;
 
     const FILES: FilesId = FilesId(64);
@@ -283,19 +283,9 @@ mod tests {
     /// One process; the events begin with number 3.
     fn start() -> State {
         let mut state = State::default();
-        let task = TaskInfo {
-            task: TaskId(64),
-            tid: Tid(7),
-            tgid: Pid(7),
-            parent: Pid(1),
-            files: Some(FILES),
-            mm: Some(MmId(64)),
-            cgroup: CgroupId(1),
-            comm: "server".into(),
-        };
         for (seq, body) in [
             (1, Body::FilesNew { files: FILES }),
-            (2, Body::TaskNew(task)),
+            (2, Body::TaskNew(TaskInfo::sample(FILES))),
         ] {
             assert_eq!(apply(&mut state, &Event { seq, body }), []);
         }

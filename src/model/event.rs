@@ -240,6 +240,23 @@ pub struct TaskInfo {
     pub comm: String,
 }
 
+#[cfg(test)]
+impl TaskInfo {
+    /// The only thread of process 7, which has this table.
+    pub(super) fn sample(files: FilesId) -> Self {
+        Self {
+            task: TaskId(64),
+            tid: Tid(7),
+            tgid: Pid(7),
+            parent: Pid(1),
+            files: Some(files),
+            mm: Some(MmId(64)),
+            cgroup: CgroupId(1),
+            comm: "server".into(),
+        }
+    }
+}
+
 /// What of a thread must be restored and changes seldom.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskAttrs {

@@ -128,7 +128,7 @@ mod tests {
     use crate::model::apply::apply;
     use crate::model::check::check;
     use crate::model::event::{Body, Event, OfdInfo, TaskInfo, Watch};
-    use crate::model::ids::{CgroupId, GroupId, Pid, TaskId};
+    use crate::model::ids::GroupId;
 
     const FILES: FilesId = FilesId(64);
 
@@ -158,19 +158,9 @@ mod tests {
     /// A thread with a file, which event 3 opened, and a pipe.
     fn start() -> State {
         let mut state = State::default();
-        let task = TaskInfo {
-            task: TaskId(64),
-            tid: Tid(7),
-            tgid: Pid(7),
-            parent: Pid(1),
-            files: Some(FILES),
-            mm: None,
-            cgroup: CgroupId(1),
-            comm: "server".into(),
-        };
         let events = [
             Body::FilesNew { files: FILES },
-            Body::TaskNew(task),
+            Body::TaskNew(TaskInfo::sample(FILES)),
             open(0, 256, FileKind::Regular),
             open(1, 320, FileKind::Pipe),
         ];

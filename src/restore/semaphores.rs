@@ -3,14 +3,13 @@
 
 use super::RestoreError;
 use super::signals::number;
-use super::sysv::{Left, as_creator, left};
+use super::sysv::{Left, left, make_with_id};
 use super::tape::Script;
 use crate::model::frozen::{Application, Process, SemaphoreSet};
 use crate::model::ids::Pid;
 use crate::sys::sysv::{create_semaphores, remove_semaphores, set_semaphores_owner};
 use nix::errno::Errno;
 use nix::libc;
-use std::fs;
 
 fn refused(id: i32, call: &str) -> impl FnOnce(Errno) -> RestoreError + use<> {
     RestoreError::system(format!("{call} of System V semaphore set {id}"))
@@ -38,21 +37,16 @@ pub fn create_all(app: &Application, created: &mut Vec<i32>) -> Result<(), Resto
 }
 
 fn create(set: &SemaphoreSet) -> Result<(), RestoreError> {
-    let path = "/proc/sys/kernel/sem_next_id";
-    fs::write(path, set.id.to_string()).map_err(RestoreError::io(format!("write {path}")))?;
-    let told = |errno| refused(set.id, "semget")(errno);
     let count = i32::try_from(set.semaphores.len()).unwrap_or(0);
     let mode = i32::try_from(set.mode & 0o777).unwrap_or(0);
-    let made = as_creator(set.creator_uid, set.creator_gid, || {
-        create_semaphores(set.key, count, mode)
-    });
-    match made.map_err(told)? {
-        id if id == set.id => Ok(()),
-        other => {
-            let _ = remove_semaphores(other);
-            Err(told(Errno::EEXIST))
-        }
-    }
+    make_with_id(
+        "sem_next_id",
+        set.id,
+        (set.creator_uid, set.creator_gid),
+        || create_semaphores(set.key, count, mode),
+        remove_semaphores,
+        refused(set.id, "semget"),
+    )
 }
 
 /// Adds the calls that set those values that `process` was the last to change; the first process

@@ -86,13 +86,33 @@ fn is_left(content: &Content, segment: &Segment) -> Result<bool, RestoreError> {
     }
 }
 
-/// Runs `make` with the effective ids of who made the object, which cannot be set later.
+/// Makes an object that has this id, by the file of /proc/sys/kernel that chooses the `next` one.
 ///
 /// # Errors
-/// Those of `make`, or the ids cannot be changed.
-pub fn as_creator(
-    uid: u32,
-    gid: u32,
+/// `refused` tells: of `make`, or `EEXIST` where the id is in use.
+pub fn make_with_id(
+    next: &str,
+    id: i32,
+    creator: (u32, u32),
+    make: impl FnOnce() -> Result<i32, Errno>,
+    remove: impl FnOnce(i32) -> Result<(), Errno>,
+    refused: impl FnOnce(Errno) -> RestoreError,
+) -> Result<(), RestoreError> {
+    let path = format!("/proc/sys/kernel/{next}");
+    fs::write(&path, id.to_string()).map_err(RestoreError::io(format!("write {path}")))?;
+    match as_creator(creator, make) {
+        Ok(made) if made == id => Ok(()),
+        Ok(other) => {
+            let _ = remove(other);
+            Err(refused(Errno::EEXIST))
+        }
+        Err(errno) => Err(refused(errno)),
+    }
+}
+
+/// Runs `make` with the effective ids of who made the object, which cannot be set later.
+fn as_creator(
+    (uid, gid): (u32, u32),
     make: impl FnOnce() -> Result<i32, Errno>,
 ) -> Result<i32, Errno> {
     setegid(Gid::from_raw(gid))?;
@@ -104,22 +124,16 @@ pub fn as_creator(
 }
 
 fn create(content: &Content, segment: &Segment) -> Result<(), RestoreError> {
-    let path = "/proc/sys/kernel/shm_next_id";
-    fs::write(path, segment.id.to_string()).map_err(RestoreError::io(format!("write {path}")))?;
-    let told = |call: &str| refused(segment.id, call);
     let size = usize::try_from(content.size).unwrap_or(usize::MAX);
     let mode = i32::try_from(content.mode & 0o777).unwrap_or(0);
-    let made = as_creator(segment.creator_uid, segment.creator_gid, || {
-        create_segment(segment.key, size, mode)
-    });
-    match made {
-        Ok(id) if id == segment.id => Ok(()),
-        Ok(other) => {
-            let _ = remove_segment(other);
-            Err(told("shmget")(Errno::EEXIST))
-        }
-        Err(errno) => Err(told("shmget")(errno)),
-    }
+    make_with_id(
+        "shm_next_id",
+        segment.id,
+        (segment.creator_uid, segment.creator_gid),
+        || create_segment(segment.key, size, mode),
+        remove_segment,
+        refused(segment.id, "shmget"),
+    )
 }
 
 fn fill(content: &Content, id: i32, store: &dyn Store) -> Result<(), RestoreError> {

@@ -76,11 +76,11 @@ fn read(iterators: &mut Iterators, order: &Order) -> Result<Snapshot, ReadError>
     for scope in &order.scopes {
         if order.files {
             // Descriptors first: a table is then never listed without its threads.
-            let mut files = iterators.files(*scope)?;
+            let mut files = iterators.files_and_sets(*scope)?;
             let tasks = iterators.threads(*scope)?;
             if has_unlisted(&files, &tasks) {
                 // A thread came in between, with a table that is not empty for that.
-                files = iterators.files(*scope)?;
+                files = iterators.files_and_sets(*scope)?;
             }
             add_tasks(&mut snapshot, &tasks);
             add_files(&mut snapshot, &files);

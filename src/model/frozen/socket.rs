@@ -1,9 +1,9 @@
 //! Sockets.
 
 use crate::model::ids::OfdId;
+use core::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
-use std::net::SocketAddr;
 
 /// One socket.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

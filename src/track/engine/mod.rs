@@ -4,7 +4,6 @@ mod names;
 mod resync;
 mod suspects;
 
-use super::names::{self as namer, Named};
 use super::order::Order;
 use super::reader::{self, Reading};
 use super::roots::Root;
@@ -14,7 +13,6 @@ use crate::bpf::rings::Kick;
 use crate::bpf::track::{HookSet, Hooks};
 use crate::model::apply::apply;
 use crate::model::event::Event;
-use crate::model::names::Unnamed;
 use crate::model::state::State;
 use crossbeam_channel::{Receiver, Sender, select};
 use names::Naming;
@@ -71,9 +69,6 @@ pub(super) struct Engine {
     orders: Option<Sender<reader::Order>>,
     readings: Receiver<Reading>,
     reader: Option<JoinHandle<()>>,
-    namer: Option<Sender<Vec<Unnamed>>>,
-    named: Receiver<Named>,
-    namer_thread: Option<JoinHandle<()>>,
     naming: Naming,
     /// Events applied since the reading under way was asked for.
     log: Option<Vec<Event>>,
@@ -104,7 +99,7 @@ impl Engine {
         requests: Receiver<Request>,
     ) -> io::Result<Self> {
         let (orders, readings, reader) = reader::start(iterators)?;
-        let (namer, named, namer_thread) = namer::start()?;
+        let naming = Naming::start()?;
         let now = Instant::now();
         Ok(Self {
             hooks,
@@ -117,10 +112,7 @@ impl Engine {
             orders: Some(orders),
             readings,
             reader: Some(reader),
-            namer: Some(namer),
-            named,
-            namer_thread: Some(namer_thread),
-            naming: Naming::new(now),
+            naming,
             log: None,
             read_all: true,
             spread: false,
@@ -141,19 +133,19 @@ impl Engine {
         while !self.stopped {
             self.step(TICK);
         }
-        // They end when nobody can order from them.
-        (self.orders, self.namer) = (None, None);
-        while self.readings.recv().is_ok() || self.named.recv().is_ok() {}
-        let threads = [self.reader.take(), self.namer_thread.take()];
-        for thread in threads.into_iter().flatten() {
-            let _ = thread.join();
+        // The reader ends when nobody can order from it.
+        self.orders = None;
+        while self.readings.recv().is_ok() {}
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
         }
+        self.naming.stop();
     }
 
     /// Waits for something to do, at most so long, and does it.
     fn step(&mut self, patience: Duration) {
         let (batches, readings) = (self.inbox.batches.clone(), self.readings.clone());
-        let named = self.named.clone();
+        let named = self.naming.answers.clone();
         let requests = self.requests.clone();
         select! {
             recv(batches) -> batch => match batch {
@@ -193,7 +185,7 @@ impl Engine {
     /// As `step`, without taking requests.
     fn wait(&mut self, patience: Duration) {
         let (batches, readings) = (self.inbox.batches.clone(), self.readings.clone());
-        let named = self.named.clone();
+        let named = self.naming.answers.clone();
         select! {
             recv(batches) -> batch => if let Ok(batch) = batch {
                 self.take_in(batch);

@@ -1,15 +1,22 @@
 //! Giving names to files that stay open.
 
 use super::Engine;
-use crate::track::names::Named;
+use crate::model::names::Unnamed;
+use crate::track::names::{self, Named};
+use crossbeam_channel::{Receiver, Sender};
+use std::io;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Between two looks for files without a name; what stays open for less is never asked for.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// How far naming has come.
+/// Who is asked for names, and how far that has come.
 #[derive(Debug)]
 pub(super) struct Naming {
+    namer: Option<Sender<Vec<Unnamed>>>,
+    pub(super) answers: Receiver<Named>,
+    thread: Option<JoinHandle<()>>,
     /// Number of the last event at the last look.
     seen: u64,
     looked: Instant,
@@ -20,12 +27,25 @@ pub(super) struct Naming {
 }
 
 impl Naming {
-    pub(super) fn new(now: Instant) -> Self {
-        Self {
+    pub(super) fn start() -> io::Result<Self> {
+        let (namer, answers, thread) = names::start()?;
+        Ok(Self {
+            namer: Some(namer),
+            answers,
+            thread: Some(thread),
             seen: 0,
-            looked: now,
+            looked: Instant::now(),
             asking: false,
             ready: None,
+        })
+    }
+
+    /// The thread ends when nobody can ask it.
+    pub(super) fn stop(&mut self) {
+        self.namer = None;
+        while self.answers.recv().is_ok() {}
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
     }
 }
@@ -55,7 +75,7 @@ impl Engine {
             return;
         }
         let wanted = self.state.unnamed(since, again);
-        let namer = self.namer.as_ref();
+        let namer = self.naming.namer.as_ref();
         if !wanted.is_empty() && namer.is_some_and(|namer| namer.send(wanted).is_ok()) {
             self.naming.asking = true;
         }
