@@ -4,7 +4,7 @@
 //! [`Anomaly`] and makes the object suspect; nothing is guessed. An event whose
 //! number is not above the object's generation was applied before and is ignored.
 
-use super::event::{Body, Event, Object, OfdInfo, SockInfo, TaskInfo};
+use super::event::{Body, Event, FileKind, Object, OfdInfo, SockInfo, TaskInfo};
 use super::ids::{CgroupId, Fd, FilesId, MmId, OfdId, Pid, SockId, TaskId};
 use super::state::{EpollItem, Mm, State, Table, Task, Trust};
 
@@ -76,6 +76,8 @@ impl Step<'_> {
             } => {
                 if self.table(files).is_some() {
                     self.set_slot(files, fd, ofd, cloexec, socket.as_deref());
+                } else {
+                    self.tell(ofd, socket.as_deref());
                 }
             }
             Body::FdClose { files, fd } => {
@@ -342,7 +344,8 @@ impl Step<'_> {
             return;
         }
         for (fd, id, cloexec) in fds {
-            let known = self.state.ofds.contains_key(id);
+            let known = self.state.ofds.get(id);
+            let known = known.is_some_and(|ofd| ofd.kind != FileKind::Unknown);
             let info = OfdInfo {
                 id: *id,
                 ..OfdInfo::default()

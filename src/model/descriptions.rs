@@ -43,7 +43,7 @@ impl Step<'_> {
                 place.insert(slot);
                 None
             }
-            Entry::Occupied(known) if known.get().seq > self.seq => return,
+            Entry::Occupied(known) if known.get().seq > self.seq => return self.tell(ofd, socket),
             Entry::Occupied(mut known) => Some(known.insert(slot)),
         };
         // The new reference first: it may be the one that is replaced.
@@ -54,35 +54,70 @@ impl Step<'_> {
     }
 
     fn reference(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
-        let seq = self.seq;
         let mut refs = 1;
         if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
-            let was_held = ofd.refs > 0;
             ofd.refs += 1;
             refs = ofd.refs;
-            let known = ofd.kind != FileKind::Unknown;
-            let same = (ofd.kind, ofd.inode, ofd.sock, ofd.group)
-                == (info.kind, info.inode, info.sock, info.group);
-            // Many files share an inode, but only a new one is just made or empty.
-            let revived = was_held || !info.empty;
-            if info.kind == FileKind::Unknown
-                || (same && revived)
-                || (known && was_held && ofd.seq > seq)
-            {
-                if same {
-                    self.hold_details(info, socket);
-                }
-                if let Some(socket) = socket {
-                    self.socket(socket);
-                }
-                return;
-            }
-            if known && was_held {
-                self.anomalies.push(Anomaly::Conflict(info.id));
-            }
         }
+        if self.is_another(info, refs > 1) {
+            self.make(info, refs, socket);
+            return;
+        }
+        if self
+            .state
+            .ofds
+            .get(&info.id)
+            .is_some_and(|ofd| ofd.is(info))
+        {
+            self.hold_details(info, socket);
+        }
+        if let Some(socket) = socket {
+            self.socket(socket);
+        }
+    }
+
+    /// Hears what an address stands for without a descriptor to put it under: of its table
+    /// nothing is known, or later news.
+    pub(super) fn tell(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
+        let Some(ofd) = self.state.ofds.get(&info.id) else {
+            return;
+        };
+        let refs = ofd.refs;
+        if !self.is_another(info, refs > 0) {
+            return;
+        }
+        if refs > 0 {
+            self.make(info, refs, socket);
+        } else if let Some(ofd) = self.state.ofds.remove(&info.id) {
+            self.forget_details(info.id, &ofd);
+        }
+    }
+
+    /// Whether what is said is of another description than the one known by that address.
+    fn is_another(&mut self, info: &OfdInfo, was_held: bool) -> bool {
+        let seq = self.seq;
+        let Some(ofd) = self.state.ofds.get_mut(&info.id) else {
+            return true;
+        };
+        let known = ofd.kind != FileKind::Unknown;
+        if info.kind == FileKind::Unknown || (known && was_held && ofd.told > seq) {
+            return false;
+        }
+        // Many files share an inode, but only a new one is just made or empty.
+        if ofd.is(info) && (was_held || !info.empty) {
+            ofd.told = seq;
+            return false;
+        }
+        if known && was_held {
+            self.anomalies.push(Anomaly::Conflict(info.id));
+        }
+        true
+    }
+
+    fn make(&mut self, info: &OfdInfo, refs: u32, socket: Option<&SockInfo>) {
         let ofd = Ofd {
-            seq,
+            seq: self.seq,
+            told: self.seq,
             refs,
             kind: info.kind,
             inode: info.inode,

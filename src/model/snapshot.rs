@@ -238,7 +238,8 @@ impl Step<'_> {
 mod tests {
     use super::*;
     use crate::model::apply::apply;
-    use crate::model::event::Body;
+    use crate::model::event::{Body, Owner};
+    use crate::model::ids::InodeId;
 
     #[test]
     fn a_table_without_threads_is_forgotten_at_the_second_reading() {
@@ -256,5 +257,78 @@ mod tests {
         assert!(state.tables.contains_key(&files), "a fork may be under way");
         absorb(&mut state, &reading(2));
         assert!(state.tables.is_empty());
+    }
+
+    /// An address was one file for a table made since the reading began, then another for one
+    /// that was there before, which a fork copied by its address.
+    #[test]
+    fn a_description_is_what_was_said_last() {
+        let (old, new, copy) = (FilesId(64), FilesId(128), FilesId(192));
+        let info = |kind, ino| OfdInfo {
+            id: OfdId(64),
+            kind,
+            inode: InodeId { dev: 1, ino },
+            empty: true,
+            ..OfdInfo::default()
+        };
+        let install = |files, ofd| Body::FdInstall {
+            files,
+            fd: Fd(3),
+            cloexec: false,
+            ofd,
+            socket: None,
+        };
+        let ofd = OfdId(64);
+        let task = |task, files| TaskInfo {
+            task: TaskId(task),
+            ..TaskInfo::sample(files)
+        };
+        let bodies = [
+            Body::FilesNew { files: new },
+            Body::TaskNew(task(1, new)),
+            install(new, info(FileKind::Regular, 7)),
+            Body::FdClose {
+                files: new,
+                fd: Fd(3),
+            },
+            install(old, info(FileKind::Pipe, 8)),
+            Body::FilesNew { files: copy },
+            Body::FilesWord {
+                files: copy,
+                fds: vec![(Fd(3), ofd, false)],
+            },
+            Body::TaskNew(task(2, copy)),
+            Body::Ofd {
+                ofd,
+                flags: 0o4000,
+                owner: Owner::default(),
+            },
+        ];
+        let events = (11..).zip(bodies).map(|(seq, body)| Event { seq, body });
+        let events: Vec<_> = events.collect();
+        let mut state = State::default();
+        for event in &events {
+            apply(&mut state, event);
+        }
+        let read = OfdInfo {
+            flags: 0o4000,
+            empty: false,
+            ..info(FileKind::Pipe, 8)
+        };
+        let fds = vec![(Fd(3), read, false)];
+        let snapshot = Snapshot {
+            seq: 10,
+            all_tasks: true,
+            tasks: vec![(task(3, old), false), (task(2, copy), false)],
+            tables: [(old, fds.clone()), (copy, fds)].into(),
+            ..Snapshot::default()
+        };
+        absorb(&mut state, &snapshot);
+        replay(&mut state, &events);
+        let ofd = state
+            .ofds
+            .get(&ofd)
+            .map(|ofd| (ofd.kind, ofd.inode.ino, ofd.flags));
+        assert_eq!(ofd, Some((FileKind::Pipe, 8, 0o4000)));
     }
 }

@@ -3,7 +3,7 @@
 //! Values only; `apply` changes them. Everything is keyed by the identity the
 //! kernel gives it, and each object says whether it is known to be right.
 
-use super::event::{FileKind, FsInfo, Ids, Owner, SockInfo, Vma, Watch};
+use super::event::{FileKind, FsInfo, Ids, OfdInfo, Owner, SockInfo, Vma, Watch};
 use super::ids::{
     CgroupId, Fd, FilesId, FsId, GroupId, InodeId, MmId, OfdId, Pid, SockId, TaskId, Tid,
 };
@@ -145,6 +145,9 @@ pub struct Slot {
 pub struct Ofd {
     /// Generation.
     pub seq: u64,
+    /// Number of the last event that said which object it is, or that it was read at: its
+    /// address is used again, and flags say nothing of that.
+    pub told: u64,
     /// Descriptors that refer to it.
     pub refs: u32,
     /// Kind.
@@ -161,6 +164,15 @@ pub struct Ofd {
     pub sock: Option<SockId>,
     /// The watches, for inotify instances.
     pub group: Option<GroupId>,
+}
+
+impl Ofd {
+    /// Whether it is what is said here, as far as identities tell.
+    #[must_use]
+    pub fn is(&self, info: &OfdInfo) -> bool {
+        (self.kind, self.inode, self.sock, self.group)
+            == (info.kind, info.inode, info.sock, info.group)
+    }
 }
 
 /// A socket.

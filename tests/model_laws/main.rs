@@ -129,6 +129,12 @@ proptest! {
             let fds: BTreeMap<_, _> =
                 table.fds.iter().map(|(fd, slot)| (*fd, (slot.ofd, slot.cloexec))).collect();
             prop_assert_eq!(Some(&fds), kernel.tables.get(id), "verified and wrong");
+            for slot in table.fds.values() {
+                let ofd = state.ofds.get(&slot.ofd).map(|ofd| (ofd.kind, ofd.inode, ofd.flags));
+                let file = kernel.files.get(&slot.ofd);
+                let file = file.map(|file| (file.kind, file.inode, file.flags));
+                prop_assert_eq!(ofd, file, "{} is another", slot.ofd);
+            }
         }
         // What was copied from a table not yet known is suspect, and is read once more.
         absorb(&mut state, &kernel.snapshot(true));
