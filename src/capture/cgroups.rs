@@ -22,7 +22,10 @@ const DEFAULTS: &[(&str, &str)] = &[
 ];
 
 /// Cgroups below that of an application, parents before children, by their path below it.
-fn below(top: &Path) -> io::Result<Vec<String>> {
+///
+/// # Errors
+/// readdir(3) fails.
+pub(super) fn below(top: &Path) -> io::Result<Vec<String>> {
     let mut found: Vec<String> = Vec::new();
     let mut next = vec![String::new()];
     while let Some(path) = next.pop() {

@@ -1,12 +1,13 @@
 //! A process that outlives tracker's own death: should tracker be killed in the middle of a
 //! checkpoint, the guard thaws what is left frozen.
 
+use super::cgroups::below;
 use super::error::CheckpointError;
 use super::restart::Now;
 use super::threads::Tracees;
 use crate::bpf::events::ThreadRec;
 use crate::model::ids::{Pid, Tid};
-use crate::sys::cgroup::Cgroup;
+use crate::sys::cgroup::{Cgroup, Event};
 use crate::sys::process::{Fork, fork_with_pid, pidfd_getfd, pidfd_open};
 use crate::sys::task::exit_now;
 use crate::sys::tcp;
@@ -14,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{getppid, pipe2, read, setsid, write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the guard undoes.
 #[derive(Clone, Debug)]
@@ -33,6 +34,9 @@ pub struct Guard {
     pid: Pid,
     pipe: Option<OwnedFd>,
 }
+
+/// How long the threads that a dead tracker had traced may take to be frozen again.
+const FREEZE_AGAIN: Duration = Duration::from_secs(1);
 
 const DONE: u8 = b'd';
 const CLEAN_UP: u8 = b'c';
@@ -117,12 +121,13 @@ fn clean_up(watch: &Watch) {
     let Ok(cgroup) = Cgroup::open(&watch.cgroup) else {
         return;
     };
-    if cgroup
-        .holds(crate::sys::cgroup::Event::Frozen)
-        .unwrap_or(false)
-    {
-        leave_repair(&cgroup);
-        continue_calls(&cgroup);
+    if cgroup.is_to_be_frozen().unwrap_or(true) {
+        // Threads that were traced leave the freezer with their tracer's end, to come back: that
+        // it is not frozen right now says nothing of what was done to it.
+        let _ = cgroup.wait(Event::Frozen, Instant::now() + FREEZE_AGAIN, None);
+        let members = members(&cgroup);
+        leave_repair(&members);
+        continue_calls(&members);
     }
     remove_pins(&watch.pins);
     let _ = cgroup.set_frozen(false);
@@ -132,9 +137,20 @@ fn clean_up(watch: &Watch) {
     }
 }
 
+/// The processes in it and below.
+fn members(cgroup: &Cgroup) -> Vec<Pid> {
+    let mut members = cgroup.processes().unwrap_or_default();
+    for path in below(cgroup.path()).unwrap_or_default() {
+        if let Ok(child) = Cgroup::open(&cgroup.path().join(path)) {
+            members.extend(child.processes().unwrap_or_default());
+        }
+    }
+    members
+}
+
 /// A socket in repair mode is dead to its application.
-fn leave_repair(cgroup: &Cgroup) {
-    for pid in cgroup.processes().unwrap_or_default() {
+fn leave_repair(members: &[Pid]) {
+    for &pid in members {
         let Ok(pidfd) = pidfd_open(pid) else { continue };
         let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
             continue;
@@ -154,9 +170,9 @@ fn leave_repair(cgroup: &Cgroup) {
     }
 }
 
-fn continue_calls(cgroup: &Cgroup) {
+fn continue_calls(members: &[Pid]) {
     let mut recs = Vec::new();
-    for pid in cgroup.processes().unwrap_or_default() {
+    for &pid in members {
         let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
             continue;
         };

@@ -115,6 +115,16 @@ impl Cgroup {
         self.write("cgroup.freeze", if frozen { "1" } else { "0" })
     }
 
+    /// Whether freezing was asked for, however far that has come.
+    ///
+    /// # Errors
+    /// read(2) fails.
+    pub fn is_to_be_frozen(&self) -> Result<bool, CgroupError> {
+        let path = self.path.join("cgroup.freeze");
+        let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
+        Ok(text.trim_end() == "1")
+    }
+
     /// Kills every process in it and below, frozen ones too (Linux 5.14).
     ///
     /// # Errors

@@ -182,7 +182,7 @@ pub fn targets(vm: &Vm, redis: usize, memcached: usize) -> Vec<Target> {
 /// # Errors
 /// If there is no such application.
 pub fn pids(vm: &Vm, name: &str) -> Result<Vec<u32>> {
-    let script = "cat /sys/fs/cgroup/tracker/\"$1\"/cgroup.procs";
+    let script = "find /sys/fs/cgroup/tracker/\"$1\" -name cgroup.procs -exec cat {} +";
     let output = vm
         .exec(Exec::new(["sh", "-c", script, "sh", name]))?
         .check()?;

@@ -19,9 +19,7 @@ use crate::vm::{Exec, Output, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "aborts_killed",
-        // On 6.1 a client of the host is sometimes silent for more than a minute after the last
-        // fault point, which is not explained.
-        kernels: &[Kernel::V6_12],
+        kernels: &Kernel::ALL,
         configure: apps::forwarded,
         run: killed,
     },
@@ -56,15 +54,11 @@ const TRACES: &str = r#"
     group=/sys/fs/cgroup/$1
     [ "$(cat $group/cgroup.freeze)" = 0 ] || echo "it is to be frozen"
     grep -qx "frozen 0" $group/cgroup.events || echo "it is frozen"
-    for tid in $(cat $group/cgroup.threads); do
+    for tid in $(find $group -name cgroup.threads -exec cat {} +); do
         # It may have ended meanwhile.
         status=$(cat /proc/$tid/status 2>/dev/null) || continue
         echo "$status" | grep -qx "TracerPid:	0" || echo "thread $tid is traced"
         echo "$status" | grep "^State:	[Tt]"
-    done
-    for pid in $(cat $group/cgroup.procs); do
-        group=$(cat /proc/$pid/cgroup 2>/dev/null) || continue
-        [ "$group" = "0::/$1" ] || echo "PID $pid is in $group"
     done
     ls /sys/fs/bpf/tracker 2>/dev/null
     bpftool cgroup show /sys/fs/cgroup | grep cgroup_inet
@@ -76,6 +70,13 @@ fn traces(vm: &Vm, cgroup: &str) -> Result<String> {
         .exec(Exec::new(["sh", "-c", TRACES, "sh", cgroup]))?
         .check()?
         .text())
+}
+
+/// Where processes are.
+fn cgroup_of(vm: &Vm, pids: &[u32]) -> Result<String> {
+    let of = |pid: &u32| vm.read_file(&format!("/proc/{pid}/cgroup"));
+    let all = pids.iter().map(of).collect::<Result<Vec<_>>>()?;
+    Ok(String::from_utf8(all.concat())?)
 }
 
 /// Waits until nothing of a checkpoint is left.
@@ -97,6 +98,7 @@ struct Lab<'a> {
     load: Load,
     heartbeat: i32,
     pids: Vec<u32>,
+    cgroup: String,
     failures: Vec<String>,
 }
 
@@ -112,12 +114,14 @@ impl<'a> Lab<'a> {
         let beating = vm.await_file(&format!("{HEARTBEAT}/beating"), PATIENCE)?;
         ensure!(beating, "There is no heartbeat");
         let pids = apps::pids(vm, "redis")?;
+        let cgroup = cgroup_of(vm, &pids)?;
         no_traces(vm, "tracker/redis").context("Before")?;
         Ok(Self {
             vm,
             load,
             heartbeat,
             pids,
+            cgroup,
             failures: Vec::new(),
         })
     }
@@ -145,6 +149,8 @@ impl<'a> Lab<'a> {
                 apps::pids(vm, "redis")? == self.pids,
                 "Redis has other PIDs"
             );
+            let cgroup = cgroup_of(vm, &self.pids)?;
+            ensure!(cgroup == self.cgroup, "Redis is in {cgroup}");
             // What was dropped is sent again by the emulator, whose idea of a round trip grows
             // with each of these stops.
             self.load.progress(5, PATIENCE)?;
@@ -190,6 +196,13 @@ impl<'a> Lab<'a> {
 /// SIGKILL, which no error path can clean up after.
 fn killed(vm: &Vm) -> Result<()> {
     let mut lab = Lab::start(vm)?;
+    // What the guard undoes, it undoes below as well.
+    let script = "
+        cd /sys/fs/cgroup/tracker/redis && mkdir inner &&
+        for pid in $(cat cgroup.procs); do echo $pid >inner/cgroup.procs || exit; done";
+    vm.sh(script)?.check()?;
+    lab.cgroup = cgroup_of(vm, &lab.pids)?;
+    ensure!(lab.cgroup.contains("inner"), "Redis is in {}", lab.cgroup);
     // Traces are seen where there are some.
     let command = apps::checkpoint("redis", "/root/image.hang", &[]);
     let hanging = vm.spawn(command.env("TRACKER_FAULT", "files:hang"), None)?;
