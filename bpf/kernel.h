@@ -47,6 +47,9 @@ typedef struct {
 	unsigned long sig[1];
 } sigset_t;
 
+struct timespec64 {
+	s64 tv_sec;
+};
 struct list_head {
 	struct list_head *next;
 };

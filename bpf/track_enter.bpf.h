@@ -58,6 +58,14 @@ int BPF_PROG(task_newtask, struct task_struct *task, unsigned long flags)
 	return 0;
 }
 
+/* A new cgroup, before it can be seen. */
+SEC("tp_btf/cgroup_mkdir")
+int BPF_PROG(cgroup_mkdir, struct cgroup *cgrp)
+{
+	judge(true, cgrp);
+	return 0;
+}
+
 /* After the move. A thread that moved itself and is alone cannot be changed by others. */
 SEC("tp_btf/cgroup_attach_task")
 int BPF_PROG(cgroup_attach, struct cgroup *cgrp, const char *path, struct task_struct *task)

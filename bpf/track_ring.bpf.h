@@ -22,12 +22,13 @@ const volatile u32 root_count;
 u32 tracking;
 
 /*
- * Whether cgroups are tracked, as twice the id plus the answer, each at a place that follows
- * from its id: a look costs less than walking up. An answer never changes: neither do the
- * roots, nor what a cgroup is below, and the kernel uses no id again.
+ * Whether cgroups are tracked: the address, and one more than that for those that are, each at a
+ * place that follows from it. A look costs less than walking up. An answer is right for as long
+ * as the cgroup lives, since neither the roots change nor what a cgroup is below; one that is
+ * made where another was is judged before anything can be in it.
  */
-#define VERDICTS 256
-u64 verdicts[VERDICTS];
+#define VERDICT_BITS 8
+u64 verdicts[1 << VERDICT_BITS];
 
 u64 last_seq;       /* number of the last event */
 u64 stale_overflow; /* losses whose object could not be noted: everything is stale */
@@ -113,13 +114,20 @@ static __always_inline u32 address32(const void *object)
 	return number;
 }
 
+static __always_inline u64 *verdict_of(struct cgroup *cgrp)
+{
+	return &verdicts[(address32(cgrp) * 0x9e3779b1U) >> (32 - VERDICT_BITS)];
+}
+
 /* The answer found out. `typed` is about the cgroup, see MEMBER. */
-static __always_inline bool judge(const bool typed, struct cgroup *cgrp, u64 id)
+static __always_inline bool judge(const bool typed, struct cgroup *cgrp)
 {
 	u64 ancestors = address(cgrp) + bpf_core_field_offset(struct cgroup, ancestors);
 	u32 level = MEMBER(typed, cgrp, level);
 	bool tracked = false;
 
+	if (!tracking)
+		return false;
 	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
 		struct cgroup *ancestor = NULL;
 
@@ -131,22 +139,20 @@ static __always_inline bool judge(const bool typed, struct cgroup *cgrp, u64 id)
 				      (void *)(ancestors + roots[i].level * 8));
 		tracked |= BPF_CORE_READ(ancestor, kn, id) == roots[i].id;
 	}
-	verdicts[id % VERDICTS] = id << 1 | tracked;
+	*verdict_of(cgrp) = address(cgrp) + tracked;
 	return tracked;
 }
 
 /* `typed` is about the cgroup, see MEMBER. */
 static __always_inline bool cgroup_tracked(const bool typed, struct cgroup *cgrp)
 {
-	struct kernfs_node *kn = MEMBER(typed, cgrp, kn);
-	u64 id = MEMBER(typed, kn, id);
-	u64 verdict = verdicts[id % VERDICTS];
+	u64 verdict = *verdict_of(cgrp);
 
-	if (!tracking)
+	if (verdict == (u64)cgrp)
 		return false;
-	if (verdict >> 1 == id)
-		return verdict & 1;
-	return judge(typed, cgrp, id);
+	if (verdict == (u64)cgrp + 1)
+		return true;
+	return judge(typed, cgrp);
 }
 
 static __always_inline bool current_tracked(void)
@@ -246,23 +252,35 @@ static __always_inline struct call *begin_call(void)
 	return bpf_map_lookup_elem(&calls, &id);
 }
 
+extern void *bpf_rdonly_cast(const void *object, u32 btf_id) __ksym __weak;
+
+/* Eight bytes of the kernel's memory. Since 6.2 that is an instruction: any structure that begins
+ * with a number will do. */
+static __always_inline u64 word_at(const void *where)
+{
+	u64 word = 0;
+
+	if (bpf_ksym_exists(bpf_rdonly_cast)) {
+		u32 type = bpf_core_type_id_kernel(struct timespec64);
+		struct timespec64 *number = bpf_rdonly_cast(where, type);
+
+		return number->tv_sec;
+	}
+	bpf_probe_read_kernel(&word, sizeof(word), where);
+	return word;
+}
+
 /* What a descriptor of a table refers to, NULL for nothing. */
 static __always_inline struct file *file_at(struct files_struct *files, u32 fd)
 {
 	struct fdtable *fdt = files->fdt;
-	struct file *file = NULL;
 
-	if (fd < fdt->max_fds)
-		bpf_probe_read_kernel(&file, sizeof(file), fdt->fd + fd);
-	return file;
+	return fd < fdt->max_fds ? (struct file *)word_at(fdt->fd + fd) : NULL;
 }
 
 static __always_inline u32 bit_at(unsigned long *bitmap, u32 fd)
 {
-	unsigned long word = 0;
-
-	bpf_probe_read_kernel(&word, sizeof(word), bitmap + fd / 64);
-	return word >> (fd % 64) & 1;
+	return word_at(bitmap + fd / 64) >> (fd % 64) & 1;
 }
 
 static __always_inline u32 cloexec_at(const bool typed, struct files_struct *files, u32 fd)

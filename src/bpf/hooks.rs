@@ -32,6 +32,7 @@ pub(super) const PROGRAMS: &[(&str, Target, When)] = &[
     ("task_rename", Tracepoint("task_rename", None), Always),
     ("task_exit", Tracepoint("sched_process_exit", None), Always),
     ("task_free", Tracepoint("sched_process_free", None), Always),
+    ("cgroup_mkdir", Tracepoint("cgroup_mkdir", None), Always),
     (
         "cgroup_attach",
         Tracepoint("cgroup_attach_task", None),
@@ -126,6 +127,7 @@ pub(super) const INSTEAD: &[&[&str]] =
 
 /// Without one of each of these groups the fentry set is not exact, and is not used.
 pub(super) const NEEDED: &[&[&str]] = &[
+    &["cgroup_mkdir"],
     &["fd_install"],
     &["pick_file", "file_close_fd_locked"],
     &["do_dup2"],
