@@ -83,6 +83,8 @@ struct fdtable {
 struct files_struct {
 	atomic_t count;
 	struct fdtable *fdt;
+	unsigned long close_on_exec_init[1];
+	unsigned long open_fds_init[1];
 };
 struct eventfd_ctx {
 	u64 count;

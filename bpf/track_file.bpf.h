@@ -152,7 +152,7 @@ int BPF_PROG(fd_install, unsigned int fd, struct file *file)
 /* Under files->file_lock: what is there now is what is taken out. */
 static __always_inline int closes(struct files_struct *files, u32 fd)
 {
-	if (current_tracked() && file_at(files, fd))
+	if (current_tracked() && is_open(files, fd))
 		send_fd(EVENT_FD_CLOSE, files, fd);
 	return 0;
 }

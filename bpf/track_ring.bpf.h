@@ -283,17 +283,35 @@ static __always_inline u32 bit_at(unsigned long *bitmap, u32 fd)
 	return word_at(bitmap + fd / 64) >> (fd % 64) & 1;
 }
 
-static __always_inline u32 cloexec_at(const bool typed, struct files_struct *files, u32 fd)
-{
-	struct fdtable *fdt = MEMBER(typed, files, fdt);
-
-	return bit_at(MEMBER(typed, fdt, close_on_exec), fd);
-}
-
 /* Whether another thread may change the table right now. */
 static __always_inline bool table_shared(struct files_struct *files)
 {
 	return files->count.counter > 1;
+}
+
+/* Whether a table is of the first size, whose bits lie in itself: without bpf_rdonly_cast only
+ * those can be read by an instruction. */
+static __always_inline bool is_small(struct files_struct *files)
+{
+	return !bpf_ksym_exists(bpf_rdonly_cast) && files->fdt->max_fds <= 64;
+}
+
+/* Whether a descriptor refers to something, while the table is locked. The number that an open()
+ * under way has reserved does not, which only another thread can see. */
+static __always_inline bool is_open(struct files_struct *files, u32 fd)
+{
+	if (is_small(files) && !table_shared(files))
+		return fd < 64 && files->open_fds_init[0] >> fd & 1;
+	return file_at(files, fd);
+}
+
+static __always_inline u32 cloexec_at(const bool typed, struct files_struct *files, u32 fd)
+{
+	struct fdtable *fdt = MEMBER(typed, files, fdt);
+
+	if (typed && is_small(files))
+		return files->close_on_exec_init[0] >> (fd & 63) & 1;
+	return bit_at(MEMBER(typed, fdt, close_on_exec), fd);
 }
 
 static __always_inline struct files_struct *current_files(void)
