@@ -5,6 +5,8 @@
 //! that starts the application afresh should a restore ever fail.
 
 use crate::bpf::features::cgroup2_mount;
+use crate::model::ids::Pid;
+use crate::sys::cgroup::{Cgroup, CgroupError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
@@ -41,6 +43,9 @@ pub enum ApplicationError {
         /// Why not.
         source: io::Error,
     },
+    /// The cgroup cannot be read.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// A record that cannot be read.
     #[error("{path} is damaged: {source}; remove it")]
     Record {
@@ -140,16 +145,14 @@ impl NamedApplication {
         format!("{PARENT_CGROUP}/{}", self.name)
     }
 
-    /// PIDs in its cgroup; empty when it does not run.
+    /// Processes in its cgroup and below; none when it does not run.
     ///
     /// # Errors
     /// The cgroup cannot be read.
-    pub fn pids(&self) -> Result<Vec<i32>, ApplicationError> {
-        let path = self.cgroup.join("cgroup.procs");
-        match fs::read_to_string(&path) {
-            Ok(text) => Ok(text.lines().filter_map(|line| line.parse().ok()).collect()),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(e) => Err(io_error("read", &path)(e)),
+    pub fn pids(&self) -> Result<Vec<Pid>, ApplicationError> {
+        match Cgroup::open(&self.cgroup).and_then(|cgroup| cgroup.members()) {
+            Err(e) if e.source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            pids => Ok(pids?),
         }
     }
 

@@ -5,9 +5,8 @@ use crate::bpf::features::cgroup2_mount;
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{Blocker, CgroupBelow, Owner, Process};
 use crate::model::ids::Pid;
-use crate::sys::cgroup::{Cgroup, of_process};
+use crate::sys::cgroup::{Cgroup, below, of_process};
 use std::fs;
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -20,33 +19,6 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("cgroup.max.depth", "max"),
     ("cgroup.max.descendants", "max"),
 ];
-
-/// Cgroups below that of an application, parents before children, by their path below it.
-///
-/// # Errors
-/// readdir(3) fails.
-pub(super) fn below(top: &Path) -> io::Result<Vec<String>> {
-    let mut found: Vec<String> = Vec::new();
-    let mut next = vec![String::new()];
-    while let Some(path) = next.pop() {
-        let entries = match fs::read_dir(top.join(&path)) {
-            // One that the application has just removed.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.is_empty() => continue,
-            entries => entries?,
-        };
-        for entry in entries {
-            let entry = entry?;
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                let name = entry.file_name().to_string_lossy().into_owned();
-                let child = Path::new(&path).join(name).to_string_lossy().into_owned();
-                next.push(child.clone());
-                found.push(child);
-            }
-        }
-    }
-    found.sort_unstable();
-    Ok(found)
-}
 
 /// Why cgroups below that of the application cannot be made again.
 ///
@@ -131,19 +103,4 @@ pub fn read(
             })
         })
         .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parents_come_before_their_children() {
-        let top = tempfile::tempdir().unwrap();
-        fs::create_dir_all(top.path().join("b/inner/most")).unwrap();
-        fs::create_dir(top.path().join("a")).unwrap();
-        fs::write(top.path().join("cgroup.procs"), "").unwrap();
-        let found = below(top.path()).unwrap();
-        assert_eq!(found, ["a", "b", "b/inner", "b/inner/most"]);
-    }
 }

@@ -1,7 +1,6 @@
 //! A process that outlives tracker's own death: should tracker be killed in the middle of a
 //! checkpoint, the guard thaws what is left frozen.
 
-use super::cgroups::below;
 use super::error::CheckpointError;
 use super::restart::Now;
 use super::threads::Tracees;
@@ -125,7 +124,7 @@ fn clean_up(watch: &Watch) {
         // Threads that were traced leave the freezer with their tracer's end, to come back: that
         // it is not frozen right now says nothing of what was done to it.
         let _ = cgroup.wait(Event::Frozen, Instant::now() + FREEZE_AGAIN, None);
-        let members = members(&cgroup);
+        let members = cgroup.members().unwrap_or_default();
         leave_repair(&members);
         continue_calls(&members);
     }
@@ -135,17 +134,6 @@ fn clean_up(watch: &Watch) {
         // Nobody is left to tell.
         let _ = super::target::disband(&cgroup, back);
     }
-}
-
-/// The processes in it and below.
-fn members(cgroup: &Cgroup) -> Vec<Pid> {
-    let mut members = cgroup.processes().unwrap_or_default();
-    for path in below(cgroup.path()).unwrap_or_default() {
-        if let Ok(child) = Cgroup::open(&cgroup.path().join(path)) {
-            members.extend(child.processes().unwrap_or_default());
-        }
-    }
-    members
 }
 
 /// A socket in repair mode is dead to its application.

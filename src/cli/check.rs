@@ -7,6 +7,7 @@ use crate::capture::{CheckpointError, survey};
 use crate::error::{ExitCode, HasExitCode};
 use crate::handover::eligible;
 use crate::handover::filesystems::{FilesystemError, volatile};
+use crate::model::ids::Pid;
 use clap::Args;
 use serde::Serialize;
 
@@ -101,7 +102,7 @@ fn find(wanted: &str) -> Result<NamedApplication, CheckpointError> {
         return Ok(NamedApplication::new(wanted)?);
     };
     for application in NamedApplication::all()? {
-        if application.pids()?.contains(&pid) {
+        if application.pids()?.contains(&Pid(pid)) {
             return Ok(application);
         }
     }

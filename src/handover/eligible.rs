@@ -17,10 +17,10 @@ const CHECKSUM: u64 = 4;
 
 /// Objects of one application that would not survive the kexec.
 #[must_use]
-pub fn blockers(pids: &[i32]) -> Vec<Blocker> {
-    let low = pids.iter().filter(|pid| **pid < FIRST_PID);
+pub fn blockers(pids: &[Pid]) -> Vec<Blocker> {
+    let low = pids.iter().filter(|pid| pid.0 < FIRST_PID);
     low.map(|pid| Blocker {
-        pid: Pid(*pid),
+        pid: *pid,
         fd: None,
         object: format!("PID {pid}"),
         reason: format!(
@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn low_pids_block() {
-        let found = blockers(&[20_000, 120, 300]);
+        let found = blockers(&[20_000, 120, 300].map(Pid));
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].pid, Pid(120));
     }

@@ -197,6 +197,57 @@ impl Cgroup {
         let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
         Ok(numbers(&text).map(Pid).collect())
     }
+
+    /// Processes in it and below. A cgroup that goes away meanwhile has none.
+    ///
+    /// # Errors
+    /// read(2) or readdir(3) fails.
+    pub fn members(&self) -> Result<Vec<Pid>, CgroupError> {
+        let mut members = self.processes()?;
+        for path in below(&self.path).map_err(failed("readdir", &self.path))? {
+            let path = self.path.join(path).join("cgroup.procs");
+            match fs::read_to_string(&path) {
+                Err(e) if is_gone(&e) => {}
+                text => {
+                    let text = text.map_err(failed("read", &path))?;
+                    members.extend(numbers(&text).map(Pid));
+                }
+            }
+        }
+        Ok(members)
+    }
+}
+
+/// `ENODEV` is what a file of a removed cgroup says that was open already.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ENODEV as i32)
+}
+
+/// Cgroups below another, parents before children, by their path below it.
+///
+/// # Errors
+/// readdir(3) fails.
+pub fn below(top: &Path) -> io::Result<Vec<String>> {
+    let mut found: Vec<String> = Vec::new();
+    let mut next = vec![String::new()];
+    while let Some(path) = next.pop() {
+        let entries = match fs::read_dir(top.join(&path)) {
+            // One that was removed just now.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.is_empty() => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let child = Path::new(&path).join(name).to_string_lossy().into_owned();
+                next.push(child.clone());
+                found.push(child);
+            }
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
 }
 
 fn numbers(text: &str) -> impl Iterator<Item = i32> {
@@ -240,4 +291,19 @@ pub fn create(path: &Path) -> Result<Cgroup, CgroupError> {
 /// `EBUSY`: a process or another cgroup is in it.
 pub fn remove(path: &Path) -> Result<(), CgroupError> {
     fs::remove_dir(path).map_err(failed("rmdir", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_come_before_their_children() {
+        let top = tempfile::tempdir().unwrap();
+        fs::create_dir_all(top.path().join("b/inner/most")).unwrap();
+        fs::create_dir(top.path().join("a")).unwrap();
+        fs::write(top.path().join("cgroup.procs"), "").unwrap();
+        let found = below(top.path()).unwrap();
+        assert_eq!(found, ["a", "b", "b/inner", "b/inner/most"]);
+    }
 }

@@ -65,6 +65,15 @@ struct Sample {
     guest_gap: f64,
     /// Longest gap of the clients on the host.
     host_gap: f64,
+    /// What tracker says each of its steps took.
+    steps: Vec<(String, f64)>,
+}
+
+/// What a tool says of a checkpoint, in milliseconds.
+#[derive(Debug, Default)]
+struct Said {
+    frozen: f64,
+    steps: Vec<(String, f64)>,
 }
 
 #[derive(Debug, Serialize)]
@@ -91,7 +100,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     load.progress(20, PATIENCE)?;
     let (_, idle) = heard(&vm, &load, || {
         std::thread::sleep(Duration::from_secs(5));
-        Ok(0.0)
+        Ok(Said::default())
     })?;
     let mut report = Report {
         kernel: vm.hello().release,
@@ -113,13 +122,14 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
                 Tool::Tracker => tracker(&vm),
                 Tool::Criu => criu(&vm),
             };
-            let (reported, (guest_gap, host_gap)) =
+            let (said, (guest_gap, host_gap)) =
                 heard(&vm, &load, checkpoint).with_context(|| format!("{tool:?}"))?;
             report.samples.push(Sample {
                 tool,
-                reported,
+                reported: said.frozen,
                 guest_gap,
                 host_gap,
+                steps: said.steps,
             });
         }
     }
@@ -135,7 +145,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 
 /// Runs something while the heart beats; returns its result and the longest
 /// gaps heard in the guest and on the host, in milliseconds.
-fn heard(vm: &Vm, load: &Load, work: impl FnOnce() -> Result<f64>) -> Result<(f64, (f64, f64))> {
+fn heard(vm: &Vm, load: &Load, work: impl FnOnce() -> Result<Said>) -> Result<(Said, (f64, f64))> {
     let dir = "/run/heartbeat";
     vm.sh(&format!(
         "rm -rf {dir} {IMAGES}; mkdir -p {dir} {IMAGES}; sync"
@@ -169,14 +179,23 @@ fn heard(vm: &Vm, load: &Load, work: impl FnOnce() -> Result<f64>) -> Result<(f6
 }
 
 /// `tracker checkpoint` with its pre-copy.
-fn tracker(vm: &Vm) -> Result<f64> {
+fn tracker(vm: &Vm) -> Result<Said> {
     let image = format!("{IMAGES}/tracker");
     let command = apps::checkpoint("redis", &image, &["--leave-running", "--json"]);
     let output = vm.exec(command.timeout(PATIENCE))?.check()?;
     let json: serde_json::Value =
         serde_json::from_slice(&output.stdout).with_context(|| output.text())?;
     let frozen = find(&json, "frozen_us").and_then(serde_json::Value::as_f64);
-    Ok(frozen.with_context(|| format!("No frozen_us in {}", output.text()))? / 1000.0)
+    let frozen = frozen.with_context(|| format!("No frozen_us in {}", output.text()))?;
+    let steps = find(&json, "steps").cloned().unwrap_or_default();
+    let steps: Vec<(String, f64)> = serde_json::from_value(steps).with_context(|| output.text())?;
+    Ok(Said {
+        frozen: frozen / 1000.0,
+        steps: steps
+            .into_iter()
+            .map(|(name, micros)| (name, micros / 1000.0))
+            .collect(),
+    })
 }
 
 /// The first value of that name, however deep.
@@ -191,7 +210,7 @@ fn find<'a>(json: &'a serde_json::Value, name: &str) -> Option<&'a serde_json::V
 }
 
 /// CRIU, as its documentation has it: two pre-dumps, then the dump.
-fn criu(vm: &Vm) -> Result<f64> {
+fn criu(vm: &Vm) -> Result<Said> {
     let pid = apps::pids(vm, "redis")?[0].to_string();
     let call = |action: &str, directory: &str, more: &[&str]| {
         let images = format!("{IMAGES}/{directory}");
@@ -228,7 +247,11 @@ fn criu(vm: &Vm) -> Result<f64> {
         let digits = line.trim().strip_prefix("Frozen time:")?.trim();
         digits.trim_end_matches("us").trim().parse::<f64>().ok()
     });
-    Ok(frozen.with_context(|| format!("CRIU reports no frozen time:\n{text}"))? / 1000.0)
+    let frozen = frozen.with_context(|| format!("CRIU reports no frozen time:\n{text}"))?;
+    Ok(Said {
+        frozen: frozen / 1000.0,
+        steps: Vec::new(),
+    })
 }
 
 /// The middle of the values, the upper of two.
@@ -281,5 +304,20 @@ fn table(report: &Report) -> Result<String> {
     row("tracker, med", ours, 1)?;
     row("criu, median", theirs, 1)?;
     row("criu/tracker", [0, 1, 2].map(|i| theirs[i] / ours[i]), 2)?;
+    let all = report.samples.iter().flat_map(|sample| &sample.steps);
+    let mut steps: Vec<(&str, Vec<f64>)> = Vec::new();
+    for (name, took) in all {
+        match steps.iter_mut().find(|(known, _)| known == name) {
+            Some((_, values)) => values.push(*took),
+            None => steps.push((name, vec![*took])),
+        }
+    }
+    for (name, values) in steps {
+        writeln!(
+            text,
+            "tracker, median of {name:<10} {:>8.1}",
+            median(values)
+        )?;
+    }
     Ok(text)
 }
