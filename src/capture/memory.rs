@@ -5,7 +5,7 @@ use super::contents::Contents;
 use super::error::CheckpointError;
 use super::files::Slots;
 use super::mm::{self, Mapper};
-use super::pages::{Copier, Tracked, plan, select};
+use super::pages::{Copier, Need, Pending, Tracked, plan, select};
 use super::sysv;
 use super::wakeups::Wakeups;
 use crate::bpf::events::{MmRec, VmaRec};
@@ -25,6 +25,18 @@ type Key = (u64, u32, u64);
 struct Precopied {
     tracked: Tracked,
     have: Vec<PageRun>,
+    /// What it had when it was looked at last, while frozen; to be copied.
+    needs: Vec<Need>,
+}
+
+/// How many pages may wait in memory for being written, at most.
+const MOST_PENDING: u64 = 16 * 1024;
+
+/// Pages that have to be copied.
+fn to_copy(needs: &[Need], have: &[PageRun]) -> u64 {
+    let pieces = plan(needs, have, |_| 0);
+    let copied = pieces.iter().filter(|piece| piece.copy);
+    copied.map(|piece| piece.run.pages).sum()
 }
 
 /// What is known about the memory of an application across the rounds.
@@ -34,6 +46,8 @@ pub struct Memory {
     zero_frame: Option<u64>,
     /// What frozen processes map that only memory keeps.
     shown: Contents,
+    /// What was read and is written once the application runs again.
+    pending: Pending,
     stats: MemoryStats,
 }
 
@@ -44,6 +58,7 @@ impl Memory {
             precopied: HashMap::new(),
             zero_frame: zero_frame(),
             shown: Contents::default(),
+            pending: Pending::default(),
             stats: MemoryStats {
                 dirty_tracking: soft_dirty_works(),
                 ..MemoryStats::default()
@@ -55,10 +70,8 @@ impl Memory {
         self.stats
     }
 
-    /// Copies all private pages of the running application. One round only: the kernel cannot
-    /// read and clear the soft-dirty bits in one step, so a page written between the two
-    /// would be lost by a second round. What changes after the bits are cleared here is
-    /// copied again in the frozen window.
+    /// Copies all private pages of the running application. What is written after the soft-dirty
+    /// bits are cleared here is copied again later.
     pub fn precopy(
         &mut self,
         iterators: &mut Iterators,
@@ -101,10 +114,102 @@ impl Memory {
             let entry = Precopied {
                 tracked: Tracked::new(vmas),
                 have: copied.runs,
+                needs: Vec::new(),
             };
             self.precopied.insert(key(rec, &tasks), entry);
         }
         Ok(())
+    }
+
+    /// How many pages of the running application would have to be copied by now, about.
+    pub fn written(&self, iterators: &mut Iterators, scope: Scope) -> Result<u64, CheckpointError> {
+        let tasks = iterators.threads(scope)?;
+        let vmas = iterators.vmas(scope)?;
+        let by_mm = grouped(&vmas);
+        let mut pages = 0;
+        for rec in address_spaces(&tasks) {
+            let vmas = by_mm.get(&rec.mm).map_or(&[][..], Vec::as_slice);
+            let before = self.precopied.get(&key(rec, &tasks));
+            let tracked = before.map(|b| &b.tracked);
+            let have = before.map_or(&[][..], |b| &b.have);
+            // One that ends meanwhile needs nothing.
+            let Ok(mut pagemap) = Pagemap::open(pid(rec)) else {
+                continue;
+            };
+            match select(&mut pagemap, vmas, tracked, self.zero_frame) {
+                Err(CheckpointError::Call(_)) => {}
+                needs => pages += to_copy(&needs?, have),
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Notes what of the frozen application has to be copied, and begins to track anew. The
+    /// kernel cannot read and clear the soft-dirty bits in one step: while it runs, a page
+    /// written between the two would be lost.
+    pub fn harvest(
+        &mut self,
+        iterators: &mut Iterators,
+        scope: Scope,
+    ) -> Result<(), CheckpointError> {
+        let tasks = iterators.threads(scope)?;
+        let vmas = iterators.vmas(scope)?;
+        let by_mm = grouped(&vmas);
+        for rec in address_spaces(&tasks) {
+            let vmas = by_mm.get(&rec.mm).map_or(&[][..], Vec::as_slice);
+            // Whatever fails, it is as if nothing had been copied.
+            let before = self.precopied.remove(&key(rec, &tasks));
+            let mut pagemap = Pagemap::open(pid(rec))?;
+            let tracked = before.as_ref().map(|b| &b.tracked);
+            let needs = select(&mut pagemap, vmas, tracked, self.zero_frame)?;
+            clear_soft_dirty(pid(rec))?;
+            let entry = Precopied {
+                tracked: Tracked::new(vmas),
+                have: before.map(|b| b.have).unwrap_or_default(),
+                needs,
+            };
+            self.precopied.insert(key(rec, &tasks), entry);
+        }
+        Ok(())
+    }
+
+    /// Copies what was noted, of the application that runs again.
+    pub fn copy_harvested(
+        &mut self,
+        store: &dyn Store,
+        slots: &mut Slots,
+        wakeups: &Wakeups,
+    ) -> Result<(), CheckpointError> {
+        let mut copier = Copier::new(store);
+        let mut gone = Vec::new();
+        for (key, entry) in &mut self.precopied {
+            wakeups.check()?;
+            let needs = std::mem::take(&mut entry.needs);
+            let pieces = plan(&needs, &entry.have, |pages| slots.take(pages));
+            match copier.copy(Pid(key.1.cast_signed()), &pieces, true) {
+                Err(CheckpointError::Call(_)) => gone.push(*key),
+                copied => {
+                    let copied = copied?;
+                    self.stats.precopied += copied.pages;
+                    entry.have = copied.runs;
+                }
+            }
+        }
+        for key in gone {
+            self.precopied.remove(&key);
+        }
+        Ok(())
+    }
+
+    /// Makes room for about so many pages, which [`Memory::collect`] leaves to
+    /// [`Memory::write_pending`].
+    pub fn reserve(&mut self, pages: u64) {
+        self.pending = Pending::with_room((pages + pages / 4 + 512).min(MOST_PENDING));
+    }
+
+    /// Writes what was read and not written.
+    pub fn write_pending(&mut self, store: &dyn Store) -> Result<(), CheckpointError> {
+        std::mem::take(&mut self.pending).write(store)
     }
 
     /// Reads all address spaces of the frozen application; [`Memory::copy_shown`] follows once
@@ -120,6 +225,7 @@ impl Memory {
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
         let by_mm = grouped(vmas);
         let mut copier = Copier::new(store);
+        copier.pending = std::mem::take(&mut self.pending);
         let mut mapper = Mapper::new(segments);
         self.shown = Contents::default();
         let mut found = BTreeMap::new();
@@ -150,6 +256,7 @@ impl Memory {
             };
             found.insert(MmId(rec.mm), mm);
         }
+        self.pending = copier.pending;
         Ok(found)
     }
 

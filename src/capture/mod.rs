@@ -14,6 +14,7 @@ mod lock;
 mod memory;
 mod mm;
 mod pages;
+mod refresh;
 mod restart;
 mod semaphores;
 mod sysv;
@@ -131,6 +132,10 @@ pub struct Capture {
     wakeups: Wakeups,
     guard: Option<Guard>,
     lock: Option<NetLock>,
+    /// Pages are written when the application runs again.
+    writes_later: bool,
+    /// Loaded, and not in force yet.
+    spare_lock: Option<NetLock>,
     /// The lock stays behind for a restore.
     lock_left: bool,
     code: vdso::Code,
@@ -179,6 +184,8 @@ impl Capture {
             wakeups,
             guard: Some(guard),
             lock: None,
+            writes_later: false,
+            spare_lock: None,
             lock_left: false,
             code: vdso::Code::ours(),
             ours: Namespaces::ours(),
@@ -310,12 +317,25 @@ impl Capture {
         Ok(())
     }
 
+    /// Loads the network lock, which takes its time, for [`Capture::lock_network`].
+    ///
+    /// # Errors
+    /// The lock cannot be loaded.
+    pub fn load_lock(&mut self) -> Result<(), CheckpointError> {
+        self.spare_lock = Some(NetLock::load()?);
+        self.timeline.done("load lock");
+        Ok(())
+    }
+
     /// Holds off new connections to the application, if it has any sockets.
     ///
     /// # Errors
     /// The lock cannot be loaded or attached.
     pub fn lock_network(&mut self) -> Result<(), CheckpointError> {
-        let mut lock = NetLock::load()?;
+        let mut lock = match self.spare_lock.take() {
+            Some(lock) => lock,
+            None => NetLock::load()?,
+        };
         if self.add_to_lock(&mut lock)? > 0 {
             lock.hold_new()?;
             lock.engage()?;
@@ -431,6 +451,22 @@ impl Capture {
             ofds: read.ofds,
             contents,
         })
+    }
+
+    /// Has pages that were copied in the frozen window wait in memory, as far as there is room for
+    /// them, until [`Capture::write_rest`]: only for an application that is left running.
+    pub fn write_later(&mut self) {
+        self.writes_later = true;
+    }
+
+    /// Writes what was left to be written later.
+    ///
+    /// # Errors
+    /// The carrier is full.
+    pub fn write_rest(&mut self, store: &dyn Store) -> Result<(), CheckpointError> {
+        self.memory.write_pending(store)?;
+        self.timeline.done("write");
+        Ok(())
     }
 
     /// Ends the application: call it when the image is sealed. The network lock stays behind,

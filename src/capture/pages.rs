@@ -92,12 +92,13 @@ pub fn joined(runs: impl IntoIterator<Item = PageRun>) -> Vec<PageRun> {
 
 /// What makes a mapping the same one as at an earlier moment. Anonymous memory that is moved
 /// keeps the page offset of where it was first touched, so two anonymous mappings that were
-/// exchanged differ; of files this cannot be told, so their private pages are copied anew.
+/// exchanged differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     end: u64,
     pgoff: u64,
     flags: u64,
+    file: (u32, u64),
 }
 
 /// The mappings at the moment dirty tracking began, by first address.
@@ -108,11 +109,21 @@ fn is_plain(vma: &VmaRec) -> bool {
     vma.file == 0 && vma.kind == VmaKind::ANON
 }
 
+/// Whether it can be told from another. Two private mappings of the same part of a file that were
+/// exchanged look alike, but mremap(2) makes pages dirty that it moves one by one
+/// (`move_soft_dirty_pte`), as it does where there is no whole page table to move.
+fn is_told(vma: &VmaRec) -> bool {
+    /// What one page table maps (`PMD_SIZE`).
+    const TABLE: u64 = 2 << 20;
+    is_plain(vma) || vma.end - vma.start < TABLE
+}
+
 fn identity_of(vma: &VmaRec) -> Identity {
     Identity {
         end: vma.end,
         pgoff: vma.pgoff,
         flags: vma.flags & !vm::SOFTDIRTY,
+        file: (vma.dev, vma.ino),
     }
 }
 
@@ -120,17 +131,16 @@ impl Tracked {
     /// Notes the mappings of one address space.
     #[must_use]
     pub fn new(vmas: &[VmaRec]) -> Self {
-        let plain = vmas.iter().filter(|vma| is_plain(vma));
-        Self(plain.map(|vma| (vma.start, identity_of(vma))).collect())
+        let told = vmas.iter().filter(|vma| is_told(vma));
+        Self(told.map(|vma| (vma.start, identity_of(vma))).collect())
     }
 
     fn holds(&self, vma: &VmaRec) -> bool {
-        is_plain(vma) && self.0.get(&vma.start) == Some(&identity_of(vma))
+        is_told(vma) && self.0.get(&vma.start) == Some(&identity_of(vma))
     }
 }
 
-/// Finds the private pages of one address space. With `tracked`, pages of unchanged
-/// anonymous mappings that were not written since count as clean.
+/// Finds the private pages of one address space. With `tracked`, pages of unchanged mappings that were not written since count as clean.
 ///
 /// # Errors
 /// The pagemap cannot be read.
@@ -146,25 +156,27 @@ pub fn select(
         if vma.flags & vm::MAYSHARE != 0 || vma.kind == VmaKind::SPECIAL || vma.has_anon == 0 {
             continue;
         }
-        let trusted = tracked.is_some_and(|tracked| tracked.holds(vma));
+        let plain = is_plain(vma);
+        // A mapping made since dirty tracking began has not one clean page.
+        let trusted =
+            tracked.is_some_and(|tracked| tracked.holds(vma)) && vma.flags & vm::SOFTDIRTY == 0;
         let readable = vma.flags & vm::READ != 0;
-        pagemap.walk(vma.start, vma.end, |addr, entry| {
-            let is_zero = zero_frame.is_some_and(|zero| entry.frame() == zero);
-            if !entry.is_private() || is_zero && is_plain(vma) {
+        pagemap.private_pages(vma.start, vma.end, zero_frame, |found| {
+            if found.zero && plain {
                 return;
             }
-            let dirty = !trusted || entry.is_soft_dirty();
+            let dirty = !trusted || found.soft_dirty;
             match needs.last_mut() {
                 Some(last)
-                    if last.addr + last.pages * PAGE_SIZE == addr
+                    if last.addr + last.pages * PAGE_SIZE == found.addr
                         && last.dirty == dirty
                         && last.readable == readable =>
                 {
-                    last.pages += 1;
+                    last.pages += found.pages;
                 }
                 _ => needs.push(Need {
-                    addr,
-                    pages: 1,
+                    addr: found.addr,
+                    pages: found.pages,
                     dirty,
                     readable,
                 }),
@@ -183,10 +195,96 @@ pub struct Copied {
     pub runs: Vec<PageRun>,
 }
 
+/// Pages that were read and are to be written to an image later.
+#[derive(Default)]
+pub struct Pending {
+    buffer: Vec<u8>,
+    used: usize,
+    runs: Vec<PageRun>,
+}
+
+impl std::fmt::Debug for Pending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("Pending");
+        shown.field("bytes", &self.used).finish_non_exhaustive()
+    }
+}
+
+impl Pending {
+    /// Room for so many pages, in memory that is there when it is needed.
+    pub fn with_room(pages: u64) -> Self {
+        Self {
+            // Not zeroes: those would be mapped only when they are written to.
+            buffer: vec![1; usize::try_from(pages * PAGE_SIZE).unwrap_or(0)],
+            ..Self::default()
+        }
+    }
+
+    fn has_room(&self, bytes: usize) -> bool {
+        self.buffer.len() - self.used >= bytes
+    }
+
+    /// Writes them.
+    ///
+    /// # Errors
+    /// The carrier is full or refuses.
+    pub fn write(self, store: &dyn Store) -> Result<(), CheckpointError> {
+        let mut rest = &self.buffer[..self.used];
+        let mut runs = &self.runs[..];
+        while !runs.is_empty() {
+            let (mut count, mut bytes) = (0, 0);
+            for run in runs {
+                if count > 0 && bytes + len_of(run) > Copier::BATCH {
+                    break;
+                }
+                count += 1;
+                bytes += len_of(run);
+            }
+            let (batch, after) = runs.split_at(count);
+            let (pages, others) = rest.split_at(bytes);
+            write_summed(store, batch, pages)?;
+            (runs, rest) = (after, others);
+        }
+        Ok(())
+    }
+}
+
+/// Writes pages that were read one after the other, and notes their sums.
+fn write_summed(store: &dyn Store, runs: &[PageRun], pages: &[u8]) -> Result<(), CheckpointError> {
+    let sums = while_writing(pages, || write(store, runs, pages))?;
+    let mut rest = &sums[..];
+    for run in runs {
+        let (own, others) = rest.split_at(len_of(run) / 4096);
+        store.written().note(run.slot, own);
+        rest = others;
+    }
+    Ok(())
+}
+
+/// Slots of neighbours are written together.
+fn write(store: &dyn Store, runs: &[PageRun], pages: &[u8]) -> Result<(), StoreError> {
+    let mut start = 0;
+    let mut first = 0;
+    while first < runs.len() {
+        let mut last = first;
+        let mut end = start + len_of(&runs[first]);
+        while last + 1 < runs.len() && runs[last].slot + runs[last].pages == runs[last + 1].slot {
+            last += 1;
+            end += len_of(&runs[last]);
+        }
+        store.write_unsummed(runs[first].slot, &pages[start..end])?;
+        start = end;
+        first = last + 1;
+    }
+    Ok(())
+}
+
 /// Copies pages of one process into an image, with one reused buffer.
 pub struct Copier<'a> {
     /// The image.
     pub store: &'a dyn Store,
+    /// What is not written yet, as far as there is room.
+    pub pending: Pending,
     buffer: Vec<u8>,
 }
 
@@ -205,6 +303,7 @@ impl<'a> Copier<'a> {
     pub fn new(store: &'a dyn Store) -> Self {
         Self {
             store,
+            pending: Pending::default(),
             buffer: vec![0; Self::BATCH],
         }
     }
@@ -269,7 +368,12 @@ impl<'a> Copier<'a> {
         Fault::PageWrite.point()?;
         let ranges: Vec<(u64, usize)> = batch.iter().map(|run| (run.addr, len_of(run))).collect();
         let total: usize = ranges.iter().map(|(_, len)| len).sum();
-        let got = read_ranges(pid, &ranges, &mut self.buffer[..total]).unwrap_or(0);
+        let later = self.pending.has_room(total);
+        let buffer = match later {
+            true => &mut self.pending.buffer[self.pending.used..][..total],
+            false => &mut self.buffer[..total],
+        };
+        let got = read_ranges(pid, &ranges, buffer).unwrap_or(0);
         // Whole runs that arrived.
         let mut at = 0;
         let mut whole = 0;
@@ -280,38 +384,17 @@ impl<'a> Copier<'a> {
             at += len_of(run);
             whole += 1;
         }
-        let pages = &self.buffer[..at];
-        let sums = while_writing(pages, || self.write(&batch[..whole], pages))?;
-        let mut rest = &sums[..];
-        for run in &batch[..whole] {
-            let (own, others) = rest.split_at(len_of(run) / 4096);
-            self.store.written().note(run.slot, own);
-            rest = others;
-            copied.pages += run.pages;
-            copied.runs.push(*run);
+        let arrived = &batch[..whole];
+        if later {
+            self.pending.used += at;
+            self.pending.runs.extend(arrived);
+        } else {
+            write_summed(self.store, arrived, &self.buffer[..at])?;
         }
+        copied.pages += arrived.iter().map(|run| run.pages).sum::<u64>();
+        copied.runs.extend(arrived);
         for run in batch.drain(..).skip(whole) {
             self.by_mem(pid, run, moving, copied)?;
-        }
-        Ok(())
-    }
-
-    /// Slots of neighbours are written together.
-    fn write(&self, runs: &[PageRun], pages: &[u8]) -> Result<(), StoreError> {
-        let mut start = 0;
-        let mut first = 0;
-        while first < runs.len() {
-            let mut last = first;
-            let mut end = start + len_of(&runs[first]);
-            while last + 1 < runs.len() && runs[last].slot + runs[last].pages == runs[last + 1].slot
-            {
-                last += 1;
-                end += len_of(&runs[last]);
-            }
-            self.store
-                .write_unsummed(runs[first].slot, &pages[start..end])?;
-            start = end;
-            first = last + 1;
         }
         Ok(())
     }
@@ -454,10 +537,17 @@ mod tests {
         assert!(tracked.holds(&vma(P, 1)));
         assert!(!tracked.holds(&vma(P, 4)));
         assert!(!tracked.holds(&vma(2 * P, 2)));
-        let file = VmaRec {
+        let file = |pages: u64| VmaRec {
             file: 1,
+            end: (1 + pages) * P,
             ..vma(P, 1)
         };
-        assert!(!Tracked::new(&[file]).holds(&file));
+        assert!(!Tracked::new(&[file(512)]).holds(&file(512)));
+        assert!(Tracked::new(&[file(511)]).holds(&file(511)));
+        let other = VmaRec {
+            ino: 7,
+            ..file(511)
+        };
+        assert!(!Tracked::new(&[file(511)]).holds(&other));
     }
 }

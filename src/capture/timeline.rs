@@ -10,6 +10,8 @@ pub struct Timeline {
     start: Instant,
     steps: Vec<(&'static str, Instant)>,
     frozen: Option<(Instant, Option<Instant>)>,
+    /// Of the times before that.
+    earlier: Duration,
 }
 
 /// How long things took, in microseconds.
@@ -19,6 +21,8 @@ pub struct Durations {
     pub steps: Vec<(&'static str, u64)>,
     /// From the request to freeze to the thaw or the kill.
     pub frozen_us: u64,
+    /// It stood still before for so long, in all: looks at what it wrote, attempts repeated.
+    pub frozen_before_us: u64,
     /// All of it.
     pub total_us: u64,
 }
@@ -29,6 +33,7 @@ impl Timeline {
             start: Instant::now(),
             steps: Vec::new(),
             frozen: None,
+            earlier: Duration::ZERO,
         }
     }
 
@@ -38,6 +43,9 @@ impl Timeline {
 
     pub(super) fn freeze(&mut self) {
         // A repeated attempt begins anew: the application ran in between.
+        if let Some((from, Some(to))) = self.frozen {
+            self.earlier += to - from;
+        }
         self.frozen = Some((Instant::now(), None));
     }
 
@@ -73,6 +81,7 @@ impl Timeline {
         Durations {
             steps,
             frozen_us: micros(frozen),
+            frozen_before_us: micros(self.earlier),
             total_us: micros(last - self.start),
         }
     }

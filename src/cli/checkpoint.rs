@@ -109,6 +109,11 @@ fn take(
     capture.precopy(store, &mut slots)?;
     let known = Known::fetch();
     capture.reached("model");
+    capture.load_lock()?;
+    if leave_running {
+        capture.write_later();
+    }
+    capture.refresh(store, &mut slots)?;
     capture.lock_network()?;
     capture.freeze()?;
     let state = known.catch_up();
@@ -119,6 +124,7 @@ fn take(
     let application = capture.collect_files(store, &mut slots)?;
     if leave_running {
         capture.thaw();
+        capture.write_rest(store)?;
     }
     Fault::Encode.point()?;
     let image = Image {

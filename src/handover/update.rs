@@ -289,8 +289,14 @@ impl Update {
         self.clock.reached("model fetched");
         sys::lock_memory().map_err(UpdateError::Memory)?;
         self.abort.check()?;
+        let lock = NetLock::load()?;
+        for capture in &mut self.captures {
+            on(capture, |capture| capture.refresh(&store, &mut slots))?;
+        }
+        store.flush()?;
+        self.clock.reached("memory copied again");
 
-        let mut lock = self.engage_lock()?;
+        let mut lock = self.engage_lock(lock)?;
         self.clock.reached("new connections held off");
         let result = self.leave(&mut store, &mut slots, &mut lock, known, system);
         // It failed, or it would not have returned: first let the applications run.
@@ -305,8 +311,7 @@ impl Update {
     }
 
     /// One lock over all applications.
-    fn engage_lock(&mut self) -> Result<NetLock, UpdateError> {
-        let mut lock = NetLock::load()?;
+    fn engage_lock(&mut self, mut lock: NetLock) -> Result<NetLock, UpdateError> {
         for capture in &mut self.captures {
             on(capture, |capture| capture.add_to_lock(&mut lock))?;
         }

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use nix::libc;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 /// One entry of `/proc/PID/pagemap`.
@@ -52,17 +53,81 @@ fn failed(call: &'static str, pid: Pid) -> impl FnOnce(io::Error) -> CallError {
     }
 }
 
+/// Adjacent pages of another process that hold bytes no file has, all alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrivatePages {
+    /// First address.
+    pub addr: u64,
+    /// How many.
+    pub pages: u64,
+    /// As [`Entry::is_soft_dirty`].
+    pub soft_dirty: bool,
+    /// They are the page of zeroes.
+    pub zero: bool,
+}
+
+/// `struct pm_scan_arg` and `struct page_region` of include/uapi/linux/fs.h, since Linux 6.7.
+mod scan {
+    /// Page cache or shared memory.
+    pub const FILE: u64 = 1 << 2;
+    pub const PRESENT: u64 = 1 << 3;
+    pub const SWAPPED: u64 = 1 << 4;
+    pub const ZERO: u64 = 1 << 5;
+    /// Since Linux 6.8.
+    pub const SOFT_DIRTY: u64 = 1 << 7;
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    pub struct Region {
+        pub start: u64,
+        pub end: u64,
+        pub categories: u64,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    pub struct Arguments {
+        pub size: u64,
+        pub flags: u64,
+        pub start: u64,
+        pub end: u64,
+        pub walk_end: u64,
+        pub vec: u64,
+        pub vec_len: u64,
+        pub max_pages: u64,
+        pub category_inverted: u64,
+        pub category_mask: u64,
+        pub category_anyof_mask: u64,
+        pub return_mask: u64,
+    }
+
+    nix::ioctl_readwrite!(pagemap_scan, b'f', 16, Arguments);
+}
+
 /// `/proc/PID/pagemap`, open.
-#[derive(Debug)]
 pub struct Pagemap {
     pid: Pid,
     file: File,
     buffer: Vec<u8>,
+    regions: Vec<scan::Region>,
+    /// Whether the kernel summarizes (`PAGEMAP_SCAN`), as far as is known.
+    scans: bool,
+}
+
+impl std::fmt::Debug for Pagemap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pagemap")
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Pagemap {
     /// Entries read at once: 128 MiB of address space.
     const CHUNK: u64 = 32 * 1024;
+
+    /// Regions one scan returns at most.
+    const REGIONS: usize = 1024;
 
     /// Opens that of a process.
     ///
@@ -75,14 +140,96 @@ impl Pagemap {
             pid,
             file,
             buffer: Vec::new(),
+            regions: Vec::new(),
+            scans: true,
         })
     }
 
-    /// Calls `each` with address and entry of every page in `start..end`.
+    /// Calls `each` with the private pages in `start..end`, in address order. The kernel tells
+    /// them by ranges since Linux 6.8, else page by page; `zero_frame` is what the latter knows
+    /// the page of zeroes by.
     ///
     /// # Errors
-    /// read(2) fails.
-    pub fn walk(
+    /// ioctl(2) or read(2) fails.
+    pub fn private_pages(
+        &mut self,
+        start: u64,
+        end: u64,
+        zero_frame: Option<u64>,
+        mut each: impl FnMut(PrivatePages),
+    ) -> Result<(), CallError> {
+        if self.scans {
+            match self.scan(start, end, &mut each) {
+                // Asked before anything was found.
+                Err(Errno::ENOTTY | Errno::EINVAL) => self.scans = false,
+                result => {
+                    return result.map_err(|errno| CallError {
+                        call: "ioctl(PAGEMAP_SCAN)",
+                        task: self.pid.0,
+                        errno,
+                    });
+                }
+            }
+        }
+        self.walk(start, end, |addr, entry| {
+            if entry.is_private() {
+                each(PrivatePages {
+                    addr,
+                    pages: 1,
+                    soft_dirty: entry.is_soft_dirty(),
+                    zero: zero_frame.is_some_and(|zero| entry.frame() == zero),
+                });
+            }
+        })
+    }
+
+    fn scan(
+        &mut self,
+        start: u64,
+        end: u64,
+        each: &mut impl FnMut(PrivatePages),
+    ) -> Result<(), Errno> {
+        use scan::{FILE, PRESENT, SOFT_DIRTY, SWAPPED, ZERO};
+        self.regions.resize(Self::REGIONS, scan::Region::default());
+        let mut at = start;
+        while at < end {
+            let mut arguments = scan::Arguments {
+                size: size_of::<scan::Arguments>() as u64,
+                start: at,
+                end,
+                vec: self.regions.as_mut_ptr() as u64,
+                vec_len: self.regions.len() as u64,
+                category_inverted: FILE,
+                category_mask: FILE,
+                category_anyof_mask: PRESENT | SWAPPED,
+                return_mask: ZERO | SOFT_DIRTY,
+                ..scan::Arguments::default()
+            };
+            // SAFETY: the kernel reads and writes the arguments, whose size they name, and at
+            // most vec_len regions at vec, which both live until it returns.
+            let found = unsafe { scan::pagemap_scan(self.file.as_raw_fd(), &raw mut arguments) }?;
+            for region in self
+                .regions
+                .iter()
+                .take(usize::try_from(found).unwrap_or(0))
+            {
+                each(PrivatePages {
+                    addr: region.start,
+                    pages: (region.end - region.start) / PAGE_SIZE,
+                    soft_dirty: region.categories & SOFT_DIRTY != 0,
+                    zero: region.categories & ZERO != 0,
+                });
+            }
+            if arguments.walk_end <= at {
+                break;
+            }
+            at = arguments.walk_end;
+        }
+        Ok(())
+    }
+
+    /// Calls `each` with address and entry of every page in `start..end`.
+    fn walk(
         &mut self,
         start: u64,
         end: u64,
@@ -239,6 +386,41 @@ mod tests {
         let entry = page.entry().unwrap();
         assert!(entry.is_private());
         assert_ne!(Some(entry.frame()), zero_frame());
+    }
+
+    /// What the kernel summarizes is what its entries say.
+    #[test]
+    fn a_scan_says_the_same() {
+        const PAGES: u64 = 600;
+        let len = usize::try_from(PAGES * PAGE_SIZE).unwrap();
+        let memory = vec![0_u8; len + 4096];
+        let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
+        let mut memory = memory;
+        let offset = usize::try_from(start - memory.as_ptr() as u64).unwrap();
+        for page in (0..600).filter(|page| page % 3 != 0) {
+            memory[offset + page * 4096] = 1;
+        }
+        let this = Pid(std::process::id().cast_signed());
+        let pages = |scans| {
+            let mut pagemap = Pagemap::open(this).unwrap();
+            pagemap.scans = scans;
+            let mut found = std::collections::BTreeMap::new();
+            let end = start + PAGES * PAGE_SIZE;
+            pagemap
+                .private_pages(start, end, zero_frame(), |range| {
+                    for page in 0..range.pages {
+                        let addr = range.addr + page * PAGE_SIZE;
+                        // Others change while we look.
+                        found.insert(addr, (range.soft_dirty, range.zero));
+                    }
+                })
+                .unwrap();
+            found
+        };
+        let walked = pages(false);
+        assert!(walked.len() >= 400);
+        assert_eq!(walked, pages(true));
+        drop(memory);
     }
 
     #[test]

@@ -189,12 +189,21 @@ fn tracker(vm: &Vm) -> Result<Said> {
     let frozen = frozen.with_context(|| format!("No frozen_us in {}", output.text()))?;
     let steps = find(&json, "steps").cloned().unwrap_or_default();
     let steps: Vec<(String, f64)> = serde_json::from_value(steps).with_context(|| output.text())?;
+    let number = |name| find(&json, name).and_then(serde_json::Value::as_f64);
+    let steps = steps.into_iter().map(|(name, us)| (name, us / 1000.0));
+    let more = [
+        (
+            "frozen before",
+            number("frozen_before_us").map(|us| us / 1000.0),
+        ),
+        ("pages copied while frozen", number("copied_frozen")),
+    ];
+    let more = more
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)));
     Ok(Said {
         frozen: frozen / 1000.0,
-        steps: steps
-            .into_iter()
-            .map(|(name, micros)| (name, micros / 1000.0))
-            .collect(),
+        steps: steps.chain(more).collect(),
     })
 }
 
@@ -315,7 +324,7 @@ fn table(report: &Report) -> Result<String> {
     for (name, values) in steps {
         writeln!(
             text,
-            "tracker, median of {name:<10} {:>8.1}",
+            "tracker, median of {name:<26} {:>8.1}",
             median(values)
         )?;
     }

@@ -1,0 +1,74 @@
+//! Copying once more, while the application runs, what it wrote since its memory was copied.
+
+use super::Capture;
+use super::error::CheckpointError;
+use super::files::Slots;
+use crate::image::Store;
+use crate::sys::cgroup::{Event, Waited};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// How many pages make it worth to stop the application for a moment: to see which these are takes
+/// as long as to copy some thousand.
+const WORTHWHILE: u64 = 4096;
+
+/// How often it is stopped for that.
+const ROUNDS: usize = 3;
+
+/// How long freezing may take for that.
+const BRIEF: Duration = Duration::from_millis(500);
+
+impl Capture {
+    /// Copies again what was written since [`Capture::precopy`], so that less is left for the
+    /// frozen window. If that is much the application is stopped for as long as it takes to see
+    /// which pages these are.
+    ///
+    /// # Errors
+    /// The carrier is full, something cannot be read, or tracker was asked to stop.
+    pub fn refresh(&mut self, store: &dyn Store, slots: &mut Slots) -> Result<(), CheckpointError> {
+        if !self.memory.stats().dirty_tracking {
+            return Ok(());
+        }
+        let scope = self.scope();
+        let iterators = Rc::clone(&self.iterators);
+        let mut written = self.memory.written(&mut iterators.borrow_mut(), scope)?;
+        for _ in 0..ROUNDS {
+            if written < WORTHWHILE {
+                break;
+            }
+            let looked = self.look_frozen();
+            self.let_run();
+            looked?;
+            self.memory.copy_harvested(store, slots, &self.wakeups)?;
+            let before = written;
+            written = self.memory.written(&mut iterators.borrow_mut(), scope)?;
+            // What is written all the time does not get less.
+            if written > before / 2 {
+                break;
+            }
+        }
+        if self.writes_later {
+            self.memory.reserve(written);
+        }
+        self.timeline.done("refresh");
+        Ok(())
+    }
+
+    /// Freezes it and notes what has to be copied; if it takes too long to freeze, nothing.
+    fn look_frozen(&mut self) -> Result<(), CheckpointError> {
+        self.timeline.freeze();
+        self.freezing = true;
+        self.target.cgroup.set_frozen(true)?;
+        let deadline = Instant::now() + BRIEF;
+        let stop = Some(self.wakeups.stop_fd());
+        match self.target.cgroup.wait(Event::Frozen, deadline, stop)? {
+            Waited::Interrupted => Err(CheckpointError::Interrupted),
+            Waited::Late => Ok(()),
+            Waited::Reached => {
+                let scope = self.scope();
+                let iterators = Rc::clone(&self.iterators);
+                self.memory.harvest(&mut iterators.borrow_mut(), scope)
+            }
+        }
+    }
+}
