@@ -102,6 +102,38 @@ static __always_inline bool task_is_under(struct task_struct *task, u64 cgroup_i
 	return cgroup_is_under(BPF_CORE_READ(task, cgroups, dfl_cgrp), cgroup_id);
 }
 
+/* The address as a number: the verifier knows most objects as typed pointers, with
+ * which it allows no arithmetic. */
+static __always_inline u64 address(const void *object)
+{
+	u64 number = 0;
+
+	bpf_probe_read_kernel(&number, sizeof(number), &object);
+	return number;
+}
+
+/* Whether a cgroup is one of these or below one. `typed` is about the cgroup, see MEMBER. */
+static __always_inline bool is_below_root(const bool typed, struct cgroup *cgrp,
+					  const volatile struct root_rec *roots, u32 count)
+{
+	u64 ancestors = address(cgrp) + bpf_core_field_offset(struct cgroup, ancestors);
+	u32 level = MEMBER(typed, cgrp, level);
+	bool below = false;
+
+	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
+		struct cgroup *ancestor = NULL;
+
+		if (i >= count)
+			break;
+		if (roots[i].level > level)
+			continue;
+		bpf_probe_read_kernel(&ancestor, sizeof(ancestor),
+				      (void *)(ancestors + roots[i].level * 8));
+		below |= BPF_CORE_READ(ancestor, kn, id) == roots[i].id;
+	}
+	return below;
+}
+
 /* The file kinds of the anonymous inode filesystem are told apart by the name the
  * kernel gave the dentry; nobody else can create one there. The f_op symbols would
  * do too, but only kernels built with KALLSYMS_ALL offer them. */

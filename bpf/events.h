@@ -392,6 +392,7 @@ enum sock_flag {
 	SOCK_HAS_FILTER = 8,
 	SOCK_MULTICAST = 16, /* member of a group, IPv4 or IPv6 */
 	SOCK_EBPF = 32,      /* its filter or the choice in its port's group is an eBPF program */
+	SOCK_FOREIGN = 64,   /* made outside the cgroups that are tracked; iterators only */
 };
 
 /* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted

@@ -111,8 +111,11 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	r->wmem = sk->sk_wmem_queued;
 	r->err = sk->sk_err;
 	r->net_ns = sk->__sk_common.skc_net.net->ns.inum;
-	if (bpf_core_field_exists(sk->sk_cgrp_data))
+	if (bpf_core_field_exists(sk->sk_cgrp_data)) {
 		r->cgroup_id = sk->sk_cgrp_data.cgroup->kn->id;
+		if (root_count && !is_below_root(true, sk->sk_cgrp_data.cgroup, roots, root_count))
+			r->flags |= SOCK_FOREIGN;
+	}
 	fill_opts(false, &r->opts, sk, r->family, r->protocol);
 	if (r->family == AF_UNIX)
 		fill_unix(r, sk);

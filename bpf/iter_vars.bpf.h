@@ -7,6 +7,10 @@ u32 want;         /* enum iter_want */
 u64 generation;   /* number of the pass, never 0 */
 u64 side_lost;    /* records that did not fit the side ring */
 
+/* What is tracked, for who wants to know which sockets are foreign to it. */
+struct root_rec roots[TRK_MAX_ROOTS];
+u32 root_count;
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 8 << 20);

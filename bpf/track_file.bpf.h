@@ -60,6 +60,8 @@ static __always_inline void send_install_socket(const bool typed, struct files_s
 	if (!e)
 		return;
 	number(&e->install.ev, EVENT_FD_INSTALL_SOCKET, sizeof(*e));
+	if (!made_inside(typed, sk))
+		adopt(sk, e->install.ev.seq);
 	fill_install(typed, &e->install, files, fd, file, inode, mode, cloexec);
 	e->install.empty = fresh;
 	e->install.kind = FILE_SOCKET;

@@ -95,17 +95,8 @@ struct {
 	__type(value, struct call);
 } calls SEC(".maps");
 
-/* The address as a number: the verifier knows most objects as typed pointers, with
- * which it allows no arithmetic. */
-static __always_inline u64 address(const void *object)
-{
-	u64 number = 0;
-
-	bpf_probe_read_kernel(&number, sizeof(number), &object);
-	return number;
-}
-
-/* Its lower half, without a helper: a move of 32 bits makes a number of any pointer. */
+/* The lower half of an address, without a helper: a move of 32 bits makes a number of any
+ * pointer. */
 static __always_inline u32 address32(const void *object)
 {
 	u32 number;
@@ -122,23 +113,11 @@ static __always_inline u64 *verdict_of(struct cgroup *cgrp)
 /* The answer found out. `typed` is about the cgroup, see MEMBER. */
 static __always_inline bool judge(const bool typed, struct cgroup *cgrp)
 {
-	u64 ancestors = address(cgrp) + bpf_core_field_offset(struct cgroup, ancestors);
-	u32 level = MEMBER(typed, cgrp, level);
-	bool tracked = false;
+	bool tracked;
 
 	if (!tracking)
 		return false;
-	for (u32 i = 0; i < TRK_MAX_ROOTS; i++) {
-		struct cgroup *ancestor = NULL;
-
-		if (i >= root_count)
-			break;
-		if (roots[i].level > level)
-			continue;
-		bpf_probe_read_kernel(&ancestor, sizeof(ancestor),
-				      (void *)(ancestors + roots[i].level * 8));
-		tracked |= BPF_CORE_READ(ancestor, kn, id) == roots[i].id;
-	}
+	tracked = is_below_root(typed, cgrp, roots, root_count);
 	*verdict_of(cgrp) = address(cgrp) + tracked;
 	return tracked;
 }

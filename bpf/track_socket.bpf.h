@@ -46,6 +46,62 @@ static __always_inline void fill_event_unix(struct sock_part *e, struct sock *sk
 	}
 }
 
+/*
+ * Sockets of tracked processes that were made outside: they came with a process that was moved,
+ * or were handed over; a connection is of the cgroup its listener was made in, and one of a Unix
+ * listener of the cgroup it is connected from. By address; the value is the number of the event
+ * that said so last. User space adds those it finds by reading, and takes out what is gone.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u64);
+	__type(value, u64);
+} adopted SEC(".maps");
+
+/* Never less than there are: nobody looks while there are none. */
+u64 adoptions;
+
+/* Whether a socket was made in a tracked cgroup. `typed` is about the socket, see MEMBER. */
+static __always_inline bool made_inside(const bool typed, struct sock *sk)
+{
+	return !bpf_core_field_exists(sk->sk_cgrp_data) ||
+	       cgroup_tracked(typed, MEMBER(typed, sk, sk_cgrp_data.cgroup));
+}
+
+static __always_inline bool any_adopted(void)
+{
+	return *(volatile u64 *)&adoptions;
+}
+
+static __always_inline bool is_adopted(struct sock *sk)
+{
+	u64 key = address(sk);
+
+	return any_adopted() && bpf_map_lookup_elem(&adopted, &key);
+}
+
+/* From here on, whoever changes the socket, it is said; so its state is read afterwards. If
+ * there is no room, or user space takes it out right now, it is read again. */
+static __always_inline void adopt(struct sock *sk, u64 seq)
+{
+	u64 key = address(sk);
+
+	__sync_fetch_and_add(&adoptions, 1);
+	if (!bpf_map_update_elem(&adopted, &key, &seq, BPF_NOEXIST))
+		return;
+	__sync_fetch_and_add(&adoptions, -1);
+	if (bpf_map_update_elem(&adopted, &key, &seq, BPF_EXIST))
+		note_loss(key, CLASS_SOCKET);
+}
+
+/* Whether what happens to a socket is said: who changes it may be anyone. */
+static __always_inline bool sock_tracked(const bool typed, struct sock *sk)
+{
+	return current_tracked() || made_inside(typed, sk) || is_adopted(sk);
+}
+
 /* `typed` is about the socket, see MEMBER. */
 static __always_inline void fill_socket(const bool typed, struct sock_part *e, struct sock *sk,
 					u64 ino)
@@ -93,17 +149,29 @@ static __always_inline struct sock *sock_of_file(struct file *file)
 	return BPF_CORE_READ(socket, sk);
 }
 
-static __always_inline void send_socket_file(struct file *file)
+static __always_inline bool is_socket(struct file *file)
 {
-	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+	return file && (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) == S_IFSOCK;
+}
+
+/* After a call that may have changed a socket. Those of others are looked at only while there
+ * are adopted sockets: who made such a one may still hold it, as service managers do. */
+static __always_inline void socket_file_changed(struct file *file)
+{
+	bool tracked = current_tracked();
+	struct sock *sk;
+
+	if ((!tracked && !any_adopted()) || !is_socket(file))
 		return;
-	send_socket(sock_of_file(file), BPF_CORE_READ(file, f_inode, i_ino));
+	sk = sock_of_file(file);
+	if (tracked || is_adopted(sk))
+		send_socket(sk, BPF_CORE_READ(file, f_inode, i_ino));
 }
 
 static __always_inline void socket_changed(u32 fd)
 {
-	if (current_tracked())
-		send_socket_file(file_at(current_files(), fd));
+	if (current_tracked() || any_adopted())
+		socket_file_changed(file_at(current_files(), fd));
 }
 
 SEC("fexit/__sys_bind")
@@ -123,9 +191,12 @@ int BPF_PROG(sys_listen, int fd)
 /* A socket that sends without having been bound gets a port or name on the way. */
 static __always_inline int bound(struct sock *sk)
 {
-	struct file *file = BPF_CORE_READ(sk, sk_socket, file);
+	struct file *file;
 
-	if (file && current_tracked())
+	if (!current_tracked() && !is_adopted(sk))
+		return 0;
+	file = BPF_CORE_READ(sk, sk_socket, file);
+	if (file)
 		send_socket(sk, BPF_CORE_READ(file, f_inode, i_ino));
 	return 0;
 }
@@ -145,8 +216,7 @@ int BPF_PROG(unix_bound, struct sock *sk)
 SEC("fexit/__sys_connect_file")
 int BPF_PROG(sys_connect, struct file *file)
 {
-	if (current_tracked())
-		send_socket_file(file);
+	socket_file_changed(file);
 	return 0;
 }
 
@@ -163,14 +233,6 @@ static __always_inline void send_state(struct sock *sk, u32 state, u32 shutdown)
 	submit(e);
 }
 
-/* The socket knows the cgroup it was made in: who changes it may be anyone. One that came in
- * with a process that was moved was made outside; it is changed by tracked ones at least. */
-static __always_inline bool sock_tracked(const bool typed, struct sock *sk)
-{
-	return current_tracked() || !bpf_core_field_exists(sk->sk_cgrp_data) ||
-	       cgroup_tracked(typed, MEMBER(typed, sk, sk_cgrp_data.cgroup));
-}
-
 static __always_inline struct sock *unix_peer(struct sock *sk)
 {
 	struct unix_sock *unix = (void *)sk;
@@ -180,21 +242,21 @@ static __always_inline struct sock *unix_peer(struct sock *sk)
 	return BPF_CORE_READ(unix, peer);
 }
 
-/* What one end of a Unix connection shuts, the other end has shut too. */
+/* What one end of a Unix connection shuts, the other end has shut too; that may be the tracked
+ * one. */
 SEC("fexit/__sys_shutdown")
 int BPF_PROG(sys_shutdown, int fd)
 {
-	struct file *file;
-	struct sock *peer;
+	struct file *file = file_at(current_files(), fd);
+	struct sock *sk, *peer;
 
-	if (!current_tracked())
+	if (!is_socket(file))
 		return 0;
-	file = file_at(current_files(), fd);
-	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
-		return 0;
-	send_socket_file(file);
-	peer = unix_peer(sock_of_file(file));
-	if (peer)
+	sk = sock_of_file(file);
+	if (sk && sock_tracked(false, sk))
+		send_socket(sk, BPF_CORE_READ(file, f_inode, i_ino));
+	peer = unix_peer(sk);
+	if (peer && sock_tracked(false, peer))
 		send_state(peer, BPF_CORE_READ(peer, __sk_common.skc_state),
 			   BPF_CORE_READ(peer, sk_shutdown));
 	return 0;

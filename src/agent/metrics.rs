@@ -115,6 +115,12 @@ fn render(status: &Status) -> String {
         "Objects to be read again",
         suspects,
     );
+    gauge(
+        &mut registry,
+        "adopted_sockets",
+        "Sockets made outside the applications that are followed",
+        [(Vec::new(), counters.adopted)],
+    );
     let applications = || status.applications.iter();
     let sizes: [(&str, &str, Size); 5] = [
         ("processes", "Processes", |sizes| sizes.processes),

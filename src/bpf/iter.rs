@@ -207,6 +207,19 @@ impl Iterators {
         })
     }
 
+    /// Has passes tell the sockets that were made outside these cgroups and what is below them
+    /// ([`SockFlag::FOREIGN`](super::events)): cgroup id and depth below the root cgroup.
+    pub fn tell_foreign(&mut self, roots: &[(u64, u32)]) {
+        if let Some(vars) = self.skel.maps.bss_data.as_deref_mut() {
+            vars.root_count = 0;
+            for (slot, (id, level)) in vars.roots.iter_mut().zip(roots) {
+                slot.id = *id;
+                slot.level = *level;
+                vars.root_count += 1;
+            }
+        }
+    }
+
     /// The loaded programs.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! From what the iterators found to what the model compares and absorbs.
 
+use super::events::SockFlag;
 use super::iter::{Detail, Files, Tasks};
 use super::wire;
 use crate::model::event::FileKind;
@@ -27,6 +28,14 @@ pub fn add_tasks(snapshot: &mut Snapshot, tasks: &Tasks) {
             snapshot.attrs.push(wire::task_attrs(thread, process));
         }
     }
+}
+
+/// The sockets made outside what [`Iterators::tell_foreign`](super::iter::Iterators) was told of.
+pub fn foreign(files: &Files) -> impl Iterator<Item = SockId> {
+    files.files.iter().filter_map(|file| match &file.detail {
+        Detail::Socket(rec) if rec.flags & SockFlag::FOREIGN != 0 => Some(SockId(rec.sock)),
+        _ => None,
+    })
 }
 
 /// Adds descriptors with their sockets and epoll sets.

@@ -1,5 +1,6 @@
 //! The tracking hooks: which of them the kernel takes, their rings and counters.
 
+use super::adopted::Adopted;
 use super::events::EventClass;
 use super::fill::Fills;
 use super::hooks::When::{Always, Fallback, Fentry, Mappings};
@@ -64,8 +65,8 @@ pub struct LoadError {
 #[derive(Debug, thiserror::Error)]
 #[error("Accessing the BPF map {map} failed")]
 pub struct MapError {
-    map: &'static str,
-    source: libbpf_rs::Error,
+    pub(super) map: &'static str,
+    pub(super) source: libbpf_rs::Error,
 }
 
 /// A cgroup that does not exist, for a look at the programs: without any the verifier would
@@ -345,6 +346,13 @@ impl Hooks {
             .collect()
     }
 
+    /// The sockets that the hooks follow though they were made outside.
+    pub fn adopted(&mut self) -> Adopted<'_> {
+        let maps = &mut self.skel.maps;
+        let vars = maps.bss_data.as_deref_mut();
+        Adopted::new(&maps.adopted, vars.map(|vars| &mut vars.adoptions))
+    }
+
     /// The reader of all rings; `sink` gets every event, and `None` for a record that
     /// has not even a number.
     ///
@@ -410,7 +418,7 @@ impl Hooks {
     }
 }
 
-fn number(bytes: &[u8]) -> u64 {
+pub(super) fn number(bytes: &[u8]) -> u64 {
     bytes
         .first_chunk::<8>()
         .map_or(0, |bytes| u64::from_ne_bytes(*bytes))

@@ -64,6 +64,8 @@ pub struct Counters {
     pub resyncs: BTreeMap<String, u64>,
     /// Readings that failed.
     pub failed_readings: u64,
+    /// Sockets of tracked processes that were made outside and are followed now.
+    pub adopted: u64,
 }
 
 /// The model at one instant, in the hands of its thread.
@@ -126,8 +128,9 @@ impl Tracking {
     ///
     /// The kernel refuses the programs, or a thread cannot be started.
     pub fn start(options: &Options, roots: Vec<Root>) -> Result<Self, StartError> {
-        let iterators = Iterators::load()?;
+        let mut iterators = Iterators::load()?;
         let roots_of: Vec<_> = roots.iter().map(|root| (root.id.0, root.level)).collect();
+        iterators.tell_foreign(&roots_of);
         let mut hooks = Hooks::load(options, &roots_of)?;
         let (batches, inbox) = bounded(1024);
         let stop = Arc::new(AtomicBool::new(false));

@@ -1,9 +1,9 @@
 //! Reads objects from the kernel through the BPF iterators, in a thread of its own.
 
 use crate::bpf::iter::{Files, Iterators, ReadError, Scope, Tasks};
-use crate::bpf::reading::{add_files, add_tasks};
+use crate::bpf::reading::{add_files, add_tasks, foreign};
 use crate::bpf::wire;
-use crate::model::ids::MmId;
+use crate::model::ids::{MmId, SockId};
 use crate::model::snapshot::Snapshot;
 use crate::sys::membarrier;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -29,7 +29,15 @@ pub(super) struct Order {
 #[derive(Debug)]
 pub(super) struct Reading {
     pub order: Order,
-    pub result: Result<Snapshot, ReadError>,
+    pub result: Result<Found, ReadError>,
+}
+
+/// What was read.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub snapshot: Snapshot,
+    /// Sockets in it that were made outside the tracked cgroups.
+    pub foreign: BTreeSet<SockId>,
 }
 
 /// Starts the thread; it ends when the sender is dropped.
@@ -67,11 +75,10 @@ fn has_unlisted(files: &Files, tasks: &Tasks) -> bool {
     alive.any(|thread| thread.files != 0 && !listed.contains(&thread.files))
 }
 
-fn read(iterators: &mut Iterators, order: &Order) -> Result<Snapshot, ReadError> {
-    let mut snapshot = Snapshot {
-        seq: order.seq,
-        ..Snapshot::default()
-    };
+fn read(iterators: &mut Iterators, order: &Order) -> Result<Found, ReadError> {
+    let mut found = Found::default();
+    let snapshot = &mut found.snapshot;
+    snapshot.seq = order.seq;
     snapshot.all_tasks = order.all && order.files;
     for scope in &order.scopes {
         if order.files {
@@ -82,8 +89,9 @@ fn read(iterators: &mut Iterators, order: &Order) -> Result<Snapshot, ReadError>
                 // A thread came in between, with a table that is not empty for that.
                 files = iterators.files_and_sets(*scope)?;
             }
-            add_tasks(&mut snapshot, &tasks);
-            add_files(&mut snapshot, &files);
+            add_tasks(snapshot, &tasks);
+            add_files(snapshot, &files);
+            found.foreign.extend(foreign(&files));
         }
         if order.mms {
             for vma in iterators.vmas(*scope)? {
@@ -92,5 +100,5 @@ fn read(iterators: &mut Iterators, order: &Order) -> Result<Snapshot, ReadError>
             }
         }
     }
-    Ok(snapshot)
+    Ok(found)
 }

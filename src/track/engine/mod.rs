@@ -1,5 +1,6 @@
 //! The thread that owns the model.
 
+mod adoption;
 mod names;
 mod resync;
 mod suspects;
@@ -14,6 +15,7 @@ use crate::bpf::track::{HookSet, Hooks};
 use crate::model::apply::apply;
 use crate::model::event::Event;
 use crate::model::state::State;
+use adoption::Adoption;
 use crossbeam_channel::{Receiver, Sender, select};
 use names::Naming;
 use resync::{FILES_PAUSE, MMS_PAUSE};
@@ -70,6 +72,7 @@ pub(super) struct Engine {
     readings: Receiver<Reading>,
     reader: Option<JoinHandle<()>>,
     naming: Naming,
+    adoption: Adoption,
     /// Events applied since the reading under way was asked for.
     log: Option<Vec<Event>>,
     /// Threads may be missing: everything is to be read.
@@ -113,6 +116,7 @@ impl Engine {
             readings,
             reader: Some(reader),
             naming,
+            adoption: Adoption::new(now),
             log: None,
             read_all: true,
             spread: false,
@@ -249,6 +253,7 @@ impl Engine {
         self.mind_gaps();
         self.maybe_read();
         self.maybe_name();
+        self.maybe_sweep();
     }
 
     fn mind_gaps(&mut self) {

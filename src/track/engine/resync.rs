@@ -5,7 +5,7 @@ use crate::bpf::iter::Scope;
 use crate::model::event::{Event, Object};
 use crate::model::ids::{FilesId, MmId, Pid};
 use crate::model::snapshot::{absorb, replay};
-use crate::track::reader::{Order, Reading};
+use crate::track::reader::{Found, Order, Reading};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ impl Engine {
             self.spread = false;
             self.state.suspect_details();
         }
+        self.suspect_adopted();
         let suspects = self.state.suspects();
         let is_mm = |object: &Object| matches!(object, Object::Mm(_));
         let files = self.read_all || !suspects.iter().all(is_mm);
@@ -158,13 +159,14 @@ impl Engine {
     pub(super) fn absorb(&mut self, reading: Reading) {
         let Some(log) = self.log.take() else { return };
         match reading.result {
-            Ok(snapshot) => {
+            Ok(Found { snapshot, foreign }) => {
                 absorb(&mut self.state, &snapshot);
                 // Equal: a loss that was noted since, which has no number of its own.
                 let since = log.iter().filter(|event| event.seq >= snapshot.seq);
                 let since: Vec<Event> = since.cloned().collect();
                 // Judged when they were applied first.
                 replay(&mut self.state, &since);
+                self.adopt(&foreign);
                 if std::mem::take(&mut self.repeat) {
                     self.state.suspect_everything();
                 }

@@ -113,7 +113,8 @@ impl Engine {
     }
 
     /// No tracepoint tells that a watch went with what it watched, or after its one event,
-    /// nor that a socket was bound because it sent.
+    /// nor that a socket was bound because it sent, nor that who is not tracked shut or closed
+    /// the other end of a Unix connection.
     pub(super) fn suspect_unseen(&mut self) {
         let inotifies = self.state.inotifies.iter();
         let watching = inotifies.filter(|(_, inotify)| !inotify.watches.is_empty());
@@ -121,8 +122,12 @@ impl Engine {
         let sockets = self.state.sockets.iter();
         let unbound = sockets
             .filter(|(_, socket)| socket.info.local_port == 0 && socket.info.name.is_empty());
-        let unbound = unbound.map(|(id, _)| Object::Socket(*id));
-        for object in watching.chain(unbound).collect::<Vec<_>>() {
+        let unknown = |peer| !self.state.sockets.contains_key(&peer);
+        let sockets = self.state.sockets.iter();
+        let led_out = sockets.filter(|(_, socket)| socket.info.peer.is_some_and(unknown));
+        let sockets = unbound.chain(led_out);
+        let sockets = sockets.map(|(id, _)| Object::Socket(*id));
+        for object in watching.chain(sockets).collect::<Vec<_>>() {
             self.state.suspect(object);
         }
     }

@@ -17,6 +17,7 @@ mod services;
 mod terminal;
 mod tracked;
 mod tracking;
+mod tracking_adopted;
 mod tracking_losses;
 mod tracking_membership;
 mod tracking_programs;
@@ -50,6 +51,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         aborts::SCENARIOS,
         damaged::SCENARIOS,
         tracking::SCENARIOS,
+        tracking_adopted::SCENARIOS,
         tracking_losses::SCENARIOS,
         tracking_membership::SCENARIOS,
         tracking_programs::SCENARIOS,
