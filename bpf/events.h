@@ -265,9 +265,11 @@ struct mm_rec {
 	__u32 map_count;
 	__u32 auxv_words; /* valid words of auxv */
 	__u64 aio;        /* ioctx_table, 0 without AIO contexts */
+	__u32 membarrier; /* MEMBARRIER_STATE_* */
+	__u32 pad;
 	__u64 auxv[TRK_AUXV_WORDS];
 };
-TRK_ASSERT_SIZE(struct mm_rec, 680);
+TRK_ASSERT_SIZE(struct mm_rec, 688);
 
 struct sigaction_rec {
 	__u64 handler;

@@ -279,6 +279,9 @@ static __always_inline void fill_mm(struct mm_rec *r, struct task_struct *task,
 	r->tgid = task->tgid;
 	r->map_count = mm->map_count;
 	r->aio = bpf_core_field_exists(mm->ioctx_table) ? (u64)mm->ioctx_table : 0;
+	r->membarrier = 0;
+	if (bpf_core_field_exists(mm->membarrier_state))
+		r->membarrier = BPF_CORE_READ(mm, membarrier_state.counter);
 	if (auxv > sizeof(r->auxv))
 		auxv = sizeof(r->auxv);
 	r->auxv_words = auxv / 8;

@@ -324,6 +324,7 @@ struct mm_struct {
 	mm_context_t context;
 	unsigned long flags;
 	void *ioctx_table;
+	atomic_t membarrier_state;
 	struct file *exe_file;
 };
 struct mm_struct___flags_struct {

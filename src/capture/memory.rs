@@ -253,6 +253,7 @@ impl Memory {
                 vmas,
                 pages: copied.runs,
                 def_flags: rec.def_flags,
+                membarrier: mm::membarrier(rec),
             };
             found.insert(MmId(rec.mm), mm);
         }

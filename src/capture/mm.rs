@@ -82,6 +82,25 @@ pub fn auxv(rec: &MmRec) -> Vec<u8> {
     words[..used].iter().flat_map(|w| w.to_le_bytes()).collect()
 }
 
+/// `MEMBARRIER_STATE_*` of include/linux/sched/mm.h, and `MEMBARRIER_CMD_REGISTER_*` that sets
+/// it: of private expedited, global expedited, private expedited for SYNC_CORE and for RSEQ.
+/// The other bits (`*_READY`) say only that all CPUs know of it.
+const REGISTRATIONS: [(u32, u32); 4] = [
+    (1 << 1, 1 << 4),
+    (1 << 3, 1 << 2),
+    (1 << 5, 1 << 6),
+    (1 << 7, 1 << 8),
+];
+
+/// The membarrier(2) registrations of an address space.
+#[must_use]
+pub fn membarrier(rec: &MmRec) -> u32 {
+    let registered = REGISTRATIONS
+        .iter()
+        .filter(|(bit, _)| rec.membarrier & bit != 0);
+    registered.fold(0, |all, (_, command)| all | command)
+}
+
 /// Why a mapping cannot be carried, from its record alone.
 #[must_use]
 pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
@@ -338,6 +357,19 @@ mod tests {
         };
         rec.auxv[..6].copy_from_slice(&[6, 4096, 0, 0, 9, 9]);
         assert_eq!(auxv(&rec).len(), 4 * 8);
+    }
+
+    #[test]
+    fn membarrier_registrations_are_their_commands() {
+        let registered = |state| {
+            membarrier(&MmRec {
+                membarrier: state,
+                ..MmRec::default()
+            })
+        };
+        assert_eq!(registered(0), 0);
+        assert_eq!(registered(0b11), 1 << 4);
+        assert_eq!(registered(0b1111_1111), 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8);
     }
 
     #[test]

@@ -72,6 +72,7 @@ impl Rebuild<'_> {
         }
         self.fill(&mut plan.build)?;
         self.protect(&mut plan.seal, vdso_move);
+        self.register(&mut plan.seal);
         self.bounds(&mut plan.seal, tape)?;
         Ok(plan)
     }
@@ -222,6 +223,14 @@ impl Rebuild<'_> {
             let on_fault = self.mm.def_flags & VM_LOCKONFAULT != 0;
             let flags = libc::MCL_FUTURE | if on_fault { libc::MCL_ONFAULT } else { 0 };
             script.zero(libc::SYS_mlockall, &[flags.cast_unsigned().into()]);
+        }
+    }
+
+    /// While there is one thread, which the kernel need not tell other CPUs of.
+    fn register(&self, script: &mut Script) {
+        let bits = (0..u32::BITS).map(|bit| 1 << bit);
+        for command in bits.filter(|bit| self.mm.membarrier & bit != 0) {
+            script.zero(libc::SYS_membarrier, &[command.into(), 0, 0]);
         }
     }
 

@@ -360,6 +360,7 @@ fn address_space() -> Mm {
             code: vec![0xcc; 64],
         }),
         def_flags: 0x2000,
+        membarrier: 0x10,
         ..Mm::default()
     }
 }

@@ -22,6 +22,10 @@ pub struct Mm {
     pub vdso: Option<Vdso>,
     /// `MCL_FUTURE`/`MCL_ONFAULT` default flags (`mm->def_flags`), raw `VM_*`.
     pub def_flags: u64,
+    /// What is registered for membarrier(2), as `MEMBARRIER_CMD_GET_REGISTRATIONS` tells it:
+    /// the `MEMBARRIER_CMD_REGISTER_*` that were called.
+    #[serde(default)]
+    pub membarrier: u32,
 }
 
 /// `struct prctl_mm_map` without its auxv and descriptor.

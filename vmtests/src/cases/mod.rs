@@ -13,6 +13,7 @@ mod file;
 mod filter;
 mod job;
 mod mapping;
+mod membarrier;
 mod memory;
 mod pidfd;
 mod pipe;
@@ -36,6 +37,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         file::CASES,
         mapping::CASES,
         memory::CASES,
+        membarrier::CASES,
         sysv::CASES,
         threads::CASES,
         time::CASES,
