@@ -19,10 +19,14 @@ const PACKAGES: &[&str] = &[
     "redis-tools",
     "memcached",
     "nginx-light",
-    // Programs that are only tracked: many processes, many threads.
+    // What is checkpointed with clients connected: many processes, many threads, sessions on
+    // terminals.
     "postgresql",
     "postgresql-contrib",
     "nodejs",
+    // Has the compiler's module as well, only not its command.
+    "openjdk-17-jre-headless",
+    "openssh-server",
     // What tracker links against.
     "libelf1",
     "zlib1g",
@@ -149,6 +153,8 @@ fn build(dir: &Path) -> Result<()> {
         .chain(Kernel::ALL.map(Kernel::package))
         .collect();
     mmdebstrap.arg(format!("--include={}", packages.join(",")));
+    // Packages put links to manual pages there, which are not, and fail if they cannot.
+    mmdebstrap.arg("--essential-hook=mkdir -p \"$1/usr/share/man/man1\"");
     // Before the kernels are installed, whose scripts build the initrds.
     mmdebstrap.arg(format!(
         "--essential-hook=mkdir -p \"$1/etc/initramfs-tools/conf.d\" && \

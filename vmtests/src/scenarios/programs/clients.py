@@ -5,7 +5,9 @@ said before may be lost, and no connection be made again.
 """
 
 import hashlib
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -117,9 +119,161 @@ def postgres():
     equal(session.wait(), 0)
 
 
+def java():
+    """A JVM whose threads sleep, wait, park, read and accept, and whose timer counts."""
+    web = [http(7101) for _ in range(8)]
+    lines = [socket.create_connection(("127.0.0.1", 7100)).makefile("rw") for _ in range(8)]
+    said = [0] * len(lines)
+
+    def ask(client, question):
+        stream = lines[client]
+        stream.write(question + "\n")
+        stream.flush()
+
+    def answer(client):
+        said[client] += 1
+        number, rest = lines[client].readline().split(" ", 1)
+        equal(int(number), said[client])
+        return rest.rstrip("\n")
+
+    def asked(client, question):
+        ask(client, question)
+        return answer(client)
+
+    def everybody(turn):
+        for number, connection in enumerate(web, 1 + turn * len(web)):
+            equal(get(connection), b"%d %d\n" % (number, number * number))
+        for client in range(len(lines)):
+            equal(asked(client, f"client {client}"), f"client {client}")
+
+    everybody(0)
+    everybody(1)
+    threads = int(asked(0, "threads"))
+    if threads < 40:
+        sys.exit(f"Only {threads} threads")
+    before = json.loads(asked(0, "ticks"))
+    # One that sleeps throughout.
+    ask(7, "wait 20000")
+    between()
+    for client in range(7):
+        equal(asked(client, f"again {client}"), f"again {client}")
+    # Every thread that waits for some time wakes up again, and none has forgotten its count.
+    after = json.loads(asked(0, "ticks"))
+    for old, new in zip(before, after, strict=True):
+        if new < old:
+            sys.exit(f"Counters {before} became {after}")
+    while any(now <= old for now, old in zip(json.loads(asked(0, "ticks")), after)):
+        time.sleep(0.2)
+    equal(asked(1, "threads"), str(threads))
+    # The collector stops all of them, and moves what they have.
+    equal(asked(2, "collect"), "200")
+    equal(asked(3, "release"), "true")
+    waited = int(answer(7))
+    if not 20000 <= waited < 200000:
+        sys.exit(f"20 seconds took {waited} milliseconds")
+    everybody(2)
+    # Threads can be made as well.
+    lines.append(socket.create_connection(("127.0.0.1", 7100)).makefile("rw"))
+    said.append(0)
+    equal(asked(8, "new"), "new")
+
+
+class Session:
+    """An ssh(1) to the server under test; what it shows is read as it comes."""
+
+    def __init__(self, user, *words):
+        options = ["IdentityFile=/root/key", "StrictHostKeyChecking=no", "LogLevel=error"]
+        options += ["UserKnownHostsFile=/root/known_hosts", "RekeyLimit=100K"]
+        command = ["ssh", "-F", "none", "-p", "2222", "-l", user]
+        for option in options:
+            command += ["-o", option]
+        environment = {**os.environ, "TERM": "dumb"}
+        self.ssh = subprocess.Popen(
+            [*command, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            env=environment,
+        )
+        self.fresh = b""
+
+    def type(self, keys):
+        self.ssh.stdin.write(keys.encode())
+
+    def shows(self, pattern):
+        """Waits for this, after what was seen before."""
+        while not (found := re.search(pattern.encode(), self.fresh)):
+            part = os.read(self.ssh.stdout.fileno(), 1 << 16)
+            if not part:
+                sys.exit(f"{pattern!r} is not shown, but {self.fresh!r}; ssh ends")
+            self.fresh += part
+        self.fresh = self.fresh[found.end() :]
+        return found
+
+    def asked(self, command):
+        """What a command prints; its echo has no line that begins so."""
+        self.type(f'printf "\\n<%s>\\n" "{command}"\n')
+        return self.shows("\n<([^>]*)>\r?\n").group(1).decode()
+
+    def ends(self, status):
+        self.ssh.stdin.close()
+        while part := os.read(self.ssh.stdout.fileno(), 1 << 16):
+            self.fresh += part
+        equal((self.ssh.wait(), status), (status, status))
+
+
+def sshd():
+    """A user's shell on a terminal with jobs, and one of root's behind pipes."""
+    shell = Session("visitor", "-tt", "localhost")
+    equal(shell.asked("$(id -un)"), "visitor")
+    shell.type("colour=blue; cd /var/tmp\n")
+    # A job of one process, whose PID is compared as well.
+    shell.type("mkfifo fifo; while ! read -t 0.2 <>fifo; do echo >>ticks; done &\n")
+    terminal = shell.asked("$(tty)")
+    if not terminal.startswith("/dev/pts/"):
+        sys.exit(f"Its terminal is {terminal}")
+    pid = shell.asked("$$ $!")
+    pipes = Session("root", "-T", "localhost", 'while read a; do echo "$((++n)) $a"; done; exit 9')
+    for number in 1, 2:
+        pipes.type(f"line {number}\n")
+        pipes.shows(f"^{number} line {number}\n")
+    # The foreground is busy, until somebody interrupts it.
+    shell.type("sleep 1002\n")
+    while subprocess.run(["pgrep", "-fx", "sleep 1002"], capture_output=True).returncode:
+        time.sleep(0.1)
+    between()
+    pipes.type("line 3\n")
+    pipes.shows("^3 line 3\n")
+    shell.type("\x03")
+    equal(shell.asked("$? $colour $PWD"), "130 blue /var/tmp")
+    equal((shell.asked("$(tty)"), shell.asked("$$ $!")), (terminal, pid))
+    equal(shell.asked("$(jobs -rp)"), pid.split()[1])
+    ticks = int(shell.asked("$(wc -l <ticks)"))
+    while int(shell.asked("$(wc -l <ticks)")) <= ticks:
+        time.sleep(0.2)
+    # Keys are exchanged anew on the way, by the monitor and by the user's process.
+    shell.type("seq 30000\n")
+    for number in range(1, 30001, 100):
+        shell.shows(f"\n{number}\r\n")
+    shell.shows("\n30000\r\n")
+    pipes.type("line " * 50000 + "\n")
+    equal(len(pipes.shows("^4 ([line ]*)\n").group(1)), 5 * 50000 - 1)
+    shell.type("kill %1; wait %1\n")
+    equal(shell.asked("$?"), "143")
+    other = Session("visitor", "localhost", "echo other; exit 3")
+    other.shows("^other\n")
+    other.ends(3)
+    shell.type("exit 7\n")
+    shell.ends(7)
+    pipes.ends(9)
+
+
 {
     "nginx": nginx,
     "node": node,
     "asyncio": lambda: counters(7000),
     "postgres": postgres,
+    "java": java,
+    "sshd": sshd,
 }[sys.argv[1]]()

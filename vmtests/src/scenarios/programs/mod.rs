@@ -36,6 +36,18 @@ pub const SCENARIOS: &[Scenario] = &[
         configure,
         run: |vm| restored(vm, &ASYNCIO),
     },
+    Scenario {
+        name: "programs_java",
+        kernels: &Kernel::ALL,
+        configure,
+        run: |vm| restored(vm, &JAVA),
+    },
+    Scenario {
+        name: "programs_sshd",
+        kernels: &Kernel::ALL,
+        configure,
+        run: |vm| restored(vm, &SSHD),
+    },
 ];
 
 fn configure(vm: VmBuilder) -> VmBuilder {
@@ -113,11 +125,40 @@ const ASYNCIO: Server = Server {
     ready: "listening",
 };
 
+/// The source as it is: the runtime has the compiler, and compiles in the server's own process.
+const JAVA: Server = Server {
+    name: "java",
+    prepare: ":",
+    command: &[
+        "java",
+        "-Xmx64m",
+        "-XX:+UseG1GC",
+        // Seconds, so that a slow machine's connections are not closed for being idle.
+        "-Dsun.net.httpserver.idleInterval=600",
+        "/root/Threads.java",
+    ],
+    ready: "listening",
+};
+
+/// With sessions of root, which stay with one process, and of a user, which are in two.
+const SSHD: Server = Server {
+    name: "sshd",
+    prepare: "set -e
+mkdir -p /run/sshd
+useradd --create-home --shell /bin/bash --password '*' visitor
+ssh-keygen -q -t ed25519 -N '' -f /root/key
+for home in /root /home/visitor; do install -D -m 644 /root/key.pub $home/.ssh/authorized_keys; done
+printf '%s\n' 'Port 2222' 'ListenAddress 127.0.0.1' 'UsePAM no' 'PidFile none' >/root/sshd.conf",
+    command: &["/usr/sbin/sshd", "-D", "-e", "-f", "/root/sshd.conf"],
+    ready: "Server listening on",
+};
+
 /// The clients get late answers, and nothing else.
 fn restored(vm: &Vm, server: &Server) -> Result<()> {
     vm.write_file("/root/clients.py", include_bytes!("clients.py"))?;
     vm.write_file("/root/counter.py", include_bytes!("counter.py"))?;
     vm.write_file("/root/squares.js", include_bytes!("squares.js"))?;
+    vm.write_file("/root/Threads.java", include_bytes!("Threads.java"))?;
     let name = server.name;
     let patient = |script: &str| Exec::new(["sh", "-c", script]).timeout(PATIENCE);
     vm.exec(patient(server.prepare))?.check()?;
