@@ -22,6 +22,7 @@ mod process;
 mod pty;
 mod refused;
 mod refused_objects;
+mod rewritten;
 mod sharing;
 mod signals;
 mod sysv;
@@ -37,6 +38,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         file::CASES,
         mapping::CASES,
         memory::CASES,
+        rewritten::CASES,
         membarrier::CASES,
         sysv::CASES,
         threads::CASES,
