@@ -14,6 +14,7 @@ mod lock;
 mod memory;
 mod mm;
 mod pages;
+mod pending;
 mod refresh;
 mod restart;
 mod semaphores;

@@ -2,9 +2,10 @@
 
 use super::error::CheckpointError;
 use super::mm::vm;
+use super::pending::{Pending, write_summed};
 use crate::bpf::events::{VmaKind, VmaRec};
 use crate::fault::Fault;
-use crate::image::{Store, StoreError, while_writing};
+use crate::image::Store;
 use crate::model::frozen::{PAGE_SIZE, PageRun};
 use crate::model::ids::Pid;
 use crate::sys::memory::{MAX_RANGES, Pagemap, read_ranges};
@@ -92,13 +93,12 @@ pub fn joined(runs: impl IntoIterator<Item = PageRun>) -> Vec<PageRun> {
 
 /// What makes a mapping the same one as at an earlier moment. Anonymous memory that is moved
 /// keeps the page offset of where it was first touched, so two anonymous mappings that were
-/// exchanged differ.
+/// exchanged differ; of files this cannot be told, so their private pages are copied anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     end: u64,
     pgoff: u64,
     flags: u64,
-    file: (u32, u64),
 }
 
 /// The mappings at the moment dirty tracking began, by first address.
@@ -109,21 +109,11 @@ fn is_plain(vma: &VmaRec) -> bool {
     vma.file == 0 && vma.kind == VmaKind::ANON
 }
 
-/// Whether it can be told from another. Two private mappings of the same part of a file that were
-/// exchanged look alike, but mremap(2) makes pages dirty that it moves one by one
-/// (`move_soft_dirty_pte`), as it does where there is no whole page table to move.
-fn is_told(vma: &VmaRec) -> bool {
-    /// What one page table maps (`PMD_SIZE`).
-    const TABLE: u64 = 2 << 20;
-    is_plain(vma) || vma.end - vma.start < TABLE
-}
-
 fn identity_of(vma: &VmaRec) -> Identity {
     Identity {
         end: vma.end,
         pgoff: vma.pgoff,
         flags: vma.flags & !vm::SOFTDIRTY,
-        file: (vma.dev, vma.ino),
     }
 }
 
@@ -131,16 +121,17 @@ impl Tracked {
     /// Notes the mappings of one address space.
     #[must_use]
     pub fn new(vmas: &[VmaRec]) -> Self {
-        let told = vmas.iter().filter(|vma| is_told(vma));
-        Self(told.map(|vma| (vma.start, identity_of(vma))).collect())
+        let plain = vmas.iter().filter(|vma| is_plain(vma));
+        Self(plain.map(|vma| (vma.start, identity_of(vma))).collect())
     }
 
     fn holds(&self, vma: &VmaRec) -> bool {
-        is_told(vma) && self.0.get(&vma.start) == Some(&identity_of(vma))
+        is_plain(vma) && self.0.get(&vma.start) == Some(&identity_of(vma))
     }
 }
 
-/// Finds the private pages of one address space. With `tracked`, pages of unchanged mappings that were not written since count as clean.
+/// Finds the private pages of one address space. With `tracked`, pages of unchanged
+/// anonymous mappings that were not written since count as clean.
 ///
 /// # Errors
 /// The pagemap cannot be read.
@@ -195,90 +186,6 @@ pub struct Copied {
     pub runs: Vec<PageRun>,
 }
 
-/// Pages that were read and are to be written to an image later.
-#[derive(Default)]
-pub struct Pending {
-    buffer: Vec<u8>,
-    used: usize,
-    runs: Vec<PageRun>,
-}
-
-impl std::fmt::Debug for Pending {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut shown = f.debug_struct("Pending");
-        shown.field("bytes", &self.used).finish_non_exhaustive()
-    }
-}
-
-impl Pending {
-    /// Room for so many pages, in memory that is there when it is needed.
-    pub fn with_room(pages: u64) -> Self {
-        Self {
-            // Not zeroes: those would be mapped only when they are written to.
-            buffer: vec![1; usize::try_from(pages * PAGE_SIZE).unwrap_or(0)],
-            ..Self::default()
-        }
-    }
-
-    fn has_room(&self, bytes: usize) -> bool {
-        self.buffer.len() - self.used >= bytes
-    }
-
-    /// Writes them.
-    ///
-    /// # Errors
-    /// The carrier is full or refuses.
-    pub fn write(self, store: &dyn Store) -> Result<(), CheckpointError> {
-        let mut rest = &self.buffer[..self.used];
-        let mut runs = &self.runs[..];
-        while !runs.is_empty() {
-            let (mut count, mut bytes) = (0, 0);
-            for run in runs {
-                if count > 0 && bytes + len_of(run) > Copier::BATCH {
-                    break;
-                }
-                count += 1;
-                bytes += len_of(run);
-            }
-            let (batch, after) = runs.split_at(count);
-            let (pages, others) = rest.split_at(bytes);
-            write_summed(store, batch, pages)?;
-            (runs, rest) = (after, others);
-        }
-        Ok(())
-    }
-}
-
-/// Writes pages that were read one after the other, and notes their sums.
-fn write_summed(store: &dyn Store, runs: &[PageRun], pages: &[u8]) -> Result<(), CheckpointError> {
-    let sums = while_writing(pages, || write(store, runs, pages))?;
-    let mut rest = &sums[..];
-    for run in runs {
-        let (own, others) = rest.split_at(len_of(run) / 4096);
-        store.written().note(run.slot, own);
-        rest = others;
-    }
-    Ok(())
-}
-
-/// Slots of neighbours are written together.
-fn write(store: &dyn Store, runs: &[PageRun], pages: &[u8]) -> Result<(), StoreError> {
-    let mut start = 0;
-    let mut first = 0;
-    while first < runs.len() {
-        let mut last = first;
-        let mut end = start + len_of(&runs[first]);
-        while last + 1 < runs.len() && runs[last].slot + runs[last].pages == runs[last + 1].slot {
-            last += 1;
-            end += len_of(&runs[last]);
-        }
-        store.write_unsummed(runs[first].slot, &pages[start..end])?;
-        start = end;
-        first = last + 1;
-    }
-    Ok(())
-}
-
 /// Copies pages of one process into an image, with one reused buffer.
 pub struct Copier<'a> {
     /// The image.
@@ -296,7 +203,7 @@ impl std::fmt::Debug for Copier<'_> {
 
 impl<'a> Copier<'a> {
     /// Bytes read at once.
-    const BATCH: usize = 4 << 20;
+    pub(super) const BATCH: usize = 4 << 20;
 
     /// A copier for this image.
     #[must_use]
@@ -368,11 +275,9 @@ impl<'a> Copier<'a> {
         Fault::PageWrite.point()?;
         let ranges: Vec<(u64, usize)> = batch.iter().map(|run| (run.addr, len_of(run))).collect();
         let total: usize = ranges.iter().map(|(_, len)| len).sum();
-        let later = self.pending.has_room(total);
-        let buffer = match later {
-            true => &mut self.pending.buffer[self.pending.used..][..total],
-            false => &mut self.buffer[..total],
-        };
+        let mut room = self.pending.room(total);
+        let later = room.is_some();
+        let buffer = room.get_or_insert(&mut self.buffer[..total]);
         let got = read_ranges(pid, &ranges, buffer).unwrap_or(0);
         // Whole runs that arrived.
         let mut at = 0;
@@ -386,8 +291,7 @@ impl<'a> Copier<'a> {
         }
         let arrived = &batch[..whole];
         if later {
-            self.pending.used += at;
-            self.pending.runs.extend(arrived);
+            self.pending.note(arrived);
         } else {
             write_summed(self.store, arrived, &self.buffer[..at])?;
         }
@@ -427,7 +331,8 @@ impl<'a> Copier<'a> {
     }
 }
 
-fn len_of(run: &PageRun) -> usize {
+/// Bytes of a run.
+pub(super) fn len_of(run: &PageRun) -> usize {
     usize::try_from(run.pages * PAGE_SIZE).unwrap_or(usize::MAX)
 }
 
@@ -537,17 +442,10 @@ mod tests {
         assert!(tracked.holds(&vma(P, 1)));
         assert!(!tracked.holds(&vma(P, 4)));
         assert!(!tracked.holds(&vma(2 * P, 2)));
-        let file = |pages: u64| VmaRec {
+        let file = VmaRec {
             file: 1,
-            end: (1 + pages) * P,
             ..vma(P, 1)
         };
-        assert!(!Tracked::new(&[file(512)]).holds(&file(512)));
-        assert!(Tracked::new(&[file(511)]).holds(&file(511)));
-        let other = VmaRec {
-            ino: 7,
-            ..file(511)
-        };
-        assert!(!Tracked::new(&[file(511)]).holds(&other));
+        assert!(!Tracked::new(&[file]).holds(&file));
     }
 }
