@@ -105,7 +105,7 @@ impl Step<'_> {
         }
         // Many files share an inode, but only a new one is just made or empty.
         if ofd.is(info) && (was_held || !info.empty) {
-            ofd.told = seq;
+            ofd.told = ofd.told.max(seq);
             return false;
         }
         if known && was_held {
