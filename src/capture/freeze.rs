@@ -63,22 +63,25 @@ impl Capture {
         frozen.is_some_and(|frozen| files::handshakes(&frozen.open))
     }
 
-    /// Freezes and stops it; returns what is not carried and has appeared since it was examined.
-    fn freeze_once(&mut self) -> Result<Vec<Blocker>, CheckpointError> {
-        let limit = self.options.deadline;
+    /// Freezes it, and says whether that took no longer than `limit`.
+    pub(super) fn freezes_within(&mut self, limit: Duration) -> Result<bool, CheckpointError> {
         let deadline = Instant::now() + limit;
         self.timeline.freeze();
         self.freezing = true;
         self.target.cgroup.set_frozen(true)?;
-        let stop = self.wakeups.stop_fd();
-        match self
-            .target
-            .cgroup
-            .wait(Event::Frozen, deadline, Some(stop))?
-        {
-            Waited::Reached => {}
-            Waited::Interrupted => return Err(CheckpointError::Interrupted),
-            Waited::Late => return Err(self.late()),
+        let stop = Some(self.wakeups.stop_fd());
+        match self.target.cgroup.wait(Event::Frozen, deadline, stop)? {
+            Waited::Reached => Ok(true),
+            Waited::Late => Ok(false),
+            Waited::Interrupted => Err(CheckpointError::Interrupted),
+        }
+    }
+
+    /// Freezes and stops it; returns what is not carried and has appeared since it was examined.
+    fn freeze_once(&mut self) -> Result<Vec<Blocker>, CheckpointError> {
+        let limit = self.options.deadline;
+        if !self.freezes_within(limit)? {
+            return Err(self.late());
         }
         Fault::Freeze.point()?;
         let tasks = self.iterators.borrow_mut().tasks(self.scope())?;

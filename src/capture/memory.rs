@@ -98,7 +98,7 @@ impl Memory {
         let mut copier = Copier::new(store);
         for rec in tracked {
             wakeups.check()?;
-            let vmas = by_mm.get(&rec.mm).map_or(&[][..], Vec::as_slice);
+            let vmas = of(&by_mm, rec);
             let Ok(mut pagemap) = Pagemap::open(pid(rec)) else {
                 continue;
             };
@@ -129,7 +129,7 @@ impl Memory {
         let by_mm = grouped(&vmas);
         let mut pages = 0;
         for rec in address_spaces(&tasks) {
-            let vmas = by_mm.get(&rec.mm).map_or(&[][..], Vec::as_slice);
+            let vmas = of(&by_mm, rec);
             let before = self.precopied.get(&key(rec, &tasks));
             let tracked = before.map(|b| &b.tracked);
             let have = before.map_or(&[][..], |b| &b.have);
@@ -157,7 +157,7 @@ impl Memory {
         let vmas = iterators.vmas(scope)?;
         let by_mm = grouped(&vmas);
         for rec in address_spaces(&tasks) {
-            let vmas = by_mm.get(&rec.mm).map_or(&[][..], Vec::as_slice);
+            let vmas = of(&by_mm, rec);
             // Whatever fails, it is as if nothing had been copied.
             let before = self.precopied.remove(&key(rec, &tasks));
             let mut pagemap = Pagemap::open(pid(rec))?;
@@ -232,7 +232,7 @@ impl Memory {
         let mut found = BTreeMap::new();
         for rec in address_spaces(tasks) {
             wakeups.check()?;
-            let vmas = by_mm.get(&rec.mm).map_or(&[][..], Vec::as_slice);
+            let vmas = of(&by_mm, rec);
             let before = self.precopied.remove(&key(rec, tasks));
             let have = before.as_ref().map_or(&[][..], |b| &b.have);
             let tracked = before.as_ref().map(|b| &b.tracked);
@@ -300,6 +300,11 @@ fn grouped(vmas: &[VmaRec]) -> HashMap<u64, Vec<VmaRec>> {
         vmas.dedup_by_key(|vma| vma.start);
     }
     by_mm
+}
+
+/// The mappings of one of them.
+fn of<'a>(by_mm: &'a HashMap<u64, Vec<VmaRec>>, rec: &MmRec) -> &'a [VmaRec] {
+    by_mm.get(&rec.mm).map_or(&[], Vec::as_slice)
 }
 
 /// The vDSO's code as the process has it.

@@ -133,10 +133,6 @@ pub struct Capture {
     wakeups: Wakeups,
     guard: Option<Guard>,
     lock: Option<NetLock>,
-    /// Pages are written when the application runs again.
-    writes_later: bool,
-    /// Loaded, and not in force yet.
-    spare_lock: Option<NetLock>,
     /// The lock stays behind for a restore.
     lock_left: bool,
     code: vdso::Code,
@@ -185,8 +181,6 @@ impl Capture {
             wakeups,
             guard: Some(guard),
             lock: None,
-            writes_later: false,
-            spare_lock: None,
             lock_left: false,
             code: vdso::Code::ours(),
             ours: Namespaces::ours(),
@@ -318,25 +312,11 @@ impl Capture {
         Ok(())
     }
 
-    /// Loads the network lock, which takes its time, for [`Capture::lock_network`].
-    ///
-    /// # Errors
-    /// The lock cannot be loaded.
-    pub fn load_lock(&mut self) -> Result<(), CheckpointError> {
-        self.spare_lock = Some(NetLock::load()?);
-        self.timeline.done("load lock");
-        Ok(())
-    }
-
     /// Holds off new connections to the application, if it has any sockets.
     ///
     /// # Errors
-    /// The lock cannot be loaded or attached.
-    pub fn lock_network(&mut self) -> Result<(), CheckpointError> {
-        let mut lock = match self.spare_lock.take() {
-            Some(lock) => lock,
-            None => NetLock::load()?,
-        };
+    /// The lock cannot be attached, or takes no more entries.
+    pub fn lock_network(&mut self, mut lock: NetLock) -> Result<(), CheckpointError> {
         if self.add_to_lock(&mut lock)? > 0 {
             lock.hold_new()?;
             lock.engage()?;
@@ -454,10 +434,10 @@ impl Capture {
         })
     }
 
-    /// Has pages that were copied in the frozen window wait in memory, as far as there is room for
-    /// them, until [`Capture::write_rest`]: only for an application that is left running.
-    pub fn write_later(&mut self) {
-        self.writes_later = true;
+    /// Has pages that are copied in the frozen window, about so many, wait in memory until
+    /// [`Capture::write_rest`]: only for an application that is left running.
+    pub fn write_later(&mut self, pages: u64) {
+        self.memory.reserve(pages);
     }
 
     /// Writes what was left to be written later.

@@ -4,9 +4,8 @@ use super::Capture;
 use super::error::CheckpointError;
 use super::files::Slots;
 use crate::image::Store;
-use crate::sys::cgroup::{Event, Waited};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How many pages make it worth to stop the application for a moment: to see which these are takes
 /// as long as to copy some thousand.
@@ -21,13 +20,17 @@ const BRIEF: Duration = Duration::from_millis(500);
 impl Capture {
     /// Copies again what was written since [`Capture::precopy`], so that less is left for the
     /// frozen window. If that is much the application is stopped for as long as it takes to see
-    /// which pages these are.
+    /// which pages these are. Returns about how many are left; 0 where the kernel does not tell.
     ///
     /// # Errors
     /// The carrier is full, something cannot be read, or tracker was asked to stop.
-    pub fn refresh(&mut self, store: &dyn Store, slots: &mut Slots) -> Result<(), CheckpointError> {
+    pub fn refresh(
+        &mut self,
+        store: &dyn Store,
+        slots: &mut Slots,
+    ) -> Result<u64, CheckpointError> {
         if !self.memory.stats().dirty_tracking {
-            return Ok(());
+            return Ok(0);
         }
         let scope = self.scope();
         let iterators = Rc::clone(&self.iterators);
@@ -47,28 +50,17 @@ impl Capture {
                 break;
             }
         }
-        if self.writes_later {
-            self.memory.reserve(written);
-        }
         self.timeline.done("refresh");
-        Ok(())
+        Ok(written)
     }
 
     /// Freezes it and notes what has to be copied; if it takes too long to freeze, nothing.
     fn look_frozen(&mut self) -> Result<(), CheckpointError> {
-        self.timeline.freeze();
-        self.freezing = true;
-        self.target.cgroup.set_frozen(true)?;
-        let deadline = Instant::now() + BRIEF;
-        let stop = Some(self.wakeups.stop_fd());
-        match self.target.cgroup.wait(Event::Frozen, deadline, stop)? {
-            Waited::Interrupted => Err(CheckpointError::Interrupted),
-            Waited::Late => Ok(()),
-            Waited::Reached => {
-                let scope = self.scope();
-                let iterators = Rc::clone(&self.iterators);
-                self.memory.harvest(&mut iterators.borrow_mut(), scope)
-            }
+        if !self.freezes_within(BRIEF)? {
+            return Ok(());
         }
+        let scope = self.scope();
+        let iterators = Rc::clone(&self.iterators);
+        self.memory.harvest(&mut iterators.borrow_mut(), scope)
     }
 }

@@ -1,5 +1,6 @@
 //! `tracker checkpoint`: freezes an application into an image directory.
 
+use crate::bpf::netlock::NetLock;
 use crate::capture::Slots;
 use crate::capture::{
     Capture, CheckpointError, Durations, Known, MemoryStats, Options, Selection, load_iterators,
@@ -109,12 +110,14 @@ fn take(
     capture.precopy(store, &mut slots)?;
     let known = Known::fetch();
     capture.reached("model");
-    capture.load_lock()?;
+    // Loading takes its time; from here on every page that is written has to be copied again.
+    let lock = NetLock::load()?;
+    capture.reached("load lock");
+    let written = capture.refresh(store, &mut slots)?;
     if leave_running {
-        capture.write_later();
+        capture.write_later(written);
     }
-    capture.refresh(store, &mut slots)?;
-    capture.lock_network()?;
+    capture.lock_network(lock)?;
     capture.freeze()?;
     let state = known.catch_up();
     let verification = state.and_then(|state| capture.verify(&state));

@@ -19,6 +19,36 @@ fn trust(info: &OfdInfo) -> Trust {
     }
 }
 
+/// What is said of a description, by what is known of the one with its address.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Heard {
+    /// It is that one.
+    Same,
+    /// Nothing, or less than was said later.
+    Old,
+    /// It is another one.
+    Another,
+    /// Another one, though descriptors still refer to the one that was known.
+    Conflict,
+}
+
+fn hear(ofd: &mut Ofd, info: &OfdInfo, was_held: bool, seq: u64) -> Heard {
+    let (known, same) = (ofd.kind != FileKind::Unknown, ofd.is(info));
+    if info.kind == FileKind::Unknown || (known && was_held && ofd.told > seq) {
+        return if same { Heard::Same } else { Heard::Old };
+    }
+    // Many files share an inode, but only a new one is just made or empty.
+    if same && (was_held || !info.empty) {
+        ofd.told = ofd.told.max(seq);
+        return Heard::Same;
+    }
+    if known && was_held {
+        Heard::Conflict
+    } else {
+        Heard::Another
+    }
+}
+
 impl Step<'_> {
     /// Makes a descriptor of a known table refer to a description, unless later
     /// news of the descriptor came first; `socket` is its socket, if that was said too.
@@ -58,60 +88,43 @@ impl Step<'_> {
         if let Some(ofd) = self.state.ofds.get_mut(&info.id) {
             ofd.refs += 1;
             refs = ofd.refs;
+            let heard = hear(ofd, info, refs > 1, self.seq);
+            if heard == Heard::Conflict {
+                self.anomalies.push(Anomaly::Conflict(info.id));
+            }
+            if matches!(heard, Heard::Same | Heard::Old) {
+                if heard == Heard::Same {
+                    self.hold_details(info, socket);
+                }
+                if let Some(socket) = socket {
+                    self.socket(socket);
+                }
+                return;
+            }
         }
-        if self.is_another(info, refs > 1) {
-            self.make(info, refs, socket);
-            return;
-        }
-        if self
-            .state
-            .ofds
-            .get(&info.id)
-            .is_some_and(|ofd| ofd.is(info))
-        {
-            self.hold_details(info, socket);
-        }
-        if let Some(socket) = socket {
-            self.socket(socket);
-        }
+        self.make(info, refs, socket);
     }
 
     /// Hears what an address stands for without a descriptor to put it under: of its table
     /// nothing is known, or later news.
     pub(super) fn tell(&mut self, info: &OfdInfo, socket: Option<&SockInfo>) {
-        let Some(ofd) = self.state.ofds.get(&info.id) else {
+        let Some(ofd) = self.state.ofds.get_mut(&info.id) else {
             return;
         };
         let refs = ofd.refs;
-        if !self.is_another(info, refs > 0) {
-            return;
+        match hear(ofd, info, refs > 0, self.seq) {
+            Heard::Same | Heard::Old => {}
+            Heard::Conflict => {
+                self.anomalies.push(Anomaly::Conflict(info.id));
+                self.make(info, refs, socket);
+            }
+            Heard::Another if refs > 0 => self.make(info, refs, socket),
+            Heard::Another => {
+                if let Some(ofd) = self.state.ofds.remove(&info.id) {
+                    self.forget_details(info.id, &ofd);
+                }
+            }
         }
-        if refs > 0 {
-            self.make(info, refs, socket);
-        } else if let Some(ofd) = self.state.ofds.remove(&info.id) {
-            self.forget_details(info.id, &ofd);
-        }
-    }
-
-    /// Whether what is said is of another description than the one known by that address.
-    fn is_another(&mut self, info: &OfdInfo, was_held: bool) -> bool {
-        let seq = self.seq;
-        let Some(ofd) = self.state.ofds.get_mut(&info.id) else {
-            return true;
-        };
-        let known = ofd.kind != FileKind::Unknown;
-        if info.kind == FileKind::Unknown || (known && was_held && ofd.told > seq) {
-            return false;
-        }
-        // Many files share an inode, but only a new one is just made or empty.
-        if ofd.is(info) && (was_held || !info.empty) {
-            ofd.told = ofd.told.max(seq);
-            return false;
-        }
-        if known && was_held {
-            self.anomalies.push(Anomaly::Conflict(info.id));
-        }
-        true
     }
 
     fn make(&mut self, info: &OfdInfo, refs: u32, socket: Option<&SockInfo>) {

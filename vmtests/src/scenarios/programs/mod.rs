@@ -12,43 +12,22 @@ use crate::vm::{Exec, Vm, VmBuilder};
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
-    Scenario {
-        name: "programs_nginx",
-        kernels: &Kernel::ALL,
-        configure,
-        run: |vm| restored(vm, &NGINX),
-    },
-    Scenario {
-        name: "programs_postgres",
-        kernels: &Kernel::ALL,
-        configure,
-        run: |vm| restored(vm, &POSTGRES),
-    },
-    Scenario {
-        name: "programs_node",
-        kernels: &Kernel::ALL,
-        configure,
-        run: |vm| restored(vm, &NODE),
-    },
-    Scenario {
-        name: "programs_asyncio",
-        kernels: &Kernel::ALL,
-        configure,
-        run: |vm| restored(vm, &ASYNCIO),
-    },
-    Scenario {
-        name: "programs_java",
-        kernels: &Kernel::ALL,
-        configure,
-        run: |vm| restored(vm, &JAVA),
-    },
-    Scenario {
-        name: "programs_sshd",
-        kernels: &Kernel::ALL,
-        configure,
-        run: |vm| restored(vm, &SSHD),
-    },
+    of("programs_nginx", |vm| restored(vm, &NGINX)),
+    of("programs_postgres", |vm| restored(vm, &POSTGRES)),
+    of("programs_node", |vm| restored(vm, &NODE)),
+    of("programs_asyncio", |vm| restored(vm, &ASYNCIO)),
+    of("programs_java", |vm| restored(vm, &JAVA)),
+    of("programs_sshd", |vm| restored(vm, &SSHD)),
 ];
+
+const fn of(name: &'static str, run: fn(&Vm) -> Result<()>) -> Scenario {
+    Scenario {
+        name,
+        kernels: &Kernel::ALL,
+        configure,
+        run,
+    }
+}
 
 fn configure(vm: VmBuilder) -> VmBuilder {
     vm.memory_mib(2048)
