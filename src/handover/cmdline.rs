@@ -97,7 +97,7 @@ fn size_with_suffix(text: &str) -> Option<u64> {
 /// How long a restore may take before the machine goes on without it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadlines {
-    /// One application, in seconds.
+    /// One application until it stands, and all of them from then until they run: seconds.
     pub application: u32,
     /// All of them, in seconds.
     pub all: u32,
@@ -110,7 +110,7 @@ impl Default for Deadlines {
 }
 
 impl Deadlines {
-    /// For this many applications, which are restored one after another.
+    /// For this many applications, which are restored one after another and then let run.
     #[must_use]
     pub fn of(application: u32, applications: usize) -> Self {
         /// What the stage needs beside them: modules, network, reading the image.
@@ -119,7 +119,7 @@ impl Deadlines {
         Self {
             application,
             all: application
-                .saturating_mul(applications)
+                .saturating_mul(applications.saturating_add(1))
                 .saturating_add(STAGE),
         }
     }

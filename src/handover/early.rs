@@ -19,7 +19,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 /// Name of this program as the early-boot stage.
-const NAME: &str = "early";
+pub(super) const NAME: &str = "early";
 
 /// Where an init is looked for, as the kernel itself does (init/main.c).
 const INITS: [&str; 4] = ["/sbin/init", "/etc/init", "/bin/init", "/bin/sh"];
@@ -103,7 +103,7 @@ fn wait(mut child: Child, deadlines: Deadlines) -> Option<String> {
 }
 
 /// Seconds for poll(2); for ever when they are too many for it.
-pub(super) fn milliseconds(seconds: u32) -> PollTimeout {
+fn milliseconds(seconds: u32) -> PollTimeout {
     PollTimeout::try_from(seconds.saturating_mul(1000)).unwrap_or(PollTimeout::NONE)
 }
 

@@ -17,3 +17,4 @@ mod rtnetlink;
 mod stage;
 pub mod sysctl;
 pub mod update;
+mod worker;

@@ -1,43 +1,39 @@
 //! The stage: what early boot does, in a process that PID 1 can do without.
 //!
 //! It puts the machine's part of the image back and has each application restored by a
-//! *worker*, a process of its own again with a deadline: what happens to one application
-//! does not touch the others. One that cannot be restored is started by its own command.
+//! *worker* (`worker`), a process of its own again with a deadline. When all of them stand, the
+//! network answers again and they run. One that cannot be restored is started by its own
+//! command.
 
 use super::arena::{Arena, ArenaError};
-use super::cmdline::Handed;
-use super::early::{milliseconds, say};
+use super::cmdline::{Deadlines, Handed};
+use super::early::say;
 use super::report::{ApplicationReport, ApplicationStatus, Status, UpdateReport, continued, step};
+use super::worker::{self, Worker};
 use super::{mounts, network, sysctl};
 use crate::applications::{NamedApplication, RunRecord};
-use crate::bpf::features::cgroup2_mount;
 use crate::bpf::netlock::{LockError, NetLock};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, ImageError, RangeStore, Store, StoreError, decode};
 use crate::model::frozen::{Application, FileKind, Milestone, Origin, SocketState, System};
-use crate::model::ids::Pid;
-use crate::restore::{self, RestoreOptions};
 use crate::sys::clock;
-use crate::sys::process::pidfd_open;
-use nix::poll::{PollFd, PollFlags, poll};
-use nix::sys::signal::Signal;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 /// First argument of the stage; the second is the time stamp counter when PID 1 began.
 pub(super) const RESTORE: &str = "--restore";
 
 /// First argument of a worker; the second is the application's number in the image.
-const APPLICATION: &str = "--application";
+pub(super) const APPLICATION: &str = "--application";
 
 /// Why there is nothing to restore from.
 #[derive(Debug, thiserror::Error)]
-enum StageError {
+pub(super) enum StageError {
     #[error("read /proc/cmdline: {0}")]
     Cmdline(#[source] io::Error),
     #[error("The kernel command line has no tracker.image=")]
@@ -57,7 +53,7 @@ pub(super) fn main(arguments: &[OsString]) -> ExitCode {
     let words: Vec<_> = arguments.iter().filter_map(|word| word.to_str()).collect();
     match words[..] {
         [RESTORE, tsc] => restore(tsc.parse().unwrap_or_default()),
-        [APPLICATION, index] => worker(index.parse().unwrap_or(usize::MAX)),
+        [APPLICATION, index] => worker::main(index.parse().unwrap_or(usize::MAX)),
         _ => {
             say("This is the early-boot stage, run by the kernel as init=");
             ExitCode::from(crate::error::ExitCode::Usage as u8)
@@ -70,7 +66,8 @@ fn handed() -> Result<Handed, StageError> {
     Ok(Handed::parse(&line))
 }
 
-fn open_image() -> Result<(RangeStore, Image), StageError> {
+/// The image that the old kernel has left.
+pub(super) fn open_image() -> Result<(RangeStore, Image), StageError> {
     let address = handed()?.arena.ok_or(StageError::NotHanded)?;
     let arena = Arena::at(address)?;
     let store = RangeStore::open(&arena.device)?;
@@ -88,7 +85,8 @@ fn restore(begun: u64) -> ExitCode {
     let result = fault.map_err(StageError::from).and_then(|()| open_image());
     let status = match result {
         Ok((store, image)) => {
-            restore_image(&image, begun, &mut report);
+            let deadlines = handed().map(|handed| handed.deadlines).unwrap_or_default();
+            restore_image(&image, begun, deadlines, &mut report);
             // A failed update keeps its image, for `tracker inspect` and another try.
             if report.status == Status::Done
                 && let Err(error) = store.erase()
@@ -137,7 +135,7 @@ impl Timeline<'_> {
     }
 }
 
-fn restore_image(image: &Image, begun: u64, report: &mut UpdateReport) {
+fn restore_image(image: &Image, begun: u64, deadlines: Deadlines, report: &mut UpdateReport) {
     let system = image.system.clone().unwrap_or_default();
     report
         .kernel_before
@@ -152,7 +150,7 @@ fn restore_image(image: &Image, begun: u64, report: &mut UpdateReport) {
     timeline.add("image read");
     reserve_pids(&image.applications, &mut report.warnings);
     put_identity(&system, &mut report.warnings);
-    let mut lock = match engage_lock() {
+    let lock = match engage_lock() {
         Ok(lock) => Some(lock),
         Err(error) => {
             report.warnings.push(error.to_string());
@@ -162,16 +160,11 @@ fn restore_image(image: &Image, begun: u64, report: &mut UpdateReport) {
     timeline.add("network locked");
     report.warnings.extend(network::apply(&system));
     timeline.add("network configured");
-    for (index, app) in image.applications.iter().enumerate() {
-        report.applications.push(restore_application(index, app));
-        timeline.add(&format!("{} restored", app.header.name));
-    }
-    if let Some(lock) = &mut lock
-        && let Err(error) = lock.release()
-    {
-        report.warnings.push(error.to_string());
-    }
-    timeline.add(step::RUNNING);
+    let applications = &image.applications;
+    let (deadline, warnings) = (deadlines.application, &mut report.warnings);
+    let deadline = Duration::from_secs(deadline.into());
+    report.applications =
+        restore_applications(applications, deadline, lock, &mut timeline, warnings);
     let all = |app: &ApplicationReport| app.status == ApplicationStatus::Restored;
     report.status = if report.applications.iter().all(all) {
         Status::Done
@@ -215,49 +208,94 @@ fn engage_lock() -> Result<NetLock, LockError> {
     Ok(lock)
 }
 
-fn restore_application(index: usize, app: &Application) -> ApplicationReport {
-    let header = &app.header;
-    let mut report = ApplicationReport {
-        name: header.name.clone(),
-        pids: app.processes.iter().map(|process| process.pid.0).collect(),
-        connections: connections(app),
-        ..ApplicationReport::default()
-    };
-    let named = match NamedApplication::new(&header.name) {
-        Ok(named) => named,
-        Err(error) => {
-            report.error = Some(error.to_string());
-            return report;
-        }
-    };
-    let record = RunRecord {
-        command: header.command.clone(),
-        directory: header.directory.clone(),
-        cgroup: named.cgroup_below_mount(),
-    };
-    let prepared = named
-        .make_cgroup()
-        .and_then(|()| named.write_record(&record));
-    let result = prepared
-        .map_err(|error| error.to_string())
-        .and_then(|()| run_worker(index));
-    let Err(error) = result else {
-        report.status = ApplicationStatus::Restored;
-        return report;
-    };
-    say(&format!("{} is not restored: {error}", header.name));
-    report.error = Some(error);
-    match start_afresh(&named, &record) {
-        Ok(pid) => {
-            report.status = ApplicationStatus::Restarted;
-            report.pids = vec![pid];
-        }
-        Err(error) => {
-            say(&format!("{} cannot be started: {error}", header.name));
-            report.pids.clear();
-        }
+/// Has every application stand, then all of them run. Until the last one stands nothing of
+/// the first may run: its peers, which may be other applications, are not answered yet, and what
+/// it sends would be lost and sent again only after a time-out.
+fn restore_applications(
+    applications: &[Application],
+    deadline: Duration,
+    lock: Option<NetLock>,
+    timeline: &mut Timeline,
+    warnings: &mut Vec<String>,
+) -> Vec<ApplicationReport> {
+    let mut standing = Vec::new();
+    for (index, app) in applications.iter().enumerate() {
+        let place = Place::make(app);
+        let worker = match &place {
+            Ok(_) => Worker::start(index).and_then(|worker| worker.until_it_stands(deadline)),
+            Err(error) => Err(error.clone()),
+        };
+        timeline.add(&format!("{} restored", app.header.name));
+        standing.push((app, place, worker));
     }
-    report
+    if let Some(mut lock) = lock
+        && let Err(error) = lock.release()
+    {
+        warnings.push(error.to_string());
+    }
+    for worker in standing.iter_mut().filter_map(|(_, _, w)| w.as_mut().ok()) {
+        worker.let_run();
+    }
+    let until = Instant::now() + deadline;
+    let mut failed = Vec::new();
+    let mut reports = Vec::new();
+    for (app, place, worker) in standing {
+        let left = until.saturating_duration_since(Instant::now());
+        let result = worker.and_then(|worker| worker.until_it_runs(left));
+        let mut report = ApplicationReport {
+            name: app.header.name.clone(),
+            pids: app.processes.iter().map(|process| process.pid.0).collect(),
+            connections: connections(app),
+            status: ApplicationStatus::Restored,
+            error: None,
+        };
+        if let Err(error) = result {
+            say(&format!("{} is not restored: {error}", report.name));
+            report.error = Some(error);
+            failed.push((reports.len(), place));
+        }
+        reports.push(report);
+    }
+    timeline.add(step::RUNNING);
+    for (index, place) in failed {
+        restart(place, &mut reports[index]);
+    }
+    reports
+}
+
+/// Where an application is put, and what is remembered of it.
+struct Place {
+    named: NamedApplication,
+    record: RunRecord,
+}
+
+impl Place {
+    fn make(app: &Application) -> Result<Self, String> {
+        let header = &app.header;
+        let named = NamedApplication::new(&header.name).map_err(|error| error.to_string())?;
+        let record = RunRecord {
+            command: header.command.clone(),
+            directory: header.directory.clone(),
+            cgroup: named.cgroup_below_mount(),
+        };
+        named
+            .make_cgroup()
+            .and_then(|()| named.write_record(&record))
+            .map_err(|error| error.to_string())?;
+        Ok(Self { named, record })
+    }
+}
+
+/// Runs the own command of an application that is not restored, and reports it.
+fn restart(place: Result<Place, String>, report: &mut ApplicationReport) {
+    let started = place.and_then(|place| start_afresh(&place.named, &place.record));
+    (report.status, report.pids) = match started {
+        Ok(pid) => (ApplicationStatus::Restarted, vec![pid]),
+        Err(error) => {
+            say(&format!("{} cannot be started: {error}", report.name));
+            (ApplicationStatus::Failed, Vec::new())
+        }
+    };
 }
 
 fn connections(app: &Application) -> usize {
@@ -266,41 +304,6 @@ fn connections(app: &Application) -> usize {
         _ => false,
     };
     app.ofds.values().filter(connected).count()
-}
-
-/// Where a worker leaves its error. A pipe would be open in what it restores.
-fn error_file(index: usize) -> PathBuf {
-    Path::new(crate::applications::STATE_DIR).join(format!("restore.{index}.error"))
-}
-
-/// Restores one application in a process of its own.
-fn run_worker(index: usize) -> Result<(), String> {
-    let path = error_file(index);
-    let errors = File::create(&path).map_err(|e| format!("create {}: {e}", path.display()))?;
-    let mut child = Command::new("/proc/self/exe")
-        .arg0("early")
-        .args([APPLICATION, &index.to_string()])
-        .stdin(Stdio::null())
-        .stderr(errors)
-        .spawn()
-        .map_err(|e| format!("start a worker: {e}"))?;
-    let pid = i32::try_from(child.id()).map_err(|e| e.to_string())?;
-    let pidfd = pidfd_open(Pid(pid)).map_err(|e| e.to_string())?;
-    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    let deadline = handed().map_err(|e| e.to_string())?.deadlines.application;
-    let ended = poll(&mut fds, milliseconds(deadline)) == Ok(1);
-    if !ended {
-        let _ = child.kill();
-    }
-    let status = child.wait().map_err(|e| e.to_string())?;
-    let text = fs::read_to_string(&path).unwrap_or_default();
-    let _ = fs::remove_file(&path);
-    match (ended, status.success(), text.trim()) {
-        (false, _, _) => Err(format!("not done after {deadline} s")),
-        (true, true, _) => Ok(()),
-        (true, false, "") => Err(format!("the worker ended with {status}")),
-        (true, false, text) => Err(text.to_owned()),
-    }
 }
 
 /// Ends what is left of a failed restore and runs the application's own command.
@@ -321,34 +324,4 @@ fn start_afresh(named: &NamedApplication, record: &RunRecord) -> Result<i32, Str
         .spawn()
         .map_err(|e| format!("start {}: {e}", record.command[0]))?;
     i32::try_from(child.id()).map_err(|e| e.to_string())
-}
-
-/// Restores application number `index`; what goes wrong is told on stderr.
-fn worker(index: usize) -> ExitCode {
-    match restore_one(index) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::from(crate::error::ExitCode::RestoreFailed as u8)
-        }
-    }
-}
-
-fn restore_one(index: usize) -> Result<(), String> {
-    // Ended with the stage: nobody may restore behind the back of the real init.
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
-        .map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
-    let (store, image) = open_image().map_err(|e| e.to_string())?;
-    let app = image.applications.get(index);
-    let app = app.ok_or_else(|| format!("The image has no application {index}"))?;
-    let cgroup_root = cgroup2_mount().map_err(|e| e.to_string())?;
-    let options = RestoreOptions {
-        cgroup_root,
-        // The stage holds the lock itself, over all applications.
-        network_lock: None,
-    };
-    let restored =
-        restore::restore(app, &store, &image.slots, &options).map_err(|e| e.to_string())?;
-    tracing::debug!("{} stands, {:?}", app.header.name, restored.roots);
-    Ok(())
 }

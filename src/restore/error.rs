@@ -120,9 +120,12 @@ pub enum RestoreError {
     /// No hole in the address spaces for the tape.
     #[error("The application's address spaces leave no common hole for the restorer")]
     NoRoom,
-    /// The caller found the image damaged, and says so itself.
-    #[error("The image's pages are damaged; make a new checkpoint")]
+    /// The caller did not let the application run, and says itself why.
+    #[error("The application stood but was not let run")]
     Withheld,
+    /// The stage of an update has ended meanwhile.
+    #[error("The early-boot stage ended before the application was let run")]
+    Abandoned,
     /// Reported by the restorer process.
     #[error("{message}")]
     Restorer {
@@ -163,7 +166,7 @@ impl RestoreError {
 impl HasExitCode for RestoreError {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Store(_) | Self::Image(_) | Self::NotOne(_) | Self::Plan(_) | Self::Withheld => {
+            Self::Store(_) | Self::Image(_) | Self::NotOne(_) | Self::Plan(_) => {
                 ExitCode::ImageInvalid
             }
             Self::Restorer { code, .. } if *code == ExitCode::Unsupported as u8 => {

@@ -39,7 +39,8 @@ pub struct RestoreOptions {
     /// Where cgroup2 is mounted.
     pub cgroup_root: PathBuf,
     /// Where a pinned network lock may be, which keeps the application's peers waiting since
-    /// the checkpoint. Released when its sockets are live; still engaged if the restore fails.
+    /// the checkpoint. Released when everything stands; still engaged if the restore fails
+    /// before.
     pub network_lock: Option<PathBuf>,
 }
 
@@ -52,7 +53,8 @@ pub struct Restored {
 }
 
 /// Restores `app`, whose pages are in `store` and have the checksums `sums`. To be called with
-/// a single thread.
+/// a single thread. When all of it stands and nothing of it runs, `stands` is called; what that
+/// refuses does not run.
 ///
 /// # Errors
 /// The application cannot be restored; nothing of it is left running then.
@@ -61,30 +63,47 @@ pub fn restore(
     store: &dyn Store,
     sums: &SlotSums,
     options: &RestoreOptions,
+    stands: impl FnOnce() -> Result<(), RestoreError>,
 ) -> Result<Restored, RestoreError> {
     let pipe = || unistd::pipe().map_err(RestoreError::system("pipe"));
     let ((reader, writer), (gate, opener)) = (pipe()?, pipe()?);
     match fork_with_pid(Some(pids::restorer_pid(app)?), libc::SIGCHLD)? {
         Fork::Child => {
             drop((reader, opener));
-            child(app, store, options, File::from(gate), File::from(writer))
+            let caller = Caller {
+                gate: File::from(gate),
+                report: File::from(writer),
+            };
+            child(app, store, options, caller)
         }
         Fork::Parent(pid) => {
             drop((writer, gate));
             // Other CPUs read the pages a second time while the restorer puts them back: that
             // costs less time than before or after it, and nothing runs until all are right.
             let verified = sums.verify(app, store);
-            if verified.is_ok() {
-                // A restorer that has failed by now says why in its report.
-                let _ = File::from(opener).write_all(&[OPEN]);
-            } else {
-                drop(opener);
-            }
-            let report = read_report(File::from(reader));
+            let mut reader = File::from(reader);
+            let mut allowed = Ok(());
+            // A restorer that has failed by now says why in its report, and one whose gate is
+            // closed ends.
+            let report = match read_byte(&mut reader) {
+                Some(STANDS) => {
+                    if verified.is_ok() {
+                        allowed = stands();
+                    }
+                    if verified.is_ok() && allowed.is_ok() {
+                        let _ = File::from(opener).write_all(&[OPEN]);
+                    } else {
+                        drop(opener);
+                    }
+                    read_byte(&mut reader).map(|code| (code, rest(reader)))
+                }
+                code => code.map(|code| (code, rest(reader))),
+            };
             let raw = unistd::Pid::from_raw(pid.0);
             let status = nix::sys::wait::waitpid(raw, None)
                 .map_err(RestoreError::system(format!("waitpid {pid}")))?;
             verified?;
+            allowed?;
             match report {
                 Some((0, _)) => Ok(Restored {
                     roots: roots(app).collect(),
@@ -104,27 +123,46 @@ fn roots(app: &Application) -> impl Iterator<Item = Pid> {
     app.processes.iter().filter(outside).map(|p| p.pid)
 }
 
-/// The first byte is the exit code, the rest the message.
-fn read_report(mut pipe: File) -> Option<(u8, String)> {
-    let mut bytes = Vec::new();
-    pipe.read_to_end(&mut bytes).ok()?;
-    let (code, message) = bytes.split_first()?;
-    Some((*code, String::from_utf8_lossy(message).into_owned()))
+fn read_byte(pipe: &mut File) -> Option<u8> {
+    let mut byte = [0];
+    pipe.read_exact(&mut byte).ok().map(|()| byte[0])
 }
 
-/// What the restorer is told when the image's pages are right.
+fn rest(mut pipe: File) -> String {
+    let mut bytes = Vec::new();
+    // A message cut short is better than none.
+    let _ = pipe.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// What the restorer is told when the application may run.
 const OPEN: u8 = b'o';
 
-fn child(
-    app: &Application,
-    store: &dyn Store,
-    options: &RestoreOptions,
+/// What the restorer says when everything stands. Otherwise it says its exit code and, when
+/// that is not 0, why.
+const STANDS: u8 = b's';
+
+/// The restorer's side of what it and its caller tell each other.
+struct Caller {
     gate: File,
-    mut report: File,
-) -> ! {
+    report: File,
+}
+
+impl Caller {
+    /// Says that everything stands and waits until it may run.
+    fn await_leave(&mut self) -> Result<(), RestoreError> {
+        let told = self.report.write_all(&[STANDS]);
+        match told.ok().and_then(|()| read_byte(&mut self.gate)) {
+            Some(OPEN) => Ok(()),
+            _ => Err(RestoreError::Withheld),
+        }
+    }
+}
+
+fn child(app: &Application, store: &dyn Store, options: &RestoreOptions, mut caller: Caller) -> ! {
     let mut made = Made::default();
     let result = catch_unwind(AssertUnwindSafe(|| {
-        run(app, store, options, gate, &mut made)
+        run(app, store, options, &mut caller, &mut made)
     }));
     let (code, message) = match result {
         Ok(Ok(())) => (0, String::new()),
@@ -139,7 +177,8 @@ fn child(
         sysv::remove(&made.segments);
         semaphores::remove(&made.semaphores);
     }
-    let _ = report.write_all(&[&[code], message.as_bytes()].concat());
+    let report = [&[code], message.as_bytes()].concat();
+    let _ = caller.report.write_all(&report);
     exit_now(i32::from(code != 0))
 }
 
@@ -164,7 +203,7 @@ fn run(
     app: &Application,
     store: &dyn Store,
     options: &RestoreOptions,
-    mut gate: File,
+    caller: &mut Caller,
     made: &mut Made,
 ) -> Result<(), RestoreError> {
     check_supported(app)?;
@@ -250,16 +289,15 @@ fn run(
     sysv::mark_destroyed(app)?;
     Fault::RestoreMemory.point_of(&app.header.name)?;
     supervisor.make_ready()?;
-    let mut said = [0];
-    if !matches!(gate.read(&mut said), Ok(1)) || said != [OPEN] {
-        return Err(RestoreError::Withheld);
-    }
+    caller.await_leave()?;
     Fault::RestoreRelease.point_of(&app.header.name)?;
-    files::go_live(app, &opened)?;
+    // What a connection sends when it goes live must not be dropped: sent again, it would be
+    // sent after a time-out.
     if let Some(lock) = &mut lock {
         lock.release()
             .map_err(|e| RestoreError::Lock(e.to_string()))?;
     }
+    files::go_live(app, &opened)?;
     supervisor.release()
 }
 

@@ -36,6 +36,15 @@ pub fn enter_repair(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
     set_int_option(fd, IPPROTO_TCP, TCP_REPAIR, 1)
 }
 
+/// Leaves repair mode and has the peer say what it has received (`tcp_send_window_probe`), so
+/// that what need not be sent again is not.
+///
+/// # Errors
+/// As [`enter_repair`].
+pub fn leave_repair_and_ask(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
+    set_int_option(fd, IPPROTO_TCP, TCP_REPAIR, 0)
+}
+
 /// Leaves repair mode without sending anything.
 ///
 /// # Errors

@@ -228,7 +228,15 @@ pub fn go_live(fd: BorrowedFd<'_>, described: &Socket) -> Result<(), FilesError>
     let SocketState::TcpConnection(connection) = &described.state else {
         return Ok(());
     };
-    tcp::leave_repair(fd).map_err(socket(name(connection)))
+    // The time-out of what was sent runs, and doubles, since it was put back; that of what the
+    // peer has need not come.
+    let (sent, _) = split(connection);
+    let left = if sent.is_empty() {
+        tcp::leave_repair(fd)
+    } else {
+        tcp::leave_repair_and_ask(fd)
+    };
+    left.map_err(socket(name(connection)))
 }
 
 /// Sends what was never sent, closes the directions that were closed, sets the options.

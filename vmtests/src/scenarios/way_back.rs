@@ -178,7 +178,7 @@ fn stage_hangs(vm: &Vm) -> Result<()> {
         "TRACKER_FAULT=stage:hang",
     ];
     let report = update(vm, &fault)?;
-    nothing_restored(vm, &report, "not done after 61 s")?;
+    nothing_restored(vm, &report, "not done after 62 s")?;
     let image = vm
         .exec(Exec::new(["tracker", "inspect", ARENA]))?
         .check()?

@@ -1,0 +1,165 @@
+//! A worker restores one application, in a process of its own: what goes wrong there, or hangs,
+//! does not touch the others.
+
+use super::early::NAME;
+use super::stage::{APPLICATION, open_image};
+use crate::bpf::features::cgroup2_mount;
+use crate::model::ids::Pid;
+use crate::restore::{self, RestoreError, RestoreOptions};
+use crate::sys::process::pidfd_open;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode};
+use std::time::Duration;
+
+/// The worker says that the application stands.
+const STANDS: u8 = b's';
+
+/// The stage says that it may run.
+const RUN: u8 = b'r';
+
+/// The stage's side of a worker.
+pub(super) struct Worker {
+    child: Child,
+    pidfd: OwnedFd,
+    /// The worker's standard input, which it also writes to.
+    channel: UnixStream,
+    /// Where it leaves its error. A pipe would be open in what it restores.
+    errors: PathBuf,
+}
+
+impl Worker {
+    /// Begins to restore application number `index` of the image.
+    pub fn start(index: usize) -> Result<Self, String> {
+        let errors = Path::new(crate::applications::STATE_DIR);
+        let errors = errors.join(format!("restore.{index}.error"));
+        let file =
+            File::create(&errors).map_err(|e| format!("create {}: {e}", errors.display()))?;
+        let (channel, theirs) = UnixStream::pair().map_err(|e| format!("socketpair: {e}"))?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg0(NAME)
+            .args([APPLICATION, &index.to_string()])
+            .stdin(OwnedFd::from(theirs))
+            .stderr(file)
+            .spawn()
+            .map_err(|e| format!("start a worker: {e}"))?;
+        let pid = i32::try_from(child.id()).map(Pid);
+        let opened = pid.map_err(|e| e.to_string());
+        match opened.and_then(|pid| pidfd_open(pid).map_err(|e| e.to_string())) {
+            Ok(pidfd) => Ok(Self {
+                child,
+                pidfd,
+                channel,
+                errors,
+            }),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until the whole application stands and nothing of it runs. If it does not within
+    /// `deadline`, that is the worker's end.
+    pub fn until_it_stands(mut self, deadline: Duration) -> Result<Self, String> {
+        let mut fds = [
+            PollFd::new(self.channel.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN),
+        ];
+        let event = poll(&mut fds, timeout(deadline)).is_ok_and(|ready| ready > 0);
+        let said = fds[0].any().unwrap_or(false);
+        let mut byte = [0];
+        if said && self.channel.read_exact(&mut byte).is_ok() && byte == [STANDS] {
+            return Ok(self);
+        }
+        // It has ended, or is about to, with an error.
+        Err(self
+            .end(event, deadline)
+            .err()
+            .unwrap_or_else(|| "the worker ended before the application stood".to_owned()))
+    }
+
+    /// Lets the application run.
+    pub fn let_run(&mut self) {
+        // A worker that has ended meanwhile is found out by [`Self::until_it_runs`].
+        let _ = self.channel.write_all(&[RUN]);
+    }
+
+    /// Waits until the application runs.
+    pub fn until_it_runs(self, deadline: Duration) -> Result<(), String> {
+        self.end(true, deadline)
+    }
+
+    /// Waits for the worker's end, unless it is late already, and says what it said.
+    fn end(mut self, in_time: bool, deadline: Duration) -> Result<(), String> {
+        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        let ended = in_time && poll(&mut fds, timeout(deadline)) == Ok(1);
+        if !ended {
+            let _ = self.child.kill();
+        }
+        let status = self.child.wait().map_err(|e| e.to_string())?;
+        let text = fs::read_to_string(&self.errors).unwrap_or_default();
+        let _ = fs::remove_file(&self.errors);
+        match (ended, status.success(), text.trim()) {
+            (false, _, _) => Err(format!("not done after {} s", deadline.as_secs())),
+            (true, true, _) => Ok(()),
+            (true, false, "") => Err(format!("the worker ended with {status}")),
+            (true, false, text) => Err(text.to_owned()),
+        }
+    }
+}
+
+fn timeout(deadline: Duration) -> PollTimeout {
+    PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX)
+}
+
+/// Restores application number `index`; what goes wrong is told on stderr.
+pub(super) fn main(index: usize) -> ExitCode {
+    match restore_one(index) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(crate::error::ExitCode::RestoreFailed as u8)
+        }
+    }
+}
+
+fn restore_one(index: usize) -> Result<(), String> {
+    // Ended with the stage: nobody may restore behind the back of the real init.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
+        .map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
+    let (store, image) = open_image().map_err(|e| e.to_string())?;
+    let app = image.applications.get(index);
+    let app = app.ok_or_else(|| format!("The image has no application {index}"))?;
+    let cgroup_root = cgroup2_mount().map_err(|e| e.to_string())?;
+    let options = RestoreOptions {
+        cgroup_root,
+        // The stage holds the lock itself, over all applications.
+        network_lock: None,
+    };
+    let restored = restore::restore(app, &store, &image.slots, &options, ask_stage);
+    let restored = restored.map_err(|e| e.to_string())?;
+    tracing::debug!("{} runs, {:?}", app.header.name, restored.roots);
+    Ok(())
+}
+
+/// Says that the application stands, and waits until it may run.
+fn ask_stage() -> Result<(), RestoreError> {
+    let stdin = std::io::stdin().as_fd().try_clone_to_owned();
+    let mut channel = stdin
+        .map(UnixStream::from)
+        .map_err(RestoreError::io("dup of stdin"))?;
+    let mut said = [0];
+    let asked = channel.write_all(&[STANDS]);
+    match asked.and_then(|()| channel.read_exact(&mut said)) {
+        Ok(()) if said == [RUN] => Ok(()),
+        _ => Err(RestoreError::Abandoned),
+    }
+}
