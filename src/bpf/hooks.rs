@@ -44,6 +44,11 @@ pub(super) const PROGRAMS: &[(&str, Target, When)] = &[
         Always,
     ),
     (
+        "inet_sock_set_state_stand_in",
+        Tracepoint("inet_sock_set_state", None),
+        Always,
+    ),
+    (
         "mmap_lock_path",
         Tracepoint("mmap_lock_acquire_returned", Some(4)),
         Mappings,

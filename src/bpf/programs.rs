@@ -1,7 +1,8 @@
 //! What the kernel says of programs it has loaded: their size, and how often they ran or did not.
 
-use libbpf_rs::{Object, libbpf_sys};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, Object, libbpf_sys};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -21,15 +22,25 @@ pub struct ProgramStats {
     pub run_cnt: u64,
     /// Nanoseconds of those runs.
     pub run_time_ns: u64,
-    /// Runs that were left out because the program ran on this CPU already: an event that
-    /// was not seen, and counted nowhere else.
+    /// Runs that were left out because the program ran on this CPU already, and that no
+    /// stand-in made: an event that was not seen, and counted nowhere else.
     pub recursion_misses: u64,
+    /// Runs that its stand-in made instead.
+    pub stood_in: u64,
 }
+
+/// What the name of a program ends with that has the turns of another one that runs on the CPU
+/// already. It does nothing else, so its own turns that are left out are none.
+const STAND_IN: &str = "_stand_in";
 
 /// The loaded programs of a BPF object. They stay loaded, but not attached, as long as a clone
 /// of this lives.
 #[derive(Clone, Debug, Default)]
-pub struct Programs(Arc<[Loaded]>);
+pub struct Programs {
+    loaded: Arc<[Loaded]>,
+    /// Counts the turns of the object's one stand-in, if it has one.
+    stood_in: Option<Arc<MapHandle>>,
+}
 
 #[derive(Debug)]
 struct Loaded {
@@ -54,7 +65,12 @@ impl Programs {
                 })
             })
         });
-        Ok(Self(loaded.collect::<io::Result<_>>()?))
+        let mut maps = object.maps().filter(|map| map.name() == "stood_in");
+        let stood_in = maps.next().map(|map| MapHandle::try_from(&map));
+        Ok(Self {
+            loaded: loaded.collect::<io::Result<_>>()?,
+            stood_in: stood_in.transpose().map_err(io::Error::other)?.map(Arc::new),
+        })
     }
 
     /// What the kernel says of each.
@@ -63,15 +79,48 @@ impl Programs {
     ///
     /// `BPF_OBJ_GET_INFO_BY_FD` failed.
     pub fn stats(&self) -> io::Result<Vec<ProgramStats>> {
-        self.0.iter().map(Loaded::stats).collect()
+        let stats = self.loaded.iter().map(Loaded::stats);
+        let mut stats = stats.collect::<io::Result<Vec<_>>>()?;
+        let stand_ins = self
+            .loaded
+            .iter()
+            .filter_map(|one| one.name.strip_suffix(STAND_IN));
+        // Read last: a turn is counted as left out before it is as made.
+        let stood_in = self.turns()?;
+        for name in stand_ins {
+            for one in &mut stats {
+                if one.name == name {
+                    one.stood_in = stood_in;
+                    one.recursion_misses = one.recursion_misses.saturating_sub(stood_in);
+                } else if one.name.strip_suffix(STAND_IN) == Some(name) {
+                    one.recursion_misses = 0;
+                }
+            }
+        }
+        Ok(stats)
     }
 
-    /// Runs left out, of all programs together. A program of which the kernel says nothing
-    /// (it never does so of an open one) counts as none.
-    #[must_use]
-    pub fn recursion_misses(&self) -> u64 {
-        let infos = self.0.iter().filter_map(|one| info(one.fd.as_fd()).ok());
-        infos.map(|info| info.recursion_misses).sum()
+    fn turns(&self) -> io::Result<u64> {
+        let Some(map) = &self.stood_in else {
+            return Ok(0);
+        };
+        let counts = map.lookup_percpu(&0_u32.to_ne_bytes(), MapFlags::ANY);
+        let counts = counts.map_err(io::Error::other)?.unwrap_or_default();
+        let words = counts
+            .iter()
+            .filter_map(|bytes| bytes.as_slice().try_into().ok());
+        Ok(words.map(u64::from_ne_bytes).sum())
+    }
+
+    /// Programs of which runs were left out and made by nobody, with how many.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::stats`].
+    pub fn missed(&self) -> io::Result<BTreeMap<String, u64>> {
+        let stats = self.stats()?.into_iter();
+        let counts = stats.map(|one| (one.name, one.recursion_misses));
+        Ok(counts.filter(|(_, missed)| *missed > 0).collect())
     }
 }
 
@@ -86,6 +135,7 @@ impl Loaded {
             run_cnt: info.run_cnt,
             run_time_ns: info.run_time_ns,
             recursion_misses: info.recursion_misses,
+            stood_in: 0,
         })
     }
 }
@@ -116,8 +166,10 @@ mod tests {
             fd: std::fs::File::open("/dev/null").unwrap().into(),
         };
         assert!(loaded.stats().is_err());
-        let programs = Programs(Arc::new([loaded]));
+        let programs = Programs {
+            loaded: Arc::new([loaded]),
+            stood_in: None,
+        };
         assert!(programs.stats().is_err());
-        assert_eq!(programs.recursion_misses(), 0);
     }
 }

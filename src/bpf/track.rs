@@ -262,13 +262,6 @@ impl Hooks {
         &self.programs
     }
 
-    /// Runs that the kernel left out because the program ran on that CPU already: events that
-    /// nobody saw and that [`Hooks::lost`] does not count.
-    #[must_use]
-    pub fn recursion_misses(&self) -> u64 {
-        self.programs.recursion_misses()
-    }
-
     /// Begins to track, all at once.
     pub fn start(&mut self) {
         if let Some(vars) = self.skel.maps.bss_data.as_deref_mut() {

@@ -5,6 +5,7 @@ use crate::bpf::track::HookSet;
 use crate::bpf::wire;
 use crate::model::apply::Anomaly;
 use crate::model::event::{Body, Event, Object};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 impl Engine {
@@ -98,18 +99,40 @@ impl Engine {
     /// out a program that is running on the CPU already, and nobody knows for what.
     pub(super) fn note_misses(&mut self) {
         self.misses_read = Instant::now();
-        let misses = self.hooks.recursion_misses();
-        if misses > self.misses {
-            let missed = misses - self.misses;
-            tracing::warn!(missed, "hooks were left out; reading everything again");
-            *self
-                .counters
-                .anomalies
-                .entry("missed-run".to_owned())
-                .or_default() += missed;
-            self.misses = misses;
-            self.suspect_everything();
+        let missed = match self.more_misses() {
+            // A stand-in may have been about to take its turn.
+            Ok(Some(_)) => self.more_misses(),
+            none => none,
+        };
+        match missed {
+            Ok(None) => {}
+            Ok(Some(programs)) => {
+                let misses = programs.values().sum();
+                let missed = misses - self.misses;
+                tracing::warn!(
+                    missed,
+                    ?programs,
+                    "hooks were left out; reading everything again"
+                );
+                *self
+                    .counters
+                    .anomalies
+                    .entry("missed-run".to_owned())
+                    .or_default() += missed;
+                self.misses = misses;
+                self.suspect_everything();
+            }
+            Err(error) => {
+                tracing::error!(%error, "what hooks missed is not known; reading everything again");
+                self.suspect_everything();
+            }
         }
+    }
+
+    /// What programs missed, if that is more than was known.
+    fn more_misses(&self) -> std::io::Result<Option<BTreeMap<String, u64>>> {
+        let programs = self.hooks.programs().missed()?;
+        Ok((programs.values().sum::<u64>() > self.misses).then_some(programs))
     }
 
     /// No tracepoint tells that a watch went with what it watched, or after its one event,
