@@ -37,7 +37,7 @@ impl Capture {
             if blockers.is_empty() && settled && self.worst_standing() == Standing::Outside {
                 break;
             }
-            self.let_run();
+            self.let_run()?;
             if !blockers.is_empty() && attempt >= BLOCKED_ATTEMPTS {
                 self.thaw();
                 return Err(CheckpointError::Blocked(blockers));

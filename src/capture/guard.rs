@@ -3,9 +3,9 @@
 
 use super::error::CheckpointError;
 use super::restart::Now;
-use super::threads::Tracees;
+use super::threads::{TASK_UNINTERRUPTIBLE, Tracees};
 use crate::bpf::events::ThreadRec;
-use crate::model::ids::{Pid, Tid};
+use crate::model::ids::Pid;
 use crate::sys::cgroup::{Cgroup, Event};
 use crate::sys::process::{Fork, fork_with_pid, pidfd_getfd, pidfd_open};
 use crate::sys::task::exit_now;
@@ -167,12 +167,7 @@ fn continue_calls(members: &[Pid]) {
         let tids = entries
             .flatten()
             .filter_map(|entry| entry.file_name().to_str().and_then(|n| n.parse().ok()));
-        recs.extend(tids.map(|tid: u32| ThreadRec {
-            tid,
-            tgid: pid.0.cast_unsigned(),
-            pending: pending_mask(Tid(tid.cast_signed())),
-            ..ThreadRec::default()
-        }));
+        recs.extend(tids.map(|tid| thread(pid, tid)));
     }
     let now = Now {
         monotonic: 0,
@@ -184,16 +179,25 @@ fn continue_calls(members: &[Pid]) {
     let _ = Tracees::repair(&recs, Duration::from_secs(1), &now, |_| 0);
 }
 
-/// Signals that wait for a thread and are not blocked, from /proc/TID/status.
-fn pending_mask(tid: Tid) -> u64 {
+/// What [`Tracees::repair`] looks at, from /proc/TID/status.
+fn thread(pid: Pid, tid: u32) -> ThreadRec {
     let text = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
-    let mask = |name: &str| {
-        text.lines()
-            .find_map(|line| line.strip_prefix(name))
-            .and_then(|value| u64::from_str_radix(value.trim(), 16).ok())
-            .unwrap_or(0)
+    let word = |name: &str| {
+        let mut values = text.lines().filter_map(|line| line.strip_prefix(name));
+        values.next().map_or("", str::trim)
     };
-    (mask("SigPnd:") | mask("ShdPnd:")) & !mask("SigBlk:")
+    let mask = |name: &str| u64::from_str_radix(word(name), 16).unwrap_or(0);
+    ThreadRec {
+        tid,
+        tgid: pid.0.cast_unsigned(),
+        pending: (mask("SigPnd:") | mask("ShdPnd:")) & !mask("SigBlk:"),
+        state: if word("State:").starts_with('D') {
+            TASK_UNINTERRUPTIBLE
+        } else {
+            0
+        },
+        ..ThreadRec::default()
+    }
 }
 
 /// Unpinning the links of the network lock releases it: nobody else holds them any more.

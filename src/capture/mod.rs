@@ -490,7 +490,9 @@ impl Capture {
 
     /// Lets the application go on as if nothing had happened.
     pub fn thaw(&mut self) {
-        self.let_run();
+        if let Err(e) = self.let_run() {
+            tracing::warn!("{e}");
+        }
         if let Some(mut lock) = self.lock.take()
             && let Err(e) = lock.release()
         {
@@ -500,15 +502,19 @@ impl Capture {
 
     /// Connections first, then system calls, then the freezer: from the moment it runs,
     /// everything must be as it was.
-    fn let_run(&mut self) {
+    ///
+    /// # Errors
+    /// It runs, but a thread of it is still traced until tracker ends.
+    fn let_run(&mut self) -> Result<(), CheckpointError> {
         let had_tracees = self.frozen.is_some();
         if let Some(frozen) = self.frozen.take() {
             drop(frozen.repaired);
             drop(frozen.tracees);
         }
+        let mut repaired = Ok(());
         if self.freezing {
             if !had_tracees {
-                self.repair_calls();
+                repaired = self.repair_calls();
             }
             if let Err(e) = self.target.cgroup.set_frozen(false) {
                 tracing::error!("{e}");
@@ -516,26 +522,21 @@ impl Capture {
             self.freezing = false;
             self.timeline.release();
         }
+        repaired
     }
 
     /// The freezer alone ends some waits with `EINTR`: threads that are frozen and were not
     /// stopped yet are stopped once, to set those waits to go on.
-    fn repair_calls(&mut self) {
-        let Ok(tasks) = self.iterators.borrow_mut().threads(self.scope()) else {
-            return;
-        };
-        let Ok((now, _)) = clocks::read(self.offsets) else {
-            return;
-        };
+    fn repair_calls(&mut self) -> Result<(), CheckpointError> {
+        /// For machines that are very busy: what is frozen and can stop at all does so at once.
+        const LIMIT: Duration = Duration::from_secs(5);
+        let tasks = self.iterators.borrow_mut().threads(self.scope())?;
+        let (now, _) = clocks::read(self.offsets)?;
         let shared = |tgid| {
             let process = tasks.processes.iter().find(|p| p.pid == tgid);
             process.map_or(0, |p| p.shared_pending)
         };
-        let limit = Duration::from_millis(200);
-        // Dropping them is what repairs.
-        if let Err(e) = Tracees::repair(&tasks.threads, limit, &now, shared) {
-            tracing::debug!("{e}");
-        }
+        Tracees::repair(&tasks.threads, LIMIT, &now, shared)
     }
 }
 

@@ -40,8 +40,8 @@ impl Capture {
                 break;
             }
             let looked = self.look_frozen();
-            self.let_run();
-            looked?;
+            let running = self.let_run();
+            looked.and(running)?;
             self.memory.copy_harvested(store, slots, &self.wakeups)?;
             let before = written;
             written = self.memory.written(&mut iterators.borrow_mut(), scope)?;

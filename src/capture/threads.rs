@@ -11,6 +11,9 @@ use crate::sys::ptrace::{self, Options, Stop};
 use nix::errno::Errno;
 use std::time::{Duration, Instant};
 
+/// Of `task_struct.__state` (include/linux/sched.h): "D" to /proc.
+pub(super) const TASK_UNINTERRUPTIBLE: u32 = 2;
+
 /// What ptrace tells about one stopped thread.
 #[derive(Debug)]
 pub struct Stopped {
@@ -52,18 +55,22 @@ impl Tracees {
         Self::stop_unless(recs, Some(wakeups), limit, now, shared_pending)
     }
 
-    /// Stops those that can be stopped and lets them go at once, with calls that only the
+    /// Stops those that the freezer holds and lets them go at once, with calls that only the
     /// freeze had interrupted set to go on. A request to abort does not keep it from that.
+    /// A thread that sleeps without the freezer (a parent in vfork(2)) has not been woken by it
+    /// either: nothing of it is interrupted, and seized it would stop later, and stay.
     ///
     /// # Errors
-    /// Some could not be stopped.
+    /// Some could not be stopped; they are let go when tracker ends.
     pub fn repair(
         recs: &[ThreadRec],
         limit: Duration,
         now: &Now,
         shared_pending: impl Fn(u32) -> u64,
     ) -> Result<(), CheckpointError> {
-        Self::stop_unless(recs, None, limit, now, shared_pending).map(drop)
+        let held = |rec: &&ThreadRec| rec.state & TASK_UNINTERRUPTIBLE == 0;
+        let held: Vec<ThreadRec> = recs.iter().filter(held).copied().collect();
+        Self::stop_unless(&held, None, limit, now, shared_pending).map(drop)
     }
 
     fn stop_unless(

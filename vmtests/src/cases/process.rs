@@ -4,11 +4,14 @@
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::EventFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::stat::{Mode, umask};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{
@@ -26,11 +29,44 @@ pub const CASES: &[Entry] = &[
     Entry::carried("process_zombie", zombie),
     Entry::carried("process_wait", wait),
     Entry::carried("process_orphan", orphan),
+    Entry::carried("process_spawning", spawning),
     Entry::carried("process_identity", identity),
     Entry::carried("credentials", credentials),
     Entry::carried("attributes", attributes),
     Entry::carried("attributes_limits", limits),
 ];
+
+/// A program that starts others all the time. While a child of vfork(2) has not called exec
+/// nothing can be carried, and its parent cannot be stopped; the freeze is repeated, and none of
+/// that is noticed by the other threads.
+fn spawning(case: &Case) -> Result<()> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let end = EventFd::new()?;
+    epoll.add(&end, EpollEvent::new(EpollFlags::EPOLLIN, 7))?;
+    let waiter = std::thread::spawn(move || {
+        // While the other thread starts a child it has SIGCHLD blocked. One that comes then is
+        // this thread's, and ends the wait, although nobody handles it.
+        SigSet::all().thread_block()?;
+        let mut events = [EpollEvent::empty()];
+        epoll
+            .wait(&mut events, EpollTimeout::NONE)
+            .map(|_| events[0].data())
+    });
+    let (mut started, mut error) = (0_u64, None);
+    case.ready_polling(std::time::Duration::from_micros(100), || {
+        // posix_spawn(3), that is CLONE_VM | CLONE_VFORK.
+        match Command::new("/bin/true").status() {
+            Ok(status) if status.success() => started += 1,
+            other => error = Some(format!("{other:?}")),
+        }
+    })?;
+    ensure!(error.is_none(), "/bin/true: {error:?}");
+    ensure!(started > 0, "It never started one");
+    end.write(1)?;
+    let woken = waiter.join().map_err(|_| anyhow!("The waiter panicked"))?;
+    ensure!(woken == Ok(7), "epoll_wait: {woken:?}");
+    Ok(())
+}
 
 /// Three generations; a session and two process groups inside.
 fn tree(case: &Case) -> Result<()> {
