@@ -20,13 +20,34 @@ struct mm_rec out_mm;
 struct sigactions_rec out_sigactions;
 struct timer_rec out_timer;
 
-/* text symbols, so present without KALLSYMS_ALL too */
-extern const void hrtimer_nanosleep_restart __ksym __weak;
-extern const void futex_wait_restart __ksym __weak;
-extern const void do_restart_poll __ksym __weak;
-extern const void posix_cpu_nsleep_restart __ksym __weak;
-extern const void alarm_timer_nsleep_restart __ksym __weak;
-extern const void do_no_restart_syscall __ksym __weak;
+/*
+ * Where the functions are that go on with an interrupted call; 0 where this kernel has none of
+ * that name. As symbols they would have libbpf read all of /proc/kallsyms, which takes longer
+ * than everything else that loading does.
+ */
+struct {
+	u64 nothing;
+	u64 nanosleep;
+	u64 futex_wait;
+	u64 poll;
+	u64 cpu_nanosleep;
+	u64 alarm_nanosleep;
+} restarts;
+
+#define FIND(name, to) bpf_kallsyms_lookup_name(name, sizeof(name), 0, &restarts.to)
+
+/* User space runs this once, before any pass. */
+SEC("syscall")
+int find_restarts(void *ctx)
+{
+	FIND("do_no_restart_syscall", nothing);
+	FIND("hrtimer_nanosleep_restart", nanosleep);
+	FIND("futex_wait_restart", futex_wait);
+	FIND("do_restart_poll", poll);
+	FIND("posix_cpu_nsleep_restart", cpu_nanosleep);
+	FIND("alarm_timer_nsleep_restart", alarm_nanosleep);
+	return 0;
+}
 
 static __always_inline void fill_restart(struct thread_rec *r, struct task_struct *task)
 {
@@ -39,14 +60,14 @@ static __always_inline void fill_restart(struct thread_rec *r, struct task_struc
 	r->restart_clock = 0;
 	r->restart_arg = 0;
 	r->restart_ptr = 0;
-	if (!fn || fn == (u64)&do_no_restart_syscall) {
+	if (!fn || fn == restarts.nothing) {
 		r->restart_kind = RESTART_NONE;
-	} else if (fn == (u64)&futex_wait_restart) {
+	} else if (fn == restarts.futex_wait) {
 		r->restart_kind = RESTART_FUTEX_WAIT;
 		r->restart_expires_ns = BPF_CORE_READ(task, restart_block.futex.time);
 		r->restart_arg = BPF_CORE_READ(task, restart_block.futex.flags);
 		r->restart_ptr = (u64)BPF_CORE_READ(task, restart_block.futex.uaddr);
-	} else if (fn == (u64)&do_restart_poll) {
+	} else if (fn == restarts.poll) {
 		r->restart_kind = RESTART_POLL;
 		if (BPF_CORE_READ(task, restart_block.poll.has_timeout))
 			r->restart_expires_ns =
@@ -55,11 +76,11 @@ static __always_inline void fill_restart(struct thread_rec *r, struct task_struc
 		r->restart_arg = BPF_CORE_READ(task, restart_block.poll.nfds);
 		r->restart_ptr = (u64)BPF_CORE_READ(task, restart_block.poll.ufds);
 	} else {
-		if (fn == (u64)&hrtimer_nanosleep_restart)
+		if (fn == restarts.nanosleep)
 			r->restart_kind = RESTART_NANOSLEEP;
-		else if (fn == (u64)&posix_cpu_nsleep_restart)
+		else if (fn == restarts.cpu_nanosleep)
 			r->restart_kind = RESTART_CPU_NANOSLEEP;
-		else if (fn == (u64)&alarm_timer_nsleep_restart)
+		else if (fn == restarts.alarm_nanosleep)
 			r->restart_kind = RESTART_ALARM_NANOSLEEP;
 		else
 			return;

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
-use libbpf_rs::{RingBuffer, RingBufferBuilder};
+use libbpf_rs::{ProgramInput, RingBuffer, RingBufferBuilder};
 
 use super::events::{
     self, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessRec,
@@ -176,6 +176,8 @@ impl Iterators {
             .open(storage)
             .map_err(at("open"))?;
         let skel = open.load().map_err(at("load"))?;
+        let found = skel.progs.find_restarts.test_run(ProgramInput::default());
+        found.map_err(at("looking for the restart functions"))?;
 
         // a kernel may accept a program and refuse to attach it: better learnt now
         for program in [
