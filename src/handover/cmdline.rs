@@ -236,7 +236,7 @@ mod tests {
             "BOOT_IMAGE=/vmlinuz root=/dev/vda ro quiet memmap=960M!2G initrd=/initrd.img",
             "",
             "root=/dev/vda quiet memmap=960M!2G rw init=/usr/lib/tracker/early \
-             tracker.image=0x80000000 tracker.deadline=30,120",
+             tracker.image=0x80000000 tracker.deadline=30,150",
         );
     }
 
@@ -249,7 +249,7 @@ mod tests {
             "",
         )
         .unwrap();
-        let expect = "root=/dev/vda rw init=/usr/lib/tracker/early tracker.image=0x80000000 tracker.deadline=30,120 \
+        let expect = "root=/dev/vda rw init=/usr/lib/tracker/early tracker.image=0x80000000 tracker.deadline=30,150 \
                       tracker.init=/bin/systemd";
         assert_eq!(once, expect);
         assert_eq!(
@@ -275,7 +275,7 @@ mod tests {
         check(
             "root=/dev/vda init=/a -- single",
             "quiet init=/b",
-            "root=/dev/vda quiet rw init=/usr/lib/tracker/early tracker.image=0x80000000 tracker.deadline=30,120 \
+            "root=/dev/vda quiet rw init=/usr/lib/tracker/early tracker.image=0x80000000 tracker.deadline=30,150 \
              tracker.init=/b -- single",
         );
     }
@@ -294,7 +294,7 @@ mod tests {
             "dyndbg=\"file a +p; ro\" root=/dev/vda",
             "",
             "dyndbg=\"file a +p; ro\" root=/dev/vda rw init=/usr/lib/tracker/early \
-             tracker.image=0x80000000 tracker.deadline=30,120",
+             tracker.image=0x80000000 tracker.deadline=30,150",
         );
     }
 
