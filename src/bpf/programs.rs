@@ -69,7 +69,10 @@ impl Programs {
         let stood_in = maps.next().map(|map| MapHandle::try_from(&map));
         Ok(Self {
             loaded: loaded.collect::<io::Result<_>>()?,
-            stood_in: stood_in.transpose().map_err(io::Error::other)?.map(Arc::new),
+            stood_in: stood_in
+                .transpose()
+                .map_err(io::Error::other)?
+                .map(Arc::new),
         })
     }
 

@@ -263,7 +263,7 @@ mod tests {
                 init: Some("/bin/systemd".into()),
                 deadlines: Deadlines {
                     application: 30,
-                    all: 120
+                    all: 150
                 },
             }
         );

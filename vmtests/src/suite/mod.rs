@@ -250,9 +250,13 @@ pub fn run(options: &Options) -> Totals {
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner);
     if !state.failures.is_empty() {
+        // Again, as the end of a log is what is kept of it and looked at.
         println!("\nfailures:");
-        for name in &state.failures {
-            println!("    {name}");
+        for (name, text) in &state.failures {
+            println!(
+                "    {name}: {}",
+                text.lines().take(8).collect::<Vec<_>>().join("\n        ")
+            );
         }
     }
     Totals {
@@ -346,7 +350,8 @@ pub(crate) struct Report {
 #[derive(Debug, Default)]
 struct ReportState {
     passed: usize,
-    failures: Vec<String>,
+    /// Names, and what was wrong.
+    failures: Vec<(String, String)>,
     seen: Vec<String>,
 }
 
@@ -369,9 +374,10 @@ impl Report {
                 println!("test {name} ... ok ({seconds:.1} s)");
             }
             Err(error) => {
-                state.failures.push(name.to_owned());
-                let text = format!("{error:#}").replace('\n', "\n    ");
-                println!("test {name} ... FAILED ({seconds:.1} s)\n    {text}");
+                let text = format!("{error:#}");
+                let shown = text.replace('\n', "\n    ");
+                println!("test {name} ... FAILED ({seconds:.1} s)\n    {shown}");
+                state.failures.push((name.to_owned(), text));
             }
         }
     }
