@@ -96,7 +96,15 @@ pub fn pack(programs: &Path, stage: &Path, archive: &Path) -> Result<()> {
 }
 
 /// The binaries below vmtests/ that go into the guest.
-const GUEST_PROGRAMS: &[&str] = &["guestd", "cases", "iter_check", "heartbeat", "ops", "storm"];
+const GUEST_PROGRAMS: &[&str] = &[
+    "guestd",
+    "cases",
+    "iter_check",
+    "heartbeat",
+    "objects",
+    "ops",
+    "storm",
+];
 
 fn strip(from: &Path, to: &PathBuf) -> Result<()> {
     run(Command::new("objcopy")

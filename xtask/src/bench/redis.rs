@@ -1,5 +1,4 @@
-//! `cargo xtask bench`: how long redis stands still for a checkpoint that
-//! leaves it running, by tracker and by CRIU, in turns in one VM.
+//! How long redis stands still under load for a checkpoint that leaves it running.
 //!
 //! Three figures each time: what the tool itself reports, the longest silence
 //! that a client inside the guest hears (asking every millisecond), and the
@@ -9,51 +8,15 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::{Args, ValueEnum};
 use serde::Serialize;
 use vmtests::apps;
-use vmtests::image::Kernel;
 use vmtests::load::Load;
 use vmtests::payload::{Profile, TESTS_DIR};
 use vmtests::vm::{Exec, Vm};
 
-use crate::{setup, workspace};
-
-/// Options of `cargo xtask bench`.
-#[derive(Args)]
-pub struct Arguments {
-    /// The kernel: 6.1 or 6.12
-    #[arg(long, default_value = "6.12")]
-    kernel: Kernel,
-    /// How many times each tool has its turn
-    #[arg(long, default_value_t = 3)]
-    rounds: usize,
-    /// Connections to redis
-    #[arg(long, default_value_t = 50)]
-    clients: usize,
-    /// Megabytes of data in redis
-    #[arg(long, value_name = "MB", default_value_t = 200)]
-    data: usize,
-    /// Only this tool
-    #[arg(long, value_enum)]
-    only: Option<Tool>,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-/// Time for one step on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(300);
-
-/// Where the images go, one after another.
-const IMAGES: &str = "/root/bench";
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "snake_case")]
-enum Tool {
-    Tracker,
-    Criu,
-}
+use super::tools::{IMAGES, PATIENCE, Said, Tool};
+use super::{Arguments, median};
+use crate::workspace;
 
 /// One checkpoint, in milliseconds.
 #[derive(Debug, Serialize)]
@@ -69,13 +32,6 @@ struct Sample {
     steps: Vec<(String, f64)>,
 }
 
-/// What a tool says of a checkpoint, in milliseconds.
-#[derive(Debug, Default)]
-struct Said {
-    frozen: f64,
-    steps: Vec<(String, f64)>,
-}
-
 #[derive(Debug, Serialize)]
 struct Report {
     kernel: String,
@@ -87,9 +43,8 @@ struct Report {
     samples: Vec<Sample>,
 }
 
-/// Returns the exit code.
-pub fn run(arguments: &Arguments) -> Result<u8> {
-    setup::for_vm()?;
+/// Runs it and prints what came of it.
+pub fn run(arguments: &Arguments) -> Result<()> {
     let builder = Vm::builder(workspace())
         .kernel(arguments.kernel)
         .profile(Profile::Release)
@@ -112,15 +67,15 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     };
     for round in 1..=arguments.rounds {
         for tool in [Tool::Tracker, Tool::Criu] {
-            if arguments.only.is_some_and(|only| only != tool) {
+            if !arguments.wants(tool) {
                 continue;
             }
             if !arguments.json {
                 eprintln!("Round {round}: {tool:?}");
             }
-            let checkpoint = || match tool {
-                Tool::Tracker => tracker(&vm),
-                Tool::Criu => criu(&vm),
+            let checkpoint = || {
+                let pid = apps::pids(&vm, "redis")?[0].to_string();
+                tool.checkpoint(&vm, "redis", &pid)
             };
             let (said, (guest_gap, host_gap)) =
                 heard(&vm, &load, checkpoint).with_context(|| format!("{tool:?}"))?;
@@ -140,7 +95,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     } else {
         print!("{}", table(&report)?);
     }
-    Ok(0)
+    Ok(())
 }
 
 /// Runs something while the heart beats; returns its result and the longest
@@ -176,97 +131,6 @@ fn heard(vm: &Vm, load: &Load, work: impl FnOnce() -> Result<Said>) -> Result<(S
     let gap = String::from_utf8(vm.read_file(&format!("{dir}/gap"))?)?;
     let guest_gap = gap.trim().parse::<f64>().context("The heartbeat's gap")? / 1000.0;
     Ok((result?, (guest_gap, host_gap.as_secs_f64() * 1000.0)))
-}
-
-/// `tracker checkpoint` with its pre-copy.
-fn tracker(vm: &Vm) -> Result<Said> {
-    let image = format!("{IMAGES}/tracker");
-    let command = apps::checkpoint("redis", &image, &["--leave-running", "--json"]);
-    let output = vm.exec(command.timeout(PATIENCE))?.check()?;
-    let json: serde_json::Value =
-        serde_json::from_slice(&output.stdout).with_context(|| output.text())?;
-    let frozen = find(&json, "frozen_us").and_then(serde_json::Value::as_f64);
-    let frozen = frozen.with_context(|| format!("No frozen_us in {}", output.text()))?;
-    let steps = find(&json, "steps").cloned().unwrap_or_default();
-    let steps: Vec<(String, f64)> = serde_json::from_value(steps).with_context(|| output.text())?;
-    let number = |name| find(&json, name).and_then(serde_json::Value::as_f64);
-    let steps = steps.into_iter().map(|(name, us)| (name, us / 1000.0));
-    let more = [
-        (
-            "frozen before",
-            number("frozen_before_us").map(|us| us / 1000.0),
-        ),
-        ("pages copied while frozen", number("copied_frozen")),
-    ];
-    let more = more
-        .into_iter()
-        .filter_map(|(name, value)| Some((name.to_owned(), value?)));
-    Ok(Said {
-        frozen: frozen / 1000.0,
-        steps: steps.chain(more).collect(),
-    })
-}
-
-/// The first value of that name, however deep.
-fn find<'a>(json: &'a serde_json::Value, name: &str) -> Option<&'a serde_json::Value> {
-    match json {
-        serde_json::Value::Object(members) => members
-            .get(name)
-            .or_else(|| members.values().find_map(|value| find(value, name))),
-        serde_json::Value::Array(values) => values.iter().find_map(|value| find(value, name)),
-        _ => None,
-    }
-}
-
-/// CRIU, as its documentation has it: two pre-dumps, then the dump.
-fn criu(vm: &Vm) -> Result<Said> {
-    let pid = apps::pids(vm, "redis")?[0].to_string();
-    let call = |action: &str, directory: &str, more: &[&str]| {
-        let images = format!("{IMAGES}/{directory}");
-        vm.exec(Exec::new(["mkdir", "-p", &images]))?.check()?;
-        let words = [
-            "criu",
-            action,
-            "--tree",
-            &pid,
-            "--images-dir",
-            &images,
-            "--track-mem",
-        ];
-        let command = Exec::new([&words[..], more].concat()).timeout(PATIENCE);
-        vm.exec(command)?.check()
-    };
-    call("pre-dump", "1", &[])?;
-    call("pre-dump", "2", &["--prev-images-dir", "../1"])?;
-    let output = call(
-        "dump",
-        "3",
-        &[
-            "--prev-images-dir",
-            "../2",
-            "--leave-running",
-            "--tcp-established",
-            "--network-lock",
-            "nftables",
-            "--display-stats",
-        ],
-    )?;
-    let text = output.text() + &output.error_text();
-    let frozen = text.lines().find_map(|line| {
-        let digits = line.trim().strip_prefix("Frozen time:")?.trim();
-        digits.trim_end_matches("us").trim().parse::<f64>().ok()
-    });
-    let frozen = frozen.with_context(|| format!("CRIU reports no frozen time:\n{text}"))?;
-    Ok(Said {
-        frozen: frozen / 1000.0,
-        steps: Vec::new(),
-    })
-}
-
-/// The middle of the values, the upper of two.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn table(report: &Report) -> Result<String> {

@@ -1,0 +1,61 @@
+//! `cargo xtask bench`: checkpoints by tracker and by CRIU, in turns in one VM.
+
+use anyhow::Result;
+use clap::Args;
+use vmtests::image::Kernel;
+
+use self::tools::Tool;
+use crate::setup;
+
+mod objects;
+mod redis;
+mod tools;
+
+/// Options of `cargo xtask bench`.
+#[derive(Args)]
+pub struct Arguments {
+    /// The kernel: 6.1 or 6.12
+    #[arg(long, default_value = "6.12")]
+    kernel: Kernel,
+    /// How many times each tool has its turn
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Instead of redis under load, programs with few and with many objects of one kind: those
+    /// whose row, e.g. "10000 eventfds", contains TEXT
+    #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "")]
+    objects: Option<String>,
+    /// Connections to redis
+    #[arg(long, default_value_t = 50)]
+    clients: usize,
+    /// Megabytes of data in redis
+    #[arg(long, value_name = "MB", default_value_t = 200)]
+    data: usize,
+    /// Only this tool
+    #[arg(long, value_enum)]
+    only: Option<Tool>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Arguments {
+    fn wants(&self, tool: Tool) -> bool {
+        self.only.is_none_or(|only| only == tool)
+    }
+}
+
+/// Returns the exit code.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    setup::for_vm()?;
+    match &arguments.objects {
+        Some(wanted) => objects::run(arguments, wanted)?,
+        None => redis::run(arguments)?,
+    }
+    Ok(0)
+}
+
+/// The middle of the values, the upper of two.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
