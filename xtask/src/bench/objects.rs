@@ -34,12 +34,16 @@ const NAME: &str = "objects";
 /// Where the program and this talk.
 const DIR: &str = "/root/objects";
 
-/// Ends it, whoever has restored it, and waits until it is gone.
+/// Ends it, whoever has restored it, and waits until it is gone: `tracker run` would wait for
+/// what is left of it.
 const KILL: &str = "
     pkill -KILL -f tests/object[s]
     for try in $(seq 200); do
-        pgrep -f tests/object[s] >/dev/null || exit 0
-        sleep 0.05
+        events=$(cat /sys/fs/cgroup/tracker/objects/cgroup.events 2>/dev/null)
+        case $events in
+            *'populated 1'*) sleep 0.05 ;;
+            *) pgrep -f tests/object[s] >/dev/null || exit 0 ;;
+        esac
     done
     exit 1";
 
