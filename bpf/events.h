@@ -107,7 +107,8 @@ enum thread_flag {
 	THREAD_IO_URING = 4, /* has an io_uring context */
 	THREAD_FROZEN = 8,   /* stopped by the cgroup freezer */
 	THREAD_PTRACED = 16,
-	THREAD_SEM_UNDO = 32, /* has System V semaphore operations to undo when it ends */
+	THREAD_SEM_UNDO = 32,         /* has System V semaphore operations to undo when it ends */
+	THREAD_SECCOMP_LISTENER = 64, /* a supervisor listens to one of its filters */
 };
 
 /* One thread; ids are those of the initial PID namespace. */
@@ -144,6 +145,7 @@ struct thread_rec {
 	__u64 pending;
 	__u64 sas_ss_sp;
 	__u64 sas_ss_size;
+	__u64 seccomp_filter; /* the newest one, which leads to the others */
 	__u32 sas_ss_flags;
 	__u32 seccomp_mode;
 	__u32 seccomp_filters;
@@ -192,7 +194,7 @@ struct thread_rec {
 	__u32 pad;
 	char comm[TRK_COMM_LEN];
 };
-TRK_ASSERT_SIZE(struct thread_rec, 456);
+TRK_ASSERT_SIZE(struct thread_rec, 464);
 
 struct rlimit_rec {
 	__u64 cur;

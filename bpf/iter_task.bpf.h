@@ -7,6 +7,7 @@
 #define SIGEV_NONE 1
 #define SIGEV_THREAD_ID 4
 #define MAX_TIMERS (1 << 16)
+#define MAX_SECCOMP_FILTERS 64
 #define CLOCK_REALTIME 0
 #define CLOCK_BOOTTIME 7
 #define CLOCK_REALTIME_ALARM 8
@@ -123,6 +124,29 @@ static __always_inline bool has_undo(struct task_struct *task)
 			       (u64)list + bpf_core_field_offset(struct sem_undo_list, list_proc);
 }
 
+/* After the flags. With more filters than are looked through, one may have a listener. */
+static __always_inline void fill_seccomp(struct thread_rec *r, struct task_struct *task)
+{
+	struct seccomp_filter *filter;
+
+	r->seccomp_mode = 0;
+	r->seccomp_filters = 0;
+	r->seccomp_filter = 0;
+	if (!bpf_core_field_exists(task->seccomp.filter_count))
+		return;
+	r->seccomp_mode = task->seccomp.mode;
+	r->seccomp_filters = task->seccomp.filter_count.counter;
+	filter = BPF_CORE_READ(task, seccomp.filter);
+	r->seccomp_filter = (u64)filter;
+	for (int i = 0; i < MAX_SECCOMP_FILTERS && filter; i++) {
+		if (BPF_CORE_READ(filter, notif))
+			break;
+		filter = BPF_CORE_READ(filter, prev);
+	}
+	if (filter)
+		r->flags |= THREAD_SECCOMP_LISTENER;
+}
+
 static __always_inline void fill_thread(struct thread_rec *r, struct task_struct *task)
 {
 	/* through the helper, for a plain number that arithmetic is allowed on */
@@ -194,12 +218,7 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 	r->sas_ss_sp = task->sas_ss_sp;
 	r->sas_ss_size = task->sas_ss_size;
 	r->sas_ss_flags = task->sas_ss_flags;
-	r->seccomp_mode = 0;
-	r->seccomp_filters = 0;
-	if (bpf_core_field_exists(task->seccomp.filter_count)) {
-		r->seccomp_mode = task->seccomp.mode;
-		r->seccomp_filters = task->seccomp.filter_count.counter;
-	}
+	fill_seccomp(r, task);
 	r->robust_list = (u64)task->robust_list;
 	r->set_child_tid = (u64)task->set_child_tid;
 	r->clear_child_tid = (u64)task->clear_child_tid;

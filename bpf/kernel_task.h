@@ -225,9 +225,14 @@ struct restart_block {
 		} poll;
 	};
 };
+struct seccomp_filter {
+	struct seccomp_filter *prev;
+	struct notification *notif;
+};
 struct seccomp {
 	int mode;
 	atomic_t filter_count;
+	struct seccomp_filter *filter;
 };
 struct kernfs_node {
 	u64 id;

@@ -4,7 +4,7 @@ use super::error::CheckpointError;
 use super::freeze::PAUSE;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
 use super::{cgroups, files, mm, semaphores, sysv};
-use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadRec, VmaRec};
+use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadFlag, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::{Blocker, Process};
 use crate::model::ids::{Fd, FilesId, FsId, Pid};
@@ -233,6 +233,7 @@ fn thread(
     found: &mut Vec<Blocker>,
 ) {
     const SCHED_DEADLINE: u32 = 6;
+    const SECCOMP_MODE_STRICT: u32 = 1;
     if rec.is_zombie() {
         return;
     }
@@ -241,8 +242,14 @@ fn thread(
         let by = format!("thread {} traced by PID {}", rec.tid, rec.tracer);
         add(&by, "detach the debugger");
     }
-    if rec.seccomp_mode != 0 {
-        add("seccomp filter", "filters are not carried yet");
+    if rec.seccomp_mode == SECCOMP_MODE_STRICT {
+        add("strict seccomp", "nothing could be restored under it");
+    }
+    if rec.flags & ThreadFlag::SECCOMP_LISTENER != 0 {
+        add(
+            "seccomp filter with a listener",
+            "who listens to it would be lost; it must not be supervised",
+        );
     }
     if rec.policy == SCHED_DEADLINE {
         add("SCHED_DEADLINE", "its reservation is not carried yet");
@@ -276,6 +283,11 @@ fn thread(
                 rec.tid
             ),
             "threads that called unshare(2) are not carried yet",
+        );
+    } else if rec.seccomp_filter != leader.seccomp_filter {
+        add(
+            &format!("thread {} with seccomp filters of its own", rec.tid),
+            "only filters of whole processes are carried yet",
         );
     } else if rec.nsproxy != leader.nsproxy {
         add(
@@ -380,7 +392,12 @@ mod tests {
         check(vec![traced], &["thread 5 traced by PID 77"]);
         let mut filtered = leader(5, 1);
         filtered.seccomp_mode = 2;
-        check(vec![filtered], &["seccomp filter"]);
+        check(vec![filtered], &[]);
+        filtered.flags |= ThreadFlag::SECCOMP_LISTENER;
+        check(vec![filtered], &["seccomp filter with a listener"]);
+        filtered.flags = 0;
+        filtered.seccomp_mode = 1;
+        check(vec![filtered], &["strict seccomp"]);
         let mut foreign = leader(5, 1);
         foreign.net_ns = 9;
         check(vec![foreign], &["network namespace"]);
@@ -419,6 +436,12 @@ mod tests {
         check(
             vec![leader(5, 1), other],
             &["thread 6 with descriptors or directories of its own"],
+        );
+        other.files = leader(5, 1).files;
+        other.seccomp_filter = 9;
+        check(
+            vec![leader(5, 1), other],
+            &["thread 6 with seccomp filters of its own"],
         );
     }
 

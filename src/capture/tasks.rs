@@ -137,6 +137,10 @@ impl Assembly<'_> {
             thp_disable: flags & MMF_DISABLE_THP != 0,
             oom_score_adj: i16::try_from(rec.oom_score_adj).unwrap_or(0),
             coredump_filter: mm.map(|_| dump_filter(flags)),
+            seccomp: match leader.seccomp_filters {
+                0 => Vec::new(),
+                _ => crate::sys::seccomp::filters(Tid(leader.tid.cast_signed()))?,
+            },
             rlimits: rec.rlimits.iter().map(|l| (l.cur, l.max)).collect(),
             sigactions: actions.map(sigactions).unwrap_or_default(),
             itimers: itimers(rec, self.now),

@@ -8,7 +8,7 @@ use super::signals::{self, number};
 use super::sources::Sources;
 use super::tape::{Call, Expect, Script, Tape};
 use super::time::RestoredClocks;
-use super::tree::lost;
+use super::tree::{OPTIONS, lost};
 use super::{RestoreError, semaphores, threads};
 use crate::model::frozen::{Application, LockKind, Process, Registers, Thread};
 use crate::model::ids::{Pid, Tid};
@@ -190,6 +190,7 @@ impl Supervisor<'_> {
 
     fn rebuild_threads(&mut self, process: &Process) -> Result<()> {
         let pid = process.pid;
+        self.install_filters(process)?;
         let tape = self.tape(pid)?;
         tape.clear_data();
         let mut script = Script::default();
@@ -216,6 +217,26 @@ impl Supervisor<'_> {
         self.run(pid, pid.leader(), &script)?;
         for (resource, limit) in (0_u32..).zip(&process.rlimits) {
             prlimit(pid, resource, Some(*limit))?;
+        }
+        Ok(())
+    }
+
+    /// Filters of system calls, while there is one thread: those it clones share them, which
+    /// `SECCOMP_FILTER_FLAG_TSYNC` counts on. What the tape still has to call may be forbidden, so
+    /// they apply only when the tracer lets go.
+    fn install_filters(&mut self, process: &Process) -> Result<()> {
+        let pid = process.pid;
+        if process.seccomp.is_empty() {
+            return Ok(());
+        }
+        let options = OPTIONS.union(ptrace::Options::SUSPEND_SECCOMP);
+        ptrace::set_options(pid.leader(), options)?;
+        for filter in &process.seccomp {
+            let tape = self.tape(pid)?;
+            tape.clear_data();
+            let mut script = Script::default();
+            threads::filter(&mut script, tape, filter)?;
+            self.run(pid, pid.leader(), &script)?;
         }
         Ok(())
     }

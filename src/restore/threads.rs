@@ -5,7 +5,7 @@ use super::creds::{self, Rights, option};
 use super::memory::ROBUST_LIST_HEAD_LEN;
 use super::signals::{self, number, words_to};
 use super::tape::{Expect, Script, Tape};
-use crate::model::frozen::{Process, Scheduling, Thread};
+use crate::model::frozen::{Process, Scheduling, SeccompFilter, Thread};
 use nix::libc;
 
 /// Everything that threads of one process share, and one identity for System V semaphores.
@@ -41,6 +41,32 @@ pub fn clone_all(
         let expect = Expect::Is(thread.tid.0.into());
         script.add(libc::SYS_clone3, &[addr, size_of_val(&args) as u64], expect);
     }
+    Ok(())
+}
+
+/// The call that installs a filter of system calls.
+///
+/// # Errors
+/// The tape has no room for the program.
+pub fn filter(
+    script: &mut Script,
+    tape: &mut Tape,
+    filter: &SeccompFilter,
+) -> Result<(), RestoreError> {
+    const SECCOMP_SET_MODE_FILTER: u64 = 1;
+    const SECCOMP_FILTER_FLAG_LOG: u64 = 2;
+    const INSTRUCTION: usize = size_of::<libc::sock_filter>();
+    let program = tape.data(&filter.program).ok_or(RestoreError::NoRoom)?;
+    // struct sock_fprog: the length is of 16 bits, and padded.
+    let length = (filter.program.len() / INSTRUCTION) as u64;
+    let described = words_to(tape, &[length, program])?;
+    let flags = if filter.log {
+        SECCOMP_FILTER_FLAG_LOG
+    } else {
+        0
+    };
+    let args = [SECCOMP_SET_MODE_FILTER, flags, described];
+    script.zero(libc::SYS_seccomp, &args);
     Ok(())
 }
 

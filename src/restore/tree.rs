@@ -40,7 +40,7 @@ pub struct Births<'a> {
 }
 
 /// Options every task of the tree is traced with.
-const OPTIONS: Options = Options::EXIT_KILL
+pub(super) const OPTIONS: Options = Options::EXIT_KILL
     .union(Options::SYSGOOD)
     .union(Options::TRACE_FORK)
     .union(Options::TRACE_CLONE);

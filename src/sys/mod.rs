@@ -15,6 +15,7 @@ pub mod membarrier;
 pub mod memory;
 pub mod process;
 pub mod ptrace;
+pub mod seccomp;
 pub mod signal;
 pub mod socket;
 pub mod sysv;

@@ -25,6 +25,8 @@ bitflags::bitflags! {
         const TRACE_CLONE = 0x8;
         /// The tracee dies with its tracer.
         const EXIT_KILL = 0x10_0000;
+        /// No filter of system calls applies to the tracee.
+        const SUSPEND_SECCOMP = 0x20_0000;
     }
 }
 
@@ -68,7 +70,7 @@ pub fn classify(status: i32) -> Stop {
     }
 }
 
-fn request(
+pub(super) fn request(
     name: &'static str,
     request: libc::c_uint,
     tid: Tid,
@@ -84,7 +86,7 @@ fn request(
     Ok(result)
 }
 
-fn number(value: usize) -> *mut c_void {
+pub(super) fn number(value: usize) -> *mut c_void {
     std::ptr::without_provenance_mut(value)
 }
 
@@ -101,6 +103,22 @@ pub fn seize(tid: Tid, options: Options) -> Result<()> {
     request(
         "ptrace(SEIZE)",
         libc::PTRACE_SEIZE,
+        tid,
+        null_mut(),
+        number(bits),
+    )?;
+    Ok(())
+}
+
+/// Sets the options of a stopped tracee; new threads have those of who clones them.
+///
+/// # Errors
+/// `EPERM`: [`Options::SUSPEND_SECCOMP`] needs `CAP_SYS_ADMIN`, and no filters of one's own.
+pub fn set_options(tid: Tid, options: Options) -> Result<()> {
+    let bits = usize::try_from(options.bits()).unwrap_or(0);
+    request(
+        "ptrace(SETOPTIONS)",
+        libc::PTRACE_SETOPTIONS,
         tid,
         null_mut(),
         number(bits),

@@ -15,9 +15,9 @@ use tracker::model::frozen::{
     Credentials, EpollItem, FdEntry, FileIdentity, FileKind, FileLock, FileOwner, FilesTable,
     InotifyWatch, Interface, IntervalTimer, JobStop, LockKind, Milestone, Mm, MmBounds, OpenFile,
     Origin, PageRun, PathRef, PipeState, PosixTimer, Process, Registers, Route, Rseq, Scheduling,
-    SigAction, SigInfo, SockOption, Socket, SocketFilter, SocketState, SyscallInProgress, System,
-    TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket,
-    UnixState, Vdso, Vma,
+    SeccompFilter, SigAction, SigInfo, SockOption, Socket, SocketFilter, SocketState,
+    SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd, UnixAddress,
+    UnixMessage, UnixSocket, UnixState, Vdso, Vma,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
@@ -168,6 +168,10 @@ fn process() -> Process {
         dumpable: 1,
         child_subreaper: true,
         thp_disable: true,
+        seccomp: vec![SeccompFilter {
+            program: vec![6, 0, 0, 0, 0, 0, 0xff, 0x7f].into(),
+            log: true,
+        }],
         oom_score_adj: -100,
         coredump_filter: Some(0x33),
         rlimits: vec![(1024, 4096), (u64::MAX, u64::MAX)],

@@ -2,6 +2,7 @@
 
 use crate::model::ids::{FilesId, FsId, InodeId, MmId, Pid, Tid};
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 
 /// One thread group, or one zombie.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -55,6 +56,10 @@ pub struct Process {
     /// `/proc/PID/coredump_filter`; `None` in images from before it was carried.
     #[serde(default)]
     pub coredump_filter: Option<u32>,
+    /// Filters of system calls, which all of its threads share, in the order they were
+    /// installed in.
+    #[serde(default)]
+    pub seccomp: Vec<SeccompFilter>,
     /// getrlimit(2) pairs (soft, hard), indexed by resource number.
     pub rlimits: Vec<(u64, u64)>,
     /// Signal actions, index 0 is signal 1.
@@ -67,6 +72,15 @@ pub struct Process {
     pub posix_timers: Vec<PosixTimer>,
     /// Threads, leader first.
     pub threads: Vec<Thread>,
+}
+
+/// A classic BPF program that decides about system calls (seccomp(2)).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeccompFilter {
+    /// `struct sock_filter` after `struct sock_filter`, 8 bytes each.
+    pub program: ByteBuf,
+    /// `SECCOMP_FILTER_FLAG_LOG`.
+    pub log: bool,
 }
 
 /// A group stop.

@@ -23,6 +23,7 @@ mod pty;
 mod refused;
 mod refused_objects;
 mod rewritten;
+mod seccomp;
 mod sharing;
 mod signals;
 mod sysv;
@@ -45,6 +46,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         time::CASES,
         signals::CASES,
         process::CASES,
+        seccomp::CASES,
         sharing::CASES,
         pidfd::CASES,
         cgroup::CASES,

@@ -21,7 +21,6 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_perf_event", "perf event", perf_event),
     Entry::refused("refused_bpf_map", "BPF object", bpf_map),
     Entry::refused("refused_hugetlb", "hugetlb mapping", hugetlb),
-    Entry::refused("refused_seccomp", "seccomp filter", seccomp),
     Entry::refused("refused_namespace", "UTS namespace", namespace),
     Entry::refused("refused_lease", "lease", lease),
     Entry::refused("refused_mqueue", "POSIX message queue", mqueue),
@@ -140,41 +139,6 @@ fn hugetlb(case: &Case) -> Result<()> {
     // SAFETY: mapped above, nothing refers to it.
     let gone = unsafe { libc::munmap(mapped, LEN) };
     sys("munmap", gone.into()).map(|_| ())
-}
-
-/// A filter that allows everything but getcpu(2), which fails with its own error.
-fn seccomp(case: &Case) -> Result<()> {
-    const SET_MODE_FILTER: u32 = 1;
-    const RET_ERRNO: u32 = 0x0005_0000;
-    const RET_ALLOW: u32 = 0x7fff_0000;
-    let instruction = |code: u32, jt, jf, k| libc::sock_filter {
-        code: u16::try_from(code).unwrap_or(0),
-        jt,
-        jf,
-        k,
-    };
-    let getcpu = u32::try_from(libc::SYS_getcpu)?;
-    let mut program = [
-        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, getcpu),
-        instruction(libc::BPF_RET, 0, 0, RET_ERRNO | 77),
-        instruction(libc::BPF_RET, 0, 0, RET_ALLOW),
-    ];
-    let described = libc::sock_fprog {
-        len: u16::try_from(program.len())?,
-        filter: program.as_mut_ptr(),
-    };
-    // SAFETY: the kernel reads the program, which outlives the call.
-    let set = unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, 0, &raw const described) };
-    sys("seccomp", set)?;
-    case.ready()?;
-    // SAFETY: null pointers are not written.
-    let result = unsafe { libc::syscall(libc::SYS_getcpu, 0, 0, 0) };
-    ensure!(
-        Errno::result(result) == Err(Errno::from_raw(77)),
-        "The filter is gone"
-    );
-    Ok(())
 }
 
 fn namespace(case: &Case) -> Result<()> {
