@@ -3,7 +3,7 @@
 use super::error::CheckpointError;
 use super::freeze::PAUSE;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
-use super::{cgroups, files, mm, semaphores, sysv};
+use super::{cgroups, files, message_queues, mm, semaphores, sysv};
 use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadFlag, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::{Blocker, Process};
@@ -97,8 +97,11 @@ fn look(
     let vmas = iterators.vmas(scope)?;
     let mut found = blockers(&tasks, &vmas, ours);
     found.extend(cgroups::blockers(cgroup, &tasks)?);
-    found.extend(sysv::blockers(&sysv::segments()?, &vmas, &tasks)?);
+    found.extend(sysv::blockers(&sysv::segments()?, &vmas, &tasks));
     found.extend(semaphores::blockers(&tasks, &semaphores::read(&tasks)?));
+    let waits = message_queues::running_waits(&tasks)?;
+    let queues = message_queues::read(&tasks, &waits)?;
+    found.extend(message_queues::blockers(&tasks, &queues));
     let open = iterators.files(scope)?;
     found.extend(files::blockers(&open, &tasks));
     found.extend(files::controlling(&tasks, &open));

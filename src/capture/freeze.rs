@@ -111,6 +111,7 @@ impl Capture {
             now,
             clocks,
             processes: Vec::new(),
+            message_queues: Vec::new(),
             mms: BTreeMap::new(),
         });
         Ok(self.not_64_bit())

@@ -12,6 +12,7 @@ mod guard;
 mod known;
 mod lock;
 mod memory;
+mod message_queues;
 mod mm;
 mod pages;
 mod pending;
@@ -36,7 +37,9 @@ use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
 use crate::image::Store;
-use crate::model::frozen::{Application, ApplicationHeader, Blocker, Clocks, Mm, Process};
+use crate::model::frozen::{
+    Application, ApplicationHeader, Blocker, Clocks, MessageQueue, Mm, Process,
+};
 use crate::model::ids::{MmId, Pid};
 use crate::sys::cgroup::{Cgroup, Event};
 use clocks::Offsets;
@@ -121,6 +124,7 @@ struct Frozen {
     clocks: Clocks,
     /// As the image carries them, once read.
     processes: Vec<Process>,
+    message_queues: Vec<MessageQueue>,
     mms: BTreeMap<MmId, Mm>,
 }
 
@@ -367,6 +371,8 @@ impl Capture {
         let top = &self.target.cgroup;
         self.target.header.cgroups = cgroups::read(top, &frozen.tasks, &mut frozen.processes)?;
         self.target.header.semaphores = semaphores::read(&frozen.tasks)?;
+        let waits = message_queues::frozen_waits(&frozen.processes);
+        let queues = message_queues::read(&frozen.tasks, &waits)?;
         self.timeline.done("tasks");
         Fault::Tasks.point()?;
         self.wakeups.check()?;
@@ -374,12 +380,14 @@ impl Capture {
 
         let vmas = self.iterators.borrow_mut().vmas(scope)?;
         let segments = sysv::segments()?;
-        let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks)?;
+        let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks);
         let sets = &self.target.header.semaphores;
         blockers.extend(semaphores::blockers(&frozen.tasks, sets));
+        blockers.extend(message_queues::blockers(&frozen.tasks, &queues));
         if !blockers.is_empty() {
             return Err(CheckpointError::Blocked(blockers));
         }
+        frozen.message_queues = message_queues::carried(queues)?;
         frozen.mms =
             self.memory
                 .collect(&frozen.tasks, &vmas, segments, store, slots, &self.wakeups)?;
@@ -424,6 +432,7 @@ impl Capture {
             header: ApplicationHeader {
                 kernel_release: release.unwrap_or_default().to_string_lossy().into_owned(),
                 clocks: frozen.clocks,
+                message_queues: std::mem::take(&mut frozen.message_queues),
                 ..self.target.header.clone()
             },
             processes: std::mem::take(&mut frozen.processes),

@@ -48,7 +48,8 @@ pub fn blockers(tasks: &Tasks, sets: &[SemaphoreSet]) -> Vec<Blocker> {
     found
 }
 
-fn inside(tasks: &Tasks) -> BTreeSet<Pid> {
+/// PIDs of the application.
+pub fn inside(tasks: &Tasks) -> BTreeSet<Pid> {
     let pids = tasks.processes.iter().map(|p| Pid(p.pid.cast_signed()));
     pids.collect()
 }

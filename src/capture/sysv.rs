@@ -1,8 +1,7 @@
-//! System V IPC: segments that are attached, and what else is in use.
+//! System V shared memory: segments that are attached.
 //!
 //! The namespace is the machine's, and an object belongs to nobody: those of an application are
-//! the segments it has attached. Of message queues the kernel tells only who used them last,
-//! which is enough to refuse them.
+//! the segments it has attached.
 
 use super::error::CheckpointError;
 use crate::bpf::events::{VmaKind, VmaRec};
@@ -118,37 +117,10 @@ pub fn of<'a>(segments: &'a BTreeMap<i32, Segment>, vma: &VmaRec) -> Option<&'a 
     segments.get(&i32::try_from(vma.ino).ok()?)
 }
 
-/// What of segments and message queues keeps an application from being checkpointed.
-///
-/// # Errors
-/// procfs cannot be read.
-pub fn blockers(
-    segments: &BTreeMap<i32, Segment>,
-    vmas: &[VmaRec],
-    tasks: &Tasks,
-) -> Result<Vec<Blocker>, CheckpointError> {
+/// What of segments keeps an application from being checkpointed.
+pub fn blockers(segments: &BTreeMap<i32, Segment>, vmas: &[VmaRec], tasks: &Tasks) -> Vec<Blocker> {
     let inside: BTreeSet<u32> = tasks.processes.iter().map(|p| p.pid).collect();
-    let mut found = attachments(segments, vmas, &inside);
-    for line in table("/proc/sysvipc/msg")? {
-        let [_, id, _, _, _, sender, receiver, ..] = line[..] else {
-            continue;
-        };
-        let user = [sender, receiver]
-            .into_iter()
-            .find_map(|pid| user(&inside, pid));
-        found.extend(user.map(|pid| Blocker {
-            pid,
-            fd: None,
-            object: format!("System V message queue {id}"),
-            reason: "it is not carried yet; remove it before the update".to_owned(),
-        }));
-    }
-    Ok(found)
-}
-
-fn user(inside: &BTreeSet<u32>, pid: i64) -> Option<Pid> {
-    let pid = u32::try_from(pid).ok().filter(|pid| inside.contains(pid))?;
-    Some(Pid(pid.cast_signed()))
+    attachments(segments, vmas, &inside)
 }
 
 fn attachments(

@@ -42,6 +42,17 @@ pub enum RestoreError {
         /// Command name of its user.
         user: String,
     },
+    /// A System V message queue cannot have its id or key.
+    #[error(
+        "System V message queue {id}, key {key:#x}: its id or its key is in use by another queue; \
+         remove that one with ipcrm(1) and try again"
+    )]
+    QueueInUse {
+        /// Id.
+        id: i32,
+        /// Key; 0 = `IPC_PRIVATE`.
+        key: i32,
+    },
     /// A file the application maps or lives in is gone.
     #[error("PID {pid} needs {path}: {errno}; put the file back")]
     FileGone {

@@ -14,6 +14,7 @@ mod groups;
 mod jobs;
 mod layout;
 mod memory;
+mod message_queues;
 mod pids;
 mod restorer;
 mod resume;

@@ -6,6 +6,7 @@ use super::creds::Rights;
 use super::files;
 use super::groups;
 use super::layout::Layout;
+use super::message_queues;
 use super::pids;
 use super::semaphores;
 use super::sources::{PageFile, check_files};
@@ -176,6 +177,7 @@ fn child(app: &Application, store: &dyn Store, options: &RestoreOptions, mut cal
         destroy(&made.born);
         sysv::remove(&made.segments);
         semaphores::remove(&made.semaphores);
+        message_queues::remove(&made.message_queues);
     }
     let report = [&[code], message.as_bytes()].concat();
     let _ = caller.report.write_all(&report);
@@ -188,6 +190,7 @@ struct Made {
     born: BTreeSet<Pid>,
     segments: Vec<i32>,
     semaphores: Vec<i32>,
+    message_queues: Vec<i32>,
 }
 
 /// Kills what was created. Sockets in repair mode go silently with it.
@@ -226,6 +229,7 @@ fn run(
     let clocks = RestoredClocks::start(&app.header.clocks)?;
     sysv::create_all(app, store, &mut made.segments)?;
     semaphores::create_all(app, &mut made.semaphores)?;
+    message_queues::create_all(app, &mut made.message_queues)?;
     let mut opened = files::open_all(app, store)?;
     let departed = opened.take_departed();
     Fault::RestoreFiles.point_of(&app.header.name)?;
@@ -281,6 +285,8 @@ fn run(
         clocks,
     };
     supervisor.regroup(&steps)?;
+    supervisor.use_message_queues()?;
+    message_queues::limit(app)?;
     supervisor.foreground(&opened, restorer)?;
     supervisor.bury_all(&steps)?;
     supervisor.reap(&stand_ins)?;

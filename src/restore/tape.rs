@@ -286,6 +286,8 @@ fn name(nr: i64) -> String {
         libc::SYS_timer_create => "timer_create",
         libc::SYS_timer_settime => "timer_settime",
         libc::SYS_timer_delete => "timer_delete",
+        libc::SYS_msgsnd => "msgsnd",
+        libc::SYS_msgrcv => "msgrcv",
         libc::SYS_setgroups => "setgroups",
         libc::SYS_setresuid => "setresuid",
         libc::SYS_setresgid => "setresgid",

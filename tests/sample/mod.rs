@@ -103,6 +103,7 @@ fn application() -> Application {
             },
             cgroups: system::cgroups(),
             semaphores: system::semaphores(),
+            message_queues: system::message_queues(),
             ..ApplicationHeader::default()
         },
         processes: vec![process, zombie()],

@@ -2,7 +2,8 @@
 
 use super::path;
 use tracker::model::frozen::{
-    CgroupBelow, ContentKind, FileKind, PtyInput, PtyState, Segment, SemaphoreSet, Termios,
+    CgroupBelow, ContentKind, FileKind, Message, MessageQueue, PtyInput, PtyState, Segment,
+    SemaphoreSet, Termios,
 };
 use tracker::model::ids::Pid;
 
@@ -24,6 +25,25 @@ pub fn semaphores() -> Vec<SemaphoreSet> {
         creator_uid: 3,
         creator_gid: 4,
         semaphores: vec![(5, Pid(20_001)), (6, Pid(0))],
+    }]
+}
+
+pub fn message_queues() -> Vec<MessageQueue> {
+    vec![MessageQueue {
+        id: 32_771,
+        key: 0x9abc,
+        mode: 0o620,
+        uid: 1,
+        gid: 2,
+        creator_uid: 3,
+        creator_gid: 4,
+        qbytes: 16_384,
+        sender: Pid(20_001),
+        receiver: Pid(20_002),
+        messages: vec![Message {
+            mtype: i64::MAX,
+            mtext: b"queued".to_vec().into(),
+        }],
     }]
 }
 

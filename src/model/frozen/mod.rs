@@ -20,6 +20,7 @@ pub use task::*;
 
 use super::ids::{Fd, FilesId, MmId, OfdId, Pid};
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -62,6 +63,9 @@ pub struct ApplicationHeader {
     /// System V semaphore sets it uses.
     #[serde(default)]
     pub semaphores: Vec<SemaphoreSet>,
+    /// System V message queues it uses.
+    #[serde(default)]
+    pub message_queues: Vec<MessageQueue>,
 }
 
 /// A System V semaphore set.
@@ -83,6 +87,42 @@ pub struct SemaphoreSet {
     pub creator_gid: u32,
     /// Value of each semaphore and who did the last operation on it; 0 = nobody.
     pub semaphores: Vec<(u16, Pid)>,
+}
+
+/// A System V message queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MessageQueue {
+    /// Id, which user space holds.
+    pub id: i32,
+    /// Key; 0 = `IPC_PRIVATE`.
+    pub key: i32,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Owner.
+    pub gid: u32,
+    /// Effective user of who made it.
+    pub creator_uid: u32,
+    /// Effective group of who made it.
+    pub creator_gid: u32,
+    /// Bytes that all messages may have; less than they have, if it was changed meanwhile.
+    pub qbytes: u64,
+    /// Who sent last; 0 = nobody.
+    pub sender: Pid,
+    /// Who received last; 0 = nobody.
+    pub receiver: Pid,
+    /// What was sent and not received, oldest first.
+    pub messages: Vec<Message>,
+}
+
+/// A message in a System V message queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Type, above 0.
+    pub mtype: i64,
+    /// Text.
+    pub mtext: ByteBuf,
 }
 
 /// A cgroup below that of the application, without controllers.

@@ -15,6 +15,7 @@ mod job;
 mod mapping;
 mod membarrier;
 mod memory;
+mod message_queues;
 mod pidfd;
 mod pipe;
 mod probe;
@@ -42,6 +43,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         rewritten::CASES,
         membarrier::CASES,
         sysv::CASES,
+        message_queues::CASES,
         threads::CASES,
         time::CASES,
         signals::CASES,

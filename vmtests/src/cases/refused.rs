@@ -252,7 +252,7 @@ pub(super) fn cgroup_root() -> Result<String> {
 }
 
 /// Moves the calling process to the root of the hierarchy.
-fn leave_cgroup(root: &str) -> Result<()> {
+pub(super) fn leave_cgroup(root: &str) -> Result<()> {
     let procs = format!("{root}/cgroup.procs");
     let mut file = OpenOptions::new()
         .write(true)

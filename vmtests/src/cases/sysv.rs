@@ -1,4 +1,4 @@
-//! System V IPC.
+//! System V shared memory and semaphores.
 
 use std::fs;
 
@@ -23,7 +23,6 @@ pub const CASES: &[Entry] = &[
     Entry::carried("sysv_sem", semaphores),
     Entry::carried("sysv_sem_waits", semaphore_waits),
     Entry::refused("refused_sysv_sem_undo", "SEM_UNDO", undo),
-    Entry::refused("refused_sysv_msg", "System V message queue", messages),
 ];
 
 const LEN: usize = 5 * 4096 + 100;
@@ -343,23 +342,5 @@ fn undo(case: &Case) -> Result<()> {
     let value = ask(id, 0, libc::GETVAL)?;
     ask(id, 0, libc::IPC_RMID)?;
     ensure!(value == 2, "The value is {value}");
-    Ok(())
-}
-
-fn messages(case: &Case) -> Result<()> {
-    // SAFETY: takes integers.
-    let id = unsafe { libc::msgget(libc::IPC_PRIVATE, 0o600) };
-    sys("msgget", id.into())?;
-    let message = [7_u64, 0x6b63_6172];
-    // SAFETY: reads the type and eight bytes.
-    let sent = unsafe { libc::msgsnd(id, message.as_ptr().cast(), 8, 0) };
-    sys("msgsnd", sent.into())?;
-    case.ready()?;
-    let mut received = [0_u64; 2];
-    // SAFETY: writes the type and at most eight bytes.
-    let got = unsafe { libc::msgrcv(id, received.as_mut_ptr().cast(), 8, 7, libc::IPC_NOWAIT) };
-    // SAFETY: nothing is read or written.
-    unsafe { libc::msgctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
-    ensure!(got == 8 && received == message, "Received {received:x?}");
     Ok(())
 }
