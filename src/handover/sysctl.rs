@@ -5,10 +5,13 @@ use std::path::Path;
 
 /// What is carried over: limits that restored objects may exceed otherwise, and TCP's
 /// behaviour as the peers of restored connections know it.
-const CARRIED: [&str; 35] = [
+const CARRIED: [&str; 38] = [
     "fs/file-max",
     "fs/nr_open",
     "fs/pipe-max-size",
+    "kernel/msgmax",
+    "kernel/msgmnb",
+    "kernel/msgmni",
     "kernel/pid_max",
     "kernel/threads-max",
     "net/core/rmem_default",
