@@ -76,6 +76,21 @@ fn print(app: &Application) {
     if !header.command.is_empty() {
         println!("  started as: {}", header.command.join(" "));
     }
+    for set in &header.semaphores {
+        println!(
+            "  semaphore set {}, {} values",
+            set.id,
+            set.semaphores.len()
+        );
+    }
+    for queue in &header.message_queues {
+        let bytes: usize = queue.messages.iter().map(|m| m.mtext.len()).sum();
+        let count = queue.messages.len();
+        println!(
+            "  message queue {}, {count} messages of {bytes} bytes",
+            queue.id
+        );
+    }
     for process in &app.processes {
         print_process(app, process);
     }
