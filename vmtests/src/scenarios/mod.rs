@@ -12,6 +12,7 @@ mod faults;
 mod handover;
 mod harness;
 mod kernel;
+mod message_queues;
 mod programs;
 mod services;
 mod terminal;
@@ -44,6 +45,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         handover::SCENARIOS,
         harness::SCENARIOS,
         kernel::SCENARIOS,
+        message_queues::SCENARIOS,
         programs::SCENARIOS,
         services::SCENARIOS,
         terminal::SCENARIOS,
