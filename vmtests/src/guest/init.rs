@@ -8,8 +8,8 @@ use std::sync::Arc;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 
-use super::agent;
 use super::reaper::Reaper;
+use super::{agent, cgroup_bpf};
 
 /// PIDs of tests start above those that the next kernel's threads will hold.
 const FIRST_PID: u32 = 20_000;
@@ -46,6 +46,9 @@ pub fn main() -> ! {
         first_pid();
         load_modules();
         network();
+        if let Err(error) = cgroup_bpf::keep_enabled() {
+            say(&format!("Keep cgroup BPF enabled: {error:#}"));
+        }
     }
     let reaper = Reaper::start();
     if fs::read_to_string("/proc/cmdline")

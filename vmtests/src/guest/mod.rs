@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod case;
+mod cgroup_bpf;
 pub mod init;
 pub mod kexec;
 pub mod reaper;
