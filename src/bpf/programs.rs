@@ -84,20 +84,16 @@ impl Programs {
     pub fn stats(&self) -> io::Result<Vec<ProgramStats>> {
         let stats = self.loaded.iter().map(Loaded::stats);
         let mut stats = stats.collect::<io::Result<Vec<_>>>()?;
-        let stand_ins = self
-            .loaded
-            .iter()
-            .filter_map(|one| one.name.strip_suffix(STAND_IN));
         // Read last: a turn is counted as left out before it is as made.
         let stood_in = self.turns()?;
-        for name in stand_ins {
-            for one in &mut stats {
-                if one.name == name {
-                    one.stood_in = stood_in;
-                    one.recursion_misses = one.recursion_misses.saturating_sub(stood_in);
-                } else if one.name.strip_suffix(STAND_IN) == Some(name) {
-                    one.recursion_misses = 0;
-                }
+        let mut names = self.loaded.iter().map(|one| one.name.as_str());
+        let replaced = names.find_map(|name| name.strip_suffix(STAND_IN));
+        for one in &mut stats {
+            if Some(one.name.as_str()) == replaced {
+                one.stood_in = stood_in;
+                one.recursion_misses = one.recursion_misses.saturating_sub(stood_in);
+            } else if one.name.ends_with(STAND_IN) {
+                one.recursion_misses = 0;
             }
         }
         Ok(stats)

@@ -236,7 +236,6 @@ fn thread(
     found: &mut Vec<Blocker>,
 ) {
     const SCHED_DEADLINE: u32 = 6;
-    const SECCOMP_MODE_STRICT: u32 = 1;
     if rec.is_zombie() {
         return;
     }
@@ -245,7 +244,7 @@ fn thread(
         let by = format!("thread {} traced by PID {}", rec.tid, rec.tracer);
         add(&by, "detach the debugger");
     }
-    if rec.seccomp_mode == SECCOMP_MODE_STRICT {
+    if rec.seccomp_mode == libc::SECCOMP_MODE_STRICT {
         add("strict seccomp", "nothing could be restored under it");
     }
     if rec.flags & ThreadFlag::SECCOMP_LISTENER != 0 {

@@ -17,6 +17,7 @@ use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
+use std::time::Duration;
 
 /// Name of this program as the early-boot stage.
 pub(super) const NAME: &str = "early";
@@ -84,7 +85,7 @@ fn wait(mut child: Child, deadlines: Deadlines) -> Option<String> {
     let in_time = pid.is_ok_and(|pid| match pidfd_open(pid) {
         Ok(pidfd) => {
             let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-            poll(&mut fds, milliseconds(deadlines.all)) == Ok(1)
+            poll(&mut fds, timeout(Duration::from_secs(deadlines.all.into()))) == Ok(1)
         }
         Err(_) => true,
     });
@@ -102,9 +103,9 @@ fn wait(mut child: Child, deadlines: Deadlines) -> Option<String> {
     }
 }
 
-/// Seconds for poll(2); for ever when they are too many for it.
-fn milliseconds(seconds: u32) -> PollTimeout {
-    PollTimeout::try_from(seconds.saturating_mul(1000)).unwrap_or(PollTimeout::NONE)
+/// For poll(2); for ever when it is too long for it.
+pub(super) fn timeout(deadline: Duration) -> PollTimeout {
+    PollTimeout::try_from(deadline).unwrap_or(PollTimeout::NONE)
 }
 
 /// Executes the real init. With none left to try, PID 1 ends and the kernel panics, as it

@@ -1,13 +1,13 @@
 //! A worker restores one application, in a process of its own: what goes wrong there, or hangs,
 //! does not touch the others.
 
-use super::early::NAME;
+use super::early::{NAME, timeout};
 use super::stage::{APPLICATION, open_image};
 use crate::bpf::features::cgroup2_mount;
 use crate::model::ids::Pid;
 use crate::restore::{self, RestoreError, RestoreOptions};
 use crate::sys::process::pidfd_open;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -49,9 +49,8 @@ impl Worker {
             .stderr(file)
             .spawn()
             .map_err(|e| format!("start a worker: {e}"))?;
-        let pid = i32::try_from(child.id()).map(Pid);
-        let opened = pid.map_err(|e| e.to_string());
-        match opened.and_then(|pid| pidfd_open(pid).map_err(|e| e.to_string())) {
+        let pid = i32::try_from(child.id()).map_err(|e| e.to_string());
+        match pid.and_then(|pid| pidfd_open(Pid(pid)).map_err(|e| e.to_string())) {
             Ok(pidfd) => Ok(Self {
                 child,
                 pidfd,
@@ -114,10 +113,6 @@ impl Worker {
             (true, false, text) => Err(text.to_owned()),
         }
     }
-}
-
-fn timeout(deadline: Duration) -> PollTimeout {
-    PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX)
 }
 
 /// Restores application number `index`; what goes wrong is told on stderr.

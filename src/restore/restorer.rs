@@ -81,29 +81,23 @@ pub fn restore(
             drop((writer, gate));
             // Other CPUs read the pages a second time while the restorer puts them back: that
             // costs less time than before or after it, and nothing runs until all are right.
-            let verified = sums.verify(app, store);
+            let mut allowed = sums.verify(app, store).map_err(RestoreError::from);
             let mut reader = File::from(reader);
-            let mut allowed = Ok(());
-            // A restorer that has failed by now says why in its report, and one whose gate is
-            // closed ends.
-            let report = match read_byte(&mut reader) {
-                Some(STANDS) => {
-                    if verified.is_ok() {
-                        allowed = stands();
-                    }
-                    if verified.is_ok() && allowed.is_ok() {
-                        let _ = File::from(opener).write_all(&[OPEN]);
-                    } else {
-                        drop(opener);
-                    }
-                    read_byte(&mut reader).map(|code| (code, rest(reader)))
+            let mut said = read_byte(&mut reader);
+            if said == Some(STANDS) {
+                allowed = allowed.and_then(|()| stands());
+                if allowed.is_ok() {
+                    let _ = File::from(opener).write_all(&[OPEN]);
+                } else {
+                    // One whose gate is closed ends.
+                    drop(opener);
                 }
-                code => code.map(|code| (code, rest(reader))),
-            };
+                said = read_byte(&mut reader);
+            }
+            let report = said.map(|code| (code, rest(reader)));
             let raw = unistd::Pid::from_raw(pid.0);
             let status = nix::sys::wait::waitpid(raw, None)
                 .map_err(RestoreError::system(format!("waitpid {pid}")))?;
-            verified?;
             allowed?;
             match report {
                 Some((0, _)) => Ok(Restored {

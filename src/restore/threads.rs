@@ -53,19 +53,17 @@ pub fn filter(
     tape: &mut Tape,
     filter: &SeccompFilter,
 ) -> Result<(), RestoreError> {
-    const SECCOMP_SET_MODE_FILTER: u64 = 1;
-    const SECCOMP_FILTER_FLAG_LOG: u64 = 2;
     const INSTRUCTION: usize = size_of::<libc::sock_filter>();
     let program = tape.data(&filter.program).ok_or(RestoreError::NoRoom)?;
     // struct sock_fprog: the length is of 16 bits, and padded.
     let length = (filter.program.len() / INSTRUCTION) as u64;
     let described = words_to(tape, &[length, program])?;
     let flags = if filter.log {
-        SECCOMP_FILTER_FLAG_LOG
+        libc::SECCOMP_FILTER_FLAG_LOG
     } else {
         0
     };
-    let args = [SECCOMP_SET_MODE_FILTER, flags, described];
+    let args = [libc::SECCOMP_SET_MODE_FILTER.into(), flags, described];
     script.zero(libc::SYS_seccomp, &args);
     Ok(())
 }

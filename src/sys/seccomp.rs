@@ -12,9 +12,6 @@ use std::ptr::null_mut;
 const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
 const PTRACE_SECCOMP_GET_METADATA: libc::c_uint = 0x420d;
 
-/// `SECCOMP_FILTER_FLAG_LOG`, all that the kernel tells of a filter besides its program.
-const FLAG_LOG: u64 = 2;
-
 /// `struct seccomp_metadata`.
 #[repr(C)]
 struct Metadata {
@@ -70,6 +67,7 @@ fn filter(tid: Tid, index: usize) -> Result<SeccompFilter, CallError> {
     )?;
     Ok(SeccompFilter {
         program: program.into(),
-        log: metadata.flags & FLAG_LOG != 0,
+        // All that the kernel tells of a filter besides its program.
+        log: metadata.flags & libc::SECCOMP_FILTER_FLAG_LOG != 0,
     })
 }
