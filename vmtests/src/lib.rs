@@ -4,6 +4,7 @@
 //! Guest side: [`guest`]. README.md tells how to add a case.
 
 pub mod apps;
+mod bpf;
 pub mod cases;
 pub mod control;
 pub mod guest;

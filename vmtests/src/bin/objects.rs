@@ -16,6 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{ForkResult, access, fork, pause};
+use vmtests::guest::case::publish;
 
 /// Bytes of a page.
 const PAGE: usize = 4096;
@@ -28,14 +29,8 @@ fn main() -> Result<()> {
     let (count, dir) = (count.parse().context("COUNT")?, Path::new(dir));
     setrlimit(Resource::RLIMIT_NOFILE, 65536, 65536).context("RLIMIT_NOFILE")?;
     let _held = make(kind, count)?;
-    publish(dir, "ready", std::process::id())?;
+    publish(&dir.join("ready"), &std::process::id().to_string())?;
     beat(dir)
-}
-
-fn publish(dir: &Path, name: &str, value: impl ToString) -> Result<()> {
-    let part = dir.join(format!("{name}.part"));
-    fs::write(&part, value.to_string())?;
-    fs::rename(part, dir.join(name)).with_context(|| format!("Write {name}"))
 }
 
 fn beat(dir: &Path) -> Result<()> {
@@ -49,7 +44,7 @@ fn beat(dir: &Path) -> Result<()> {
         // access(2) opens nothing that a checkpoint could meet.
         if access(&take, nix::unistd::AccessFlags::F_OK).is_ok() {
             fs::remove_file(&take)?;
-            publish(dir, "gap", longest.as_micros())?;
+            publish(&dir.join("gap"), &longest.as_micros().to_string())?;
             (last, longest) = (Instant::now(), Duration::ZERO);
         }
     }

@@ -5,6 +5,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::mpsc;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use libc::{
+    SECCOMP_FILTER_FLAG_LOG as FLAG_LOG, SECCOMP_FILTER_FLAG_NEW_LISTENER as FLAG_NEW_LISTENER,
+    SECCOMP_FILTER_FLAG_TSYNC as FLAG_TSYNC, SECCOMP_RET_ALLOW as RET_ALLOW,
+    SECCOMP_RET_ERRNO as RET_ERRNO, SECCOMP_RET_KILL_PROCESS as RET_KILL_PROCESS,
+    SECCOMP_RET_USER_NOTIF as RET_USER_NOTIF, SECCOMP_SET_MODE_FILTER as SET_MODE_FILTER,
+};
 use nix::errno::Errno;
 use nix::sys::prctl::set_no_new_privs;
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -31,18 +37,8 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_seccomp_strict", "strict seccomp", strict),
 ];
 
-// include/uapi/linux/seccomp.h
-const SET_MODE_FILTER: u32 = 1;
-const FLAG_TSYNC: u32 = 1;
-const FLAG_LOG: u32 = 2;
-const FLAG_NEW_LISTENER: u32 = 8;
-const RET_KILL_PROCESS: u32 = 0x8000_0000;
-const RET_ERRNO: u32 = 0x0005_0000;
-const RET_USER_NOTIF: u32 = 0x7fc0_0000;
-const RET_ALLOW: u32 = 0x7fff_0000;
-
 /// Installs a filter that does `action` for one of these calls and `otherwise` for all others.
-fn install(flags: u32, calls: &[i64], action: u32, otherwise: u32) -> Result<i64> {
+fn install(flags: u64, calls: &[i64], action: u32, otherwise: u32) -> Result<i64> {
     let instruction = |code: u32, jt, k| libc::sock_filter {
         code: u16::try_from(code).unwrap_or(0),
         jt,

@@ -196,7 +196,10 @@ fn hold_only_stdio(log: &Path) -> Result<()> {
 }
 
 /// Writes a small file so that it is seen whole or not at all.
-fn publish(path: &Path, text: &str) -> Result<()> {
+///
+/// # Errors
+/// If it cannot be written.
+pub fn publish(path: &Path, text: &str) -> Result<()> {
     let part = path.with_extension("part");
     fs::write(&part, text).with_context(|| format!("Write {}", part.display()))?;
     fs::rename(&part, path).with_context(|| format!("Rename {}", part.display()))

@@ -9,7 +9,8 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
-use nix::errno::Errno;
+
+use crate::bpf::{bpf, pair};
 
 /// The cgroup, which nothing is ever in.
 const CGROUP: &str = "/sys/fs/cgroup/harness";
@@ -17,7 +18,7 @@ const CGROUP: &str = "/sys/fs/cgroup/harness";
 // linux/bpf.h
 const PROG_LOAD: libc::c_int = 5;
 const PROG_ATTACH: libc::c_int = 8;
-const PROG_TYPE_CGROUP_SKB: u64 = 8;
+const PROG_TYPE_CGROUP_SKB: u32 = 8;
 const CGROUP_INET_INGRESS: u32 = 0;
 const CGROUP_INET_EGRESS: u32 = 1;
 const F_ALLOW_MULTI: u32 = 2;
@@ -34,26 +35,18 @@ pub fn keep_enabled() -> Result<()> {
     let cgroup = File::open(CGROUP).with_context(|| format!("Open {CGROUP}"))?;
     let license = c"GPL";
     // prog_type and insn_cnt, insns, license
-    let load = [
-        PROG_TYPE_CGROUP_SKB | (PASS.len() as u64) << 32,
+    let mut load = [
+        pair(PROG_TYPE_CGROUP_SKB, u32::try_from(PASS.len())?),
         PASS.as_ptr() as u64,
         license.as_ptr() as u64,
     ];
-    let program = bpf(PROG_LOAD, &load).context("bpf(BPF_PROG_LOAD)")?;
+    let program = bpf(PROG_LOAD, &mut load).context("bpf(BPF_PROG_LOAD)")?;
     for kind in [CGROUP_INET_INGRESS, CGROUP_INET_EGRESS] {
-        let target = u64::from(cgroup.as_raw_fd().unsigned_abs());
-        let attach = [
-            target | u64::from(program.unsigned_abs()) << 32,
-            u64::from(kind) | u64::from(F_ALLOW_MULTI) << 32,
+        let mut attach = [
+            pair(cgroup.as_raw_fd().unsigned_abs(), program.unsigned_abs()),
+            pair(kind, F_ALLOW_MULTI),
         ];
-        bpf(PROG_ATTACH, &attach).context("bpf(BPF_PROG_ATTACH)")?;
+        bpf(PROG_ATTACH, &mut attach).context("bpf(BPF_PROG_ATTACH)")?;
     }
     nix::unistd::close(program).context("Close the program")
-}
-
-/// bpf(2) with the first words of its argument; the rest counts as zero.
-fn bpf(command: libc::c_int, attr: &[u64]) -> nix::Result<libc::c_int> {
-    // SAFETY: the argument is as long as said, and so is all that its addresses name.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_ptr(), size_of_val(attr)) };
-    Errno::result(result).map(|fd| libc::c_int::try_from(fd).unwrap_or(-1))
 }

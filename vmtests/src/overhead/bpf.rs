@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 
+use crate::bpf::{bpf, pair};
+
 /// Runs and nanoseconds by program name, of all programs of that name.
 pub(super) type Sums = BTreeMap<String, (u64, u64)>;
 
@@ -31,13 +33,13 @@ impl Programs {
         let mut programs = Vec::new();
         let mut id = 0u32;
         loop {
-            let mut next = [id, 0, 0, 0];
+            let mut next = [id.into(), 0];
             match bpf(PROG_GET_NEXT_ID, &mut next) {
-                Ok(_) => id = next[1],
+                Ok(_) => id = u32::try_from(next[0] >> 32)?,
                 Err(Errno::ENOENT) => return Ok(Programs(programs)),
                 Err(errno) => return Err(errno).context("bpf(BPF_PROG_GET_NEXT_ID)"),
             }
-            match bpf(PROG_GET_FD_BY_ID, &mut [id, 0, 0, 0]) {
+            match bpf(PROG_GET_FD_BY_ID, &mut [id.into(), 0]) {
                 // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
                 Ok(fd) => programs.push(unsafe { OwnedFd::from_raw_fd(fd) }),
                 // It was unloaded meanwhile.
@@ -54,10 +56,11 @@ impl Programs {
             let mut info = [0u64; INFO_LEN / 8];
             let place = info.as_mut_ptr() as u64;
             let fd = program.as_raw_fd().unsigned_abs();
-            let length = u32::try_from(INFO_LEN)?;
-            let (low, high) = halves(place);
-            bpf(OBJ_GET_INFO_BY_FD, &mut [fd, length, low, high])
-                .context("bpf(BPF_OBJ_GET_INFO_BY_FD)")?;
+            bpf(
+                OBJ_GET_INFO_BY_FD,
+                &mut [pair(fd, u32::try_from(INFO_LEN)?), place],
+            )
+            .context("bpf(BPF_OBJ_GET_INFO_BY_FD)")?;
             let name: Vec<u8> = info[NAME / 8..(NAME + NAME_LEN) / 8]
                 .iter()
                 .flat_map(|word| word.to_ne_bytes())
@@ -71,26 +74,4 @@ impl Programs {
         }
         Ok(sums)
     }
-}
-
-/// A 64-bit number as the two words it is in memory.
-fn halves(number: u64) -> (u32, u32) {
-    let [a, b, c, d, e, f, g, h] = number.to_ne_bytes();
-    (
-        u32::from_ne_bytes([a, b, c, d]),
-        u32::from_ne_bytes([e, f, g, h]),
-    )
-}
-
-/// bpf(2) with the first 16 bytes of its argument; the rest counts as zero.
-fn bpf(command: libc::c_int, attr: &mut [u32; 4]) -> nix::Result<libc::c_int> {
-    #[repr(align(8))]
-    struct Aligned([u32; 4]);
-    let mut aligned = Aligned(*attr);
-    let size = size_of::<Aligned>();
-    // SAFETY: the argument is as long as said; where it holds the address of an information
-    // buffer, that one is alive and as long as said too.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut aligned, size) };
-    *attr = aligned.0;
-    Errno::result(result).map(|fd| libc::c_int::try_from(fd).unwrap_or(-1))
 }

@@ -14,7 +14,7 @@ use vmtests::load::Load;
 use vmtests::payload::{Profile, TESTS_DIR};
 use vmtests::vm::{Exec, Vm};
 
-use super::tools::{IMAGES, PATIENCE, Said, Tool};
+use super::tools::{IMAGES, PATIENCE, Said, Tool, milliseconds};
 use super::{Arguments, median};
 use crate::workspace;
 
@@ -130,7 +130,7 @@ fn heard(vm: &Vm, load: &Load, work: impl FnOnce() -> Result<Said>) -> Result<(S
     vm.wait(pid, PATIENCE)?;
     let gap = String::from_utf8(vm.read_file(&format!("{dir}/gap"))?)?;
     let guest_gap = gap.trim().parse::<f64>().context("The heartbeat's gap")? / 1000.0;
-    Ok((result?, (guest_gap, host_gap.as_secs_f64() * 1000.0)))
+    Ok((result?, (guest_gap, milliseconds(host_gap))))
 }
 
 fn table(report: &Report) -> Result<String> {
