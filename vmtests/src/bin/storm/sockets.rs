@@ -1,5 +1,5 @@
-//! Sockets. None of them ever blocks: nobody knows what a number stands for by the time
-//! it is used.
+//! Sockets that do not block: nobody knows what a number stands for by the time it is used.
+//! (One that was at a number of those that may block for a moment can have become one.)
 
 use crate::random::{LAST, Random};
 use crate::sys::{call, flag, keep_small};
@@ -144,6 +144,14 @@ fn connect(random: &mut Random, fd: c_int) {
 fn accept(random: &mut Random) {
     let flags = kind(random, 0);
     for fd in random.fd()..=LAST {
+        let mut about = libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        if call!(libc::poll(&raw mut about, 1, 0)) != 1 {
+            continue;
+        }
         let new = call!(libc::accept4(fd, null_mut(), null_mut(), flags));
         if new >= 0 {
             return keep_small([new]);
