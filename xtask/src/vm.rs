@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Args;
 use vmtests::image::Kernel;
+use vmtests::payload::Profile;
 use vmtests::protocol::Status;
 use vmtests::vm::{Exec, Outcome, Vm};
 
@@ -51,6 +52,9 @@ pub struct Arguments {
     /// Copy a file into the guest first
     #[arg(long, value_name = "HOST:GUEST")]
     push: Vec<String>,
+    /// Programs compiled for release, as benchmarks have them
+    #[arg(long)]
+    release: bool,
     /// Keep the VM's files (console log)
     #[arg(long)]
     keep: bool,
@@ -72,6 +76,9 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         .icount(arguments.icount)
         .interactive(script.is_none())
         .keep(arguments.keep);
+    if arguments.release {
+        builder = builder.profile(Profile::Release);
+    }
     if arguments.no_pmem {
         builder = builder.reserved(None);
     }
