@@ -50,8 +50,7 @@ const MAX_LENGTH: u64 = 1 << 30;
 ///
 /// Those of the stream.
 pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
-    let mut bytes = Vec::new();
-    ciborium::into_writer(message, &mut bytes).map_err(io::Error::other)?;
+    let bytes = cbor4ii::serde::to_vec(Vec::new(), message).map_err(io::Error::other)?;
     let length = u64::try_from(bytes.len()).map_err(io::Error::other)?;
     stream.write_all(&length.to_le_bytes())?;
     stream.write_all(&bytes)?;
@@ -77,7 +76,7 @@ pub fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> io::Result<T> {
     if u64::try_from(read).ok() != Some(length) {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    ciborium::from_reader(bytes.as_slice()).map_err(|error| invalid(error.to_string()))
+    cbor4ii::serde::from_slice(&bytes).map_err(|error| invalid(error.to_string()))
 }
 
 #[cfg(test)]

@@ -1,6 +1,9 @@
 //! Frames: {kind, version, length, checksum} and a CBOR payload.
 
 use super::ImageError;
+use cbor4ii::core::dec::Read;
+use cbor4ii::core::utils::SliceReader;
+use cbor4ii::serde::{Deserializer, to_vec};
 use crc32fast::Hasher;
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -84,9 +87,8 @@ pub(super) fn push<T: Serialize>(out: &mut Vec<u8>, kind: RecordKind, value: &T)
     out.extend_from_slice(&(kind as u16).to_le_bytes());
     out.extend_from_slice(&kind.version().to_le_bytes());
     out.extend_from_slice(&[0; FRAME_LEN - 4]);
-    // Writing to a Vec does not fail, and no frozen type has a map whose
-    // length serde cannot tell.
-    ciborium::into_writer(value, &mut *out).expect("CBOR of a plain value into memory");
+    // Only memory can run out, and no frozen type has a map whose length serde cannot tell.
+    *out = to_vec(std::mem::take(out), value).expect("CBOR of a plain value into memory");
     let len = (out.len() - start - FRAME_LEN) as u64;
     out[start + 4..start + 12].copy_from_slice(&len.to_le_bytes());
     let crc = checksum(&out[start..start + 12], &out[start + FRAME_LEN..]);
@@ -132,13 +134,18 @@ pub(super) fn frame(bytes: &[u8], offset: usize, number: u64) -> Result<Frame<'_
 impl Frame<'_> {
     /// Decodes the payload, all of it.
     pub(super) fn value<T: DeserializeOwned>(&self) -> Result<T, ImageError> {
-        let mut rest = self.payload;
-        let value = ciborium::from_reader(&mut rest)
+        let mut decoder = Deserializer::new(SliceReader::new(self.payload));
+        let value = T::deserialize(&mut decoder)
             .map_err(|e| self.invalid(format!("{:?} cannot be decoded: {e}", self.kind)))?;
-        if rest.is_empty() {
+        let mut reader = decoder.into_inner();
+        let rest = match reader.fill(usize::MAX) {
+            Ok(rest) => rest.as_ref().len(),
+            Err(never) => match never {},
+        };
+        if rest == 0 {
             Ok(value)
         } else {
-            Err(self.invalid(format!("{} bytes follow the {:?}", rest.len(), self.kind)))
+            Err(self.invalid(format!("{rest} bytes follow the {:?}", self.kind)))
         }
     }
 
