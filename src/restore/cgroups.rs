@@ -4,7 +4,7 @@ use super::{RestoreError, RestoreOptions};
 use crate::model::frozen::{Application, CgroupBelow, Owner};
 use crate::model::plan::Step;
 use crate::sys::cgroup::move_to;
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 
@@ -13,23 +13,22 @@ fn top(app: &Application, options: &RestoreOptions) -> Option<PathBuf> {
     (!cgroup.is_empty()).then(|| options.cgroup_root.join(cgroup))
 }
 
-/// Enters the application's cgroup, which is made if it is not there and thawed if a
-/// checkpoint left it frozen. Children are born there. Those below it are made too.
+/// Opens the application's cgroup, which is made if it is not there and thawed if a
+/// checkpoint left it frozen. Those below it are made too.
 ///
 /// # Errors
-/// A cgroup cannot be made or entered.
-pub fn join(app: &Application, options: &RestoreOptions) -> Result<(), RestoreError> {
+/// A cgroup cannot be made.
+pub fn make_all(app: &Application, options: &RestoreOptions) -> Result<Option<File>, RestoreError> {
     let Some(path) = top(app, options) else {
-        return Ok(());
+        return Ok(None);
     };
     let told = |what: &str| RestoreError::io(format!("{what} {}", path.display()));
     fs::create_dir_all(&path).map_err(told("mkdir"))?;
     fs::write(path.join("cgroup.freeze"), "0").map_err(told("thaw"))?;
-    fs::write(path.join("cgroup.procs"), "0").map_err(told("join cgroup"))?;
     for below in &app.header.cgroups {
         make(&path, below)?;
     }
-    Ok(())
+    File::open(&path).map(Some).map_err(told("open"))
 }
 
 fn make(top: &Path, below: &CgroupBelow) -> Result<(), RestoreError> {

@@ -19,11 +19,11 @@ use crate::bpf::netlock::NetLock;
 use crate::error::{ExitCode, HasExitCode};
 use crate::fault::Fault;
 use crate::image::{SlotSums, Store};
-use crate::model::frozen::Application;
+use crate::model::frozen::{Application, Process};
 use crate::model::ids::Pid;
 use crate::model::plan::{self, Step};
 use crate::sys::area::exit_now;
-use crate::sys::process::{Fork, fork_with_pid, prlimit, quiet_signals};
+use crate::sys::process::{Fork, fork_in_cgroup, fork_with_pid, prlimit, quiet_signals};
 use crate::sys::ptrace;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
@@ -31,6 +31,7 @@ use nix::unistd;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
@@ -67,15 +68,40 @@ pub fn restore(
     stands: impl FnOnce() -> Result<(), RestoreError>,
 ) -> Result<Restored, RestoreError> {
     let pipe = || unistd::pipe().map_err(RestoreError::system("pipe"));
+    check_supported(app)?;
+    let restorer = pids::restorer_pid(app)?;
+    let is_free = |number| number != restorer.0 && pids::is_free(number);
+    let stand_ins = groups::stand_ins(app, is_free);
+    let with_stand_ins;
+    let task = Task {
+        app: if stand_ins.is_empty() {
+            app
+        } else {
+            with_stand_ins = groups::with(app, &stand_ins);
+            &with_stand_ins
+        },
+        stand_ins: &stand_ins,
+        store,
+        options,
+    };
+    pids::check_free(task.app)?;
+    check_files(app)?;
+    let cgroup = cgroups::make_all(app, options)?;
     let ((reader, writer), (gate, opener)) = (pipe()?, pipe()?);
-    match fork_with_pid(Some(pids::restorer_pid(app)?), libc::SIGCHLD)? {
+    let forked = match &cgroup {
+        // Sockets and memory are accounted where their maker is.
+        Some(cgroup) => fork_in_cgroup(Some(restorer), libc::SIGCHLD, cgroup.as_fd()),
+        None => fork_with_pid(Some(restorer), libc::SIGCHLD),
+    };
+    drop(cgroup);
+    match forked? {
         Fork::Child => {
             drop((reader, opener));
             let caller = Caller {
                 gate: File::from(gate),
                 report: File::from(writer),
             };
-            child(app, store, options, caller)
+            child(&task, caller)
         }
         Fork::Parent(pid) => {
             drop((writer, gate));
@@ -154,11 +180,20 @@ impl Caller {
     }
 }
 
-fn child(app: &Application, store: &dyn Store, options: &RestoreOptions, mut caller: Caller) -> ! {
+/// What the restorer is to do.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    /// With the stand-ins.
+    app: &'a Application,
+    /// Processes that are needed only while groups are made.
+    stand_ins: &'a [Process],
+    store: &'a dyn Store,
+    options: &'a RestoreOptions,
+}
+
+fn child(task: &Task<'_>, mut caller: Caller) -> ! {
     let mut made = Made::default();
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        run(app, store, options, &mut caller, &mut made)
-    }));
+    let result = catch_unwind(AssertUnwindSafe(|| run(task, &mut caller, &mut made)));
     let (code, message) = match result {
         Ok(Ok(())) => (0, String::new()),
         Ok(Err(error)) => (error.exit_code() as u8, error.to_string()),
@@ -196,27 +231,15 @@ fn destroy(born: &BTreeSet<Pid>) {
     while ptrace::wait_any().is_ok() {}
 }
 
-fn run(
-    app: &Application,
-    store: &dyn Store,
-    options: &RestoreOptions,
-    caller: &mut Caller,
-    made: &mut Made,
-) -> Result<(), RestoreError> {
-    check_supported(app)?;
-    let stand_ins = groups::stand_ins(app, pids::is_free);
-    let with_stand_ins;
-    let app = if stand_ins.is_empty() {
-        app
-    } else {
-        with_stand_ins = groups::with(app, &stand_ins);
-        &with_stand_ins
-    };
+fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), RestoreError> {
+    let Task {
+        app,
+        stand_ins,
+        store,
+        options,
+    } = *task;
     let steps = plan::processes(&app.processes)?;
-    pids::check_free(app)?;
-    check_files(app)?;
     become_supervisor(app)?;
-    cgroups::join(app, options)?;
     let mut lock = open_lock(options)?;
     let (page_file, slot_base) = store.page_file();
     // The clocks run from here on: timers armed after it may be late by them, never early.
@@ -283,7 +306,7 @@ fn run(
     message_queues::limit(app)?;
     supervisor.foreground(&opened, restorer)?;
     supervisor.bury_all(&steps)?;
-    supervisor.reap(&stand_ins)?;
+    supervisor.reap(stand_ins)?;
     supervisor.stop_jobs()?;
     supervisor.rebuild_all()?;
     sysv::mark_destroyed(app)?;
@@ -298,6 +321,8 @@ fn run(
             .map_err(|e| RestoreError::Lock(e.to_string()))?;
     }
     files::go_live(app, &opened)?;
+    // The end of this process closes them all at once.
+    std::mem::forget(opened);
     supervisor.release()
 }
 

@@ -198,8 +198,12 @@ pub fn check_files(app: &Application) -> Result<(), RestoreError> {
         let Some(mm) = app.mms.get(&process.mm) else {
             continue;
         };
+        // The segments of a library follow one another.
+        let mut last = None;
         for vma in &mm.vmas {
-            if let Backing::File { file, .. } = &vma.backing {
+            if let Backing::File { file, .. } = &vma.backing
+                && last.replace((file, vma.shared)) != Some((file, vma.shared))
+            {
                 check.unchanged(file, vma.shared)?;
             }
         }

@@ -28,7 +28,8 @@ pub fn duplicate_to(fd: BorrowedFd<'_>, number: i32, cloexec: bool) -> Result<()
     Errno::result(unsafe { libc::dup3(fd.as_raw_fd(), number, flags) }).map(drop)
 }
 
-/// Closes the numbers from `first` to `last`, both included (close_range(2)).
+/// Closes the numbers from `first` to `last`, both included (close_range(2)). Nobody may own one
+/// of them who uses it or drops it afterwards.
 ///
 /// # Errors
 /// As the system call; none for an empty range.
@@ -37,7 +38,7 @@ pub fn close_range(first: i32, last: i32) -> Result<(), Errno> {
         return Ok(());
     }
     let (first, last) = (first.cast_unsigned(), last.cast_unsigned());
-    // SAFETY: for processes about to be replaced, which drop no owned descriptor afterwards.
+    // SAFETY: takes integers; that nobody uses the numbers any more is the caller's promise above.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }).map(drop)
 }
 

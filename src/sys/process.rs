@@ -145,11 +145,8 @@ pub fn fork_with_pid(pid: Option<Pid>, exit_signal: i32) -> Result<Fork, CallErr
 /// # Errors
 /// As [`fork_with_pid`].
 pub fn fork_sharing(pid: Option<Pid>, exit_signal: i32, shares: Shares) -> Result<Fork, CallError> {
-    let wanted = pid.unwrap_or_default();
-    let set_tid = [wanted.0];
     // SAFETY: clone_args is plain data for which zero means "not used".
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.exit_signal = u64::from(exit_signal.cast_unsigned());
     for (shared, flag) in [
         (shares.files, libc::CLONE_FILES),
         (shares.fs, libc::CLONE_FS),
@@ -158,6 +155,34 @@ pub fn fork_sharing(pid: Option<Pid>, exit_signal: i32, shares: Shares) -> Resul
             args.flags |= u64::from(flag.cast_unsigned());
         }
     }
+    fork(pid, exit_signal, args)
+}
+
+/// As [`fork_with_pid`]; the child is born in the cgroup whose directory `cgroup` is
+/// (`CLONE_INTO_CGROUP`, Linux 5.7). To move a process waits for all CPUs instead, some
+/// hundredths of a second (`cgroup_threadgroup_rwsem` in kernel/cgroup/cgroup.c).
+///
+/// # Errors
+/// As [`fork_with_pid`]; `EBUSY`: the cgroup has controllers for children; `EOPNOTSUPP`: it
+/// takes no processes.
+pub fn fork_in_cgroup(
+    pid: Option<Pid>,
+    exit_signal: i32,
+    cgroup: BorrowedFd<'_>,
+) -> Result<Fork, CallError> {
+    /// include/uapi/linux/sched.h; libc has a constant that is too narrow.
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    // SAFETY: clone_args is plain data for which zero means "not used".
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = CLONE_INTO_CGROUP;
+    args.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    fork(pid, exit_signal, args)
+}
+
+fn fork(pid: Option<Pid>, exit_signal: i32, mut args: libc::clone_args) -> Result<Fork, CallError> {
+    let wanted = pid.unwrap_or_default();
+    let set_tid = [wanted.0];
+    args.exit_signal = u64::from(exit_signal.cast_unsigned());
     if pid.is_some() {
         args.set_tid = set_tid.as_ptr() as u64;
         args.set_tid_size = 1;

@@ -11,13 +11,17 @@ use std::os::fd::OwnedFd;
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn eventfd(count: u64, semaphore: bool) -> Result<OwnedFd, FilesError> {
+pub fn eventfd(count: u64, semaphore: bool, nonblock: bool) -> Result<OwnedFd, FilesError> {
     let object = "eventfd";
-    let mut flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    let mut flags = EfdFlags::EFD_CLOEXEC;
     flags.set(EfdFlags::EFD_SEMAPHORE, semaphore);
-    let fd = EventFd::from_value_and_flags(0, flags).map_err(call(object, "eventfd2"))?;
-    if count > 0 {
-        fd.write(count).map_err(call(object, "write"))?;
+    flags.set(EfdFlags::EFD_NONBLOCK, nonblock);
+    let first = u32::try_from(count).unwrap_or(0);
+    let fd = EventFd::from_value_and_flags(first, flags).map_err(call(object, "eventfd2"))?;
+    let rest = count - u64::from(first);
+    if rest > 0 {
+        // It does not block: the count has room.
+        fd.write(rest).map_err(call(object, "write"))?;
     }
     Ok(fd.into())
 }

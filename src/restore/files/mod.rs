@@ -32,7 +32,7 @@ use crate::sys::fd;
 use error::{call, missing};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 
 /// What the restorer has opened for its children.
 #[derive(Debug, Default)]
@@ -179,7 +179,9 @@ fn open_one(
                 .ok_or_else(|| FilesError::Missing(format!("the content of inode {}", id.0)))?;
             content::reopen(fd, file.flags, file.pos)?
         }
-        FileKind::Eventfd { count, semaphore } => anonymous::eventfd(*count, *semaphore)?,
+        FileKind::Eventfd { count, semaphore } => {
+            anonymous::eventfd(*count, *semaphore, is_nonblocking(file))?
+        }
         FileKind::Timerfd(timer) => anonymous::timerfd(timer, app.header.clocks.realtime)?,
         FileKind::Signalfd { mask } => anonymous::signalfd(*mask)?,
         FileKind::Epoll { .. } => epoll::create()?,
@@ -205,10 +207,22 @@ fn open_socket(socket: &Socket) -> Result<Option<OwnedFd>, FilesError> {
     }
 }
 
+fn is_nonblocking(file: &OpenFile) -> bool {
+    OFlag::from_bits_retain(file.flags.cast_signed()).contains(OFlag::O_NONBLOCK)
+}
+
 /// `F_SETFL`: the status flags that open(2) or socket(2) was not asked for.
 fn set_status(fd: &OwnedFd, file: &OpenFile) -> Result<(), FilesError> {
     let flags = OFlag::from_bits_retain(file.flags.cast_signed());
-    if flags.contains(OFlag::O_PATH) {
+    let asked_for = match &file.kind {
+        _ if flags.contains(OFlag::O_PATH) => true,
+        FileKind::Eventfd { .. } => {
+            let made_with = OFlag::O_ACCMODE | OFlag::O_NONBLOCK;
+            flags.difference(made_with).is_empty()
+        }
+        _ => false,
+    };
+    if asked_for {
         return Ok(());
     }
     fcntl(fd.as_fd(), FcntlArg::F_SETFL(flags)).map_err(call("Open file", "fcntl(F_SETFL)"))?;
@@ -225,11 +239,18 @@ fn move_up(app: &Application, opened: &mut OpenedFiles) -> Result<(), FilesError
         .max();
     let base = highest.map_or(0, |fd| fd + 1);
     let all = opened.ofds.values_mut().chain(opened.contents.values_mut());
+    let mut low = Vec::new();
     for fd in all.chain(opened.terminals.values_mut()) {
         if fd.as_raw_fd() < base {
-            *fd = fd::duplicate_above(fd.as_fd(), base)
+            let high = fd::duplicate_above(fd.as_fd(), base)
                 .map_err(call("Open file", "fcntl(F_DUPFD_CLOEXEC)"))?;
+            low.push(std::mem::replace(fd, high).into_raw_fd());
         }
+    }
+    // Neighbours at once: there may be very many.
+    low.sort_unstable();
+    for run in low.chunk_by(|a, b| a + 1 == *b) {
+        fd::close_range(run[0], run[run.len() - 1]).map_err(call("Open files", "close_range"))?;
     }
     Ok(())
 }
