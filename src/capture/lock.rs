@@ -22,12 +22,8 @@ enum Entry {
 /// # Errors
 /// The lock takes no more entries.
 pub fn add_sockets(lock: &mut NetLock, files: &[File]) -> Result<usize, LockError> {
-    let sockets = files.iter().filter_map(|file| match &file.detail {
-        Detail::Socket(sock) => entry(sock),
-        _ => None,
-    });
     let mut count = 0;
-    for entry in sockets {
+    for entry in entries(files) {
         match entry {
             Entry::Connection(local, remote) => lock.add_connection(local, remote)?,
             Entry::Listener(local) => lock.add_listener(local)?,
@@ -36,6 +32,18 @@ pub fn add_sockets(lock: &mut NetLock, files: &[File]) -> Result<usize, LockErro
         count += 1;
     }
     Ok(count)
+}
+
+/// Whether there are any such sockets.
+pub fn has_sockets(files: &[File]) -> bool {
+    entries(files).next().is_some()
+}
+
+fn entries(files: &[File]) -> impl Iterator<Item = Entry> {
+    files.iter().filter_map(|file| match &file.detail {
+        Detail::Socket(sock) => entry(sock),
+        _ => None,
+    })
 }
 
 fn entry(sock: &SockRec) -> Option<Entry> {

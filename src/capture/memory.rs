@@ -18,6 +18,7 @@ use crate::model::ids::{MmId, Pid};
 use crate::sys::memory::{Pagemap, clear_soft_dirty, soft_dirty_works, zero_frame};
 use crate::sys::process::read_memory_exact;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::thread::available_parallelism;
 
 /// An address space at a moment: the kernel may give its address to another one later.
 type Key = (u64, u32, u64);
@@ -29,6 +30,9 @@ struct Precopied {
     /// What it had when it was looked at last, while frozen; to be copied.
     needs: Vec<Need>,
 }
+
+/// More readers than this wait for memory rather than for each other.
+const MOST_READERS: usize = 8;
 
 /// How many pages may wait in memory for being written, at most.
 const MOST_PENDING: u64 = 16 * 1024;
@@ -49,6 +53,10 @@ pub struct Memory {
     shown: Contents,
     /// What was read and is written once the application runs again.
     pending: Pending,
+    /// What pages are copied through.
+    buffer: Vec<u8>,
+    /// How many threads read them at once.
+    readers: usize,
     stats: MemoryStats,
 }
 
@@ -60,6 +68,8 @@ impl Memory {
             zero_frame: zero_frame(),
             shown: Contents::default(),
             pending: Pending::default(),
+            buffer: Vec::new(),
+            readers: available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_READERS)),
             stats: MemoryStats {
                 dirty_tracking: soft_dirty_works(),
                 ..MemoryStats::default()
@@ -95,7 +105,7 @@ impl Memory {
         }
         let vmas = iterators.vmas(scope)?;
         let by_mm = grouped(&vmas);
-        let mut copier = Copier::new(store);
+        let mut copier = Copier::new(store, std::mem::take(&mut self.buffer), self.readers);
         for rec in tracked {
             wakeups.check()?;
             let vmas = of(&by_mm, rec);
@@ -119,6 +129,7 @@ impl Memory {
             };
             self.precopied.insert(key(rec, &tasks), entry);
         }
+        self.buffer = copier.into_buffer();
         Ok(())
     }
 
@@ -181,7 +192,7 @@ impl Memory {
         slots: &mut Slots,
         wakeups: &Wakeups,
     ) -> Result<(), CheckpointError> {
-        let mut copier = Copier::new(store);
+        let mut copier = Copier::new(store, std::mem::take(&mut self.buffer), self.readers);
         let mut gone = Vec::new();
         for (key, entry) in &mut self.precopied {
             wakeups.check()?;
@@ -196,6 +207,7 @@ impl Memory {
                 }
             }
         }
+        self.buffer = copier.into_buffer();
         for key in gone {
             self.precopied.remove(&key);
         }
@@ -225,7 +237,7 @@ impl Memory {
         wakeups: &Wakeups,
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
         let by_mm = grouped(vmas);
-        let mut copier = Copier::new(store);
+        let mut copier = Copier::new(store, std::mem::take(&mut self.buffer), self.readers);
         copier.pending = std::mem::take(&mut self.pending);
         let mut mapper = Mapper::new(segments);
         self.shown = Contents::default();
@@ -258,7 +270,8 @@ impl Memory {
             };
             found.insert(MmId(rec.mm), mm);
         }
-        self.pending = copier.pending;
+        self.pending = std::mem::take(&mut copier.pending);
+        self.buffer = copier.into_buffer();
         Ok(found)
     }
 

@@ -316,13 +316,32 @@ impl Capture {
         Ok(())
     }
 
+    /// Attaches a network lock that holds off nothing yet, if the application has any sockets:
+    /// attaching waits for all CPUs, and what the application writes meanwhile is to be copied.
+    ///
+    /// # Errors
+    /// The lock cannot be attached.
+    pub fn attach_lock(&mut self, mut lock: NetLock) -> Result<(), CheckpointError> {
+        let scope = self.scope();
+        let files = self.iterators.borrow_mut().descriptors(scope)?;
+        // Before there are any entries, which it would silence.
+        lock.hold_new()?;
+        if lock::has_sockets(&files) {
+            lock.engage()?;
+        }
+        self.lock = Some(lock);
+        self.timeline.done("attach lock");
+        Ok(())
+    }
+
     /// Holds off new connections to the application, if it has any sockets.
     ///
     /// # Errors
     /// The lock cannot be attached, or takes no more entries.
-    pub fn lock_network(&mut self, mut lock: NetLock) -> Result<(), CheckpointError> {
-        if self.add_to_lock(&mut lock)? > 0 {
-            lock.hold_new()?;
+    pub fn lock_network(&mut self) -> Result<(), CheckpointError> {
+        if let Some(mut lock) = self.lock.take()
+            && self.add_to_lock(&mut lock)? > 0
+        {
             lock.engage()?;
             self.lock = Some(lock);
         }
@@ -441,12 +460,6 @@ impl Capture {
             ofds: read.ofds,
             contents,
         })
-    }
-
-    /// Has pages that are copied in the frozen window, about so many, wait in memory until
-    /// [`Capture::write_rest`]: only for an application that is left running.
-    pub fn write_later(&mut self, pages: u64) {
-        self.memory.reserve(pages);
     }
 
     /// Writes what was left to be written later.

@@ -190,6 +190,8 @@ pub struct Copied {
 pub struct Copier<'a> {
     /// The image.
     pub store: &'a dyn Store,
+    /// How many threads read at once, as many as there are CPUs.
+    readers: usize,
     /// What is not written yet, as far as there is room.
     pub pending: Pending,
     buffer: Vec<u8>,
@@ -205,14 +207,22 @@ impl<'a> Copier<'a> {
     /// Bytes read at once.
     pub(super) const BATCH: usize = 4 << 20;
 
-    /// A copier for this image.
+    /// A copier for this image with the buffer of an earlier one: in a frozen window there is
+    /// no time for new memory to be mapped.
     #[must_use]
-    pub fn new(store: &'a dyn Store) -> Self {
+    pub fn new(store: &'a dyn Store, buffer: Vec<u8>, readers: usize) -> Self {
         Self {
             store,
+            readers,
             pending: Pending::default(),
-            buffer: vec![0; Self::BATCH],
+            buffer,
         }
+    }
+
+    /// Gives back the buffer.
+    #[must_use]
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.buffer
     }
 
     /// Copies what `pieces` ask for. While the process runs (`moving`), pages may vanish:
@@ -275,10 +285,16 @@ impl<'a> Copier<'a> {
         Fault::PageWrite.point()?;
         let ranges: Vec<(u64, usize)> = batch.iter().map(|run| (run.addr, len_of(run))).collect();
         let total: usize = ranges.iter().map(|(_, len)| len).sum();
-        let mut room = self.pending.room(total);
+        let room = self.pending.room(total);
         let later = room.is_some();
-        let buffer = room.get_or_insert(&mut self.buffer[..total]);
-        let got = read_ranges(pid, &ranges, buffer).unwrap_or(0);
+        let buffer = match room {
+            Some(room) => room,
+            None => {
+                self.buffer.resize(total.max(self.buffer.len()), 0);
+                &mut self.buffer[..total]
+            }
+        };
+        let got = read_shared(pid, &ranges, buffer, self.readers);
         // Whole runs that arrived.
         let mut at = 0;
         let mut whole = 0;
@@ -329,6 +345,61 @@ impl<'a> Copier<'a> {
         }
         Ok(())
     }
+}
+
+/// Reads ranges (address, bytes) one after the other into `buffer`, in several threads if there
+/// are many bytes. Returns how many have arrived before the first that did not.
+fn read_shared(pid: Pid, ranges: &[(u64, usize)], buffer: &mut [u8], readers: usize) -> usize {
+    /// Fewer are read sooner than a thread is started.
+    const WORTHWHILE: usize = 128 * PAGE_SIZE as usize;
+    let share = buffer
+        .len()
+        .div_ceil(readers.max(1))
+        .next_multiple_of(PAGE_SIZE as usize)
+        .max(WORTHWHILE);
+    let parts: Vec<_> = split(ranges, share)
+        .into_iter()
+        .zip(buffer.chunks_mut(share))
+        .collect();
+    let read = |(ranges, buffer): (Vec<(u64, usize)>, &mut [u8])| {
+        let whole = buffer.len();
+        let got = read_ranges(pid, &ranges, buffer).unwrap_or(0);
+        (got, got == whole)
+    };
+    let mut parts = parts.into_iter();
+    let Some(first) = parts.next() else { return 0 };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = parts.map(|part| scope.spawn(move || read(part))).collect();
+        let (mut got, mut whole) = read(first);
+        for other in others {
+            let (more, all) = other.join().unwrap_or((0, false));
+            if whole {
+                got += more;
+            }
+            whole &= all;
+        }
+        got
+    })
+}
+
+/// Ranges cut so that each part but the last has so many bytes.
+fn split(ranges: &[(u64, usize)], share: usize) -> Vec<Vec<(u64, usize)>> {
+    let mut parts = vec![Vec::new()];
+    let mut room = share;
+    for &(mut addr, mut len) in ranges {
+        while len > 0 {
+            if room == 0 {
+                parts.push(Vec::new());
+                room = share;
+            }
+            let now = len.min(room);
+            if let Some(part) = parts.last_mut() {
+                part.push((addr, now));
+            }
+            (addr, len, room) = (addr + now as u64, len - now, room - now);
+        }
+    }
+    parts
 }
 
 /// Bytes of a run.
@@ -428,6 +499,32 @@ mod tests {
             let expected: Vec<u64> = needed.iter().map(|&(p, _)| p).collect();
             prop_assert_eq!(pages, expected);
         }
+    }
+
+    #[test]
+    fn ranges_are_shared_out() {
+        let parts = split(&[(10, 3), (20, 4), (30, 2)], 4);
+        let expected = [
+            vec![(10, 3), (20, 1)],
+            vec![(21, 3), (30, 1)],
+            vec![(31, 1)],
+        ];
+        assert_eq!(parts, expected);
+    }
+
+    #[test]
+    fn threads_read_what_one_reads() {
+        let memory: Vec<u8> = (0..400 * 4096).map(|n: usize| (n >> 8) as u8).collect();
+        let start = memory.as_ptr() as u64;
+        let ranges = [(start, 300 * 4096), (start + 350 * 4096, 50 * 4096)];
+        let this = Pid(std::process::id().cast_signed());
+        let mut buffer = vec![0; 350 * 4096];
+        assert_eq!(read_shared(this, &ranges, &mut buffer, 4), buffer.len());
+        assert_eq!(buffer[..300 * 4096], memory[..300 * 4096]);
+        assert_eq!(buffer[300 * 4096..], memory[350 * 4096..]);
+        // What comes behind a hole does not count.
+        let ranges = [(start, 200 * 4096), (4096, 50 * 4096), (start, 100 * 4096)];
+        assert_eq!(read_shared(this, &ranges, &mut buffer, 4), 200 * 4096);
     }
 
     #[test]

@@ -7,9 +7,9 @@ use crate::image::Store;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// How many pages make it worth to stop the application for a moment: to see which these are takes
-/// as long as to copy some thousand.
-const WORTHWHILE: u64 = 4096;
+/// How many pages make it worth to stop the application for a moment, to see which these are: they
+/// would make the frozen window about twice as long.
+const WORTHWHILE: u64 = 1024;
 
 /// How often it is stopped for that.
 const ROUNDS: usize = 3;
@@ -20,7 +20,8 @@ const BRIEF: Duration = Duration::from_millis(500);
 impl Capture {
     /// Copies again what was written since [`Capture::precopy`], so that less is left for the
     /// frozen window. If that is much the application is stopped for as long as it takes to see
-    /// which pages these are. Returns about how many are left; 0 where the kernel does not tell.
+    /// which pages these are. With `write_later`, pages that are copied in the frozen window wait in
+    /// memory until [`Capture::write_rest`]: only for an application that is left running.
     ///
     /// # Errors
     /// The carrier is full, something cannot be read, or tracker was asked to stop.
@@ -28,13 +29,18 @@ impl Capture {
         &mut self,
         store: &dyn Store,
         slots: &mut Slots,
-    ) -> Result<u64, CheckpointError> {
+        write_later: bool,
+    ) -> Result<(), CheckpointError> {
         if !self.memory.stats().dirty_tracking {
-            return Ok(0);
+            return Ok(());
         }
         let scope = self.scope();
         let iterators = Rc::clone(&self.iterators);
         let mut written = self.memory.written(&mut iterators.borrow_mut(), scope)?;
+        if write_later {
+            // Before the rounds, though less may be left after them: to make room takes its time.
+            self.memory.reserve(written);
+        }
         for _ in 0..ROUNDS {
             if written < WORTHWHILE {
                 break;
@@ -51,7 +57,7 @@ impl Capture {
             }
         }
         self.timeline.done("refresh");
-        Ok(written)
+        Ok(())
     }
 
     /// Freezes it and notes what has to be copied; if it takes too long to freeze, nothing.

@@ -110,14 +110,12 @@ fn take(
     capture.precopy(store, &mut slots)?;
     let known = Known::fetch();
     capture.reached("model");
-    // Loading takes its time; from here on every page that is written has to be copied again.
+    // This takes its time; from here on every page that is written has to be copied again.
     let lock = NetLock::load()?;
     capture.reached("load lock");
-    let written = capture.refresh(store, &mut slots)?;
-    if leave_running {
-        capture.write_later(written);
-    }
-    capture.lock_network(lock)?;
+    capture.attach_lock(lock)?;
+    capture.refresh(store, &mut slots, leave_running)?;
+    capture.lock_network()?;
     capture.freeze()?;
     let state = known.catch_up();
     let verification = state.and_then(|state| capture.verify(&state));

@@ -289,14 +289,19 @@ impl Update {
         self.clock.reached("model fetched");
         sys::lock_memory().map_err(UpdateError::Memory)?;
         self.abort.check()?;
-        let lock = NetLock::load()?;
+        let mut lock = NetLock::load()?;
+        // Attached without entries it holds off nothing yet, see Capture::attach_lock.
+        lock.hold_new()?;
+        lock.engage()?;
         for capture in &mut self.captures {
-            on(capture, |capture| capture.refresh(&store, &mut slots))?;
+            on(capture, |capture| {
+                capture.refresh(&store, &mut slots, false)
+            })?;
         }
         store.flush()?;
         self.clock.reached("memory copied again");
 
-        let mut lock = self.engage_lock(lock)?;
+        self.hold_off(&mut lock)?;
         self.clock.reached("new connections held off");
         let result = self.leave(&mut store, &mut slots, &mut lock, known, system);
         // It failed, or it would not have returned: first let the applications run.
@@ -311,14 +316,12 @@ impl Update {
     }
 
     /// One lock over all applications.
-    fn engage_lock(&mut self, mut lock: NetLock) -> Result<NetLock, UpdateError> {
+    fn hold_off(&mut self, lock: &mut NetLock) -> Result<(), UpdateError> {
         for capture in &mut self.captures {
-            on(capture, |capture| capture.add_to_lock(&mut lock))?;
+            on(capture, |capture| capture.add_to_lock(lock))?;
         }
-        lock.hold_new()?;
-        lock.engage()?;
         Fault::Lock.point()?;
-        Ok(lock)
+        Ok(())
     }
 
     /// The frozen window, up to the next kernel.
