@@ -53,6 +53,7 @@ enum iter_want {
 	WANT_WATCHES = 16,
 	WANT_LOCKS = 32,
 	WANT_TTY_DATA = 64,
+	WANT_FINGERPRINTS = 128, /* of listening TCP sockets */
 };
 
 /* What every record starts with; size counts the header itself. */
@@ -465,8 +466,9 @@ struct sock_rec {
 	char path[TRK_SUN_PATH_LEN];
 	__u32 syn_backlog; /* handshakes of a TCP listener that are under way */
 	struct sock_opts opts;
+	__u64 fingerprint; /* of all the kernel keeps of a TCP listener; 0 if it was not taken */
 };
-TRK_ASSERT_SIZE(struct sock_rec, 344);
+TRK_ASSERT_SIZE(struct sock_rec, 352);
 
 /* One file watched by an epoll instance. */
 struct epoll_item_rec {

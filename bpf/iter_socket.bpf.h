@@ -5,6 +5,31 @@
 
 struct sock_rec out_sock;
 
+/* As long as a TCP socket of any kernel, and longer. */
+#define SOCK_WORDS 512
+u64 sock_words[SOCK_WORDS];
+
+/*
+ * A number that is another one when anything about a socket is, an option or a queue. It is
+ * cheaper to find out than all the options, and those of a socket that has not changed are known.
+ */
+static __always_inline u64 fingerprint(struct sock *sk)
+{
+	u64 print = 0xcbf29ce484222325ULL; /* FNV-1a, by words */
+	u32 size = BPF_CORE_READ(sk, __sk_common.skc_prot, obj_size);
+	u32 words = size / sizeof(u64);
+
+	if (words == 0 || words > SOCK_WORDS)
+		return 0;
+	if (bpf_probe_read_kernel(sock_words, words * sizeof(u64), sk))
+		return 0;
+	for (u32 i = 0; i < SOCK_WORDS && i < words; i++) {
+		print = (print ^ sock_words[i]) * 0x100000001b3ULL;
+		print ^= print >> 32;
+	}
+	return print;
+}
+
 static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 {
 	struct unix_sock *unix = (void *)sk;
@@ -121,5 +146,7 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 		fill_unix(r, sk);
 	else if (r->family == AF_INET || r->family == AF_INET6)
 		fill_inet(r, sk);
+	if ((want & WANT_FINGERPRINTS) && r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
+		r->fingerprint = fingerprint(sk);
 	return bpf_seq_write(seq, r, sizeof(*r));
 }

@@ -15,6 +15,7 @@ typedef struct {
 	struct net *net;
 } possible_net_t;
 struct sock_common {
+	struct proto *skc_prot;
 	u32 skc_daddr;
 	u32 skc_rcv_saddr;
 	u16 skc_dport;

@@ -25,7 +25,7 @@ use super::skeleton::iter::{IterSkel, IterSkelBuilder};
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
-        EPOLL, LOCKS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
+        EPOLL, FINGERPRINTS, LOCKS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
     };
 }
 
@@ -258,6 +258,15 @@ impl Iterators {
         Ok(self.read_files(scope, 0)?.files)
     }
 
+    /// The same with the fingerprints of TCP listeners.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn fingerprinted(&mut self, scope: Scope) -> Result<Vec<File>, ReadError> {
+        Ok(self.read_files(scope, want::FINGERPRINTS)?.files)
+    }
+
     /// Descriptors with what epoll and inotify instances hold, without locks and bytes of
     /// terminals: what is followed while applications run.
     ///
@@ -276,7 +285,7 @@ impl Iterators {
     pub fn files(&mut self, scope: Scope) -> Result<Files, ReadError> {
         self.read_files(
             scope,
-            want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA,
+            want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::FINGERPRINTS,
         )
     }
 

@@ -44,7 +44,7 @@ use crate::model::ids::{MmId, Pid};
 use crate::sys::cgroup::{Cgroup, Event};
 use clocks::Offsets;
 use eligibility::Namespaces;
-use files::Repaired;
+use files::{Listeners, Repaired};
 use guard::{Guard, Watch};
 use memory::Memory;
 use restart::Now;
@@ -137,6 +137,7 @@ pub struct Capture {
     wakeups: Wakeups,
     guard: Option<Guard>,
     lock: Option<NetLock>,
+    listeners: Listeners,
     /// The lock stays behind for a restore.
     lock_left: bool,
     code: vdso::Code,
@@ -185,6 +186,7 @@ impl Capture {
             wakeups,
             guard: Some(guard),
             lock: None,
+            listeners: Listeners::default(),
             lock_left: false,
             code: vdso::Code::ours(),
             ours: Namespaces::ours(),
@@ -316,17 +318,27 @@ impl Capture {
         Ok(())
     }
 
+    /// Reads what listening sockets are set to, while the application runs. Returns whether it has
+    /// any sockets at all that a lock is about.
+    ///
+    /// # Errors
+    /// The iterators cannot be read.
+    pub fn read_listeners(&mut self) -> Result<bool, CheckpointError> {
+        let scope = self.scope();
+        let files = self.iterators.borrow_mut().fingerprinted(scope)?;
+        self.listeners = Listeners::read(&files);
+        Ok(lock::has_sockets(&files))
+    }
+
     /// Attaches a network lock that holds off nothing yet, if the application has any sockets:
     /// attaching waits for all CPUs, and what the application writes meanwhile is to be copied.
     ///
     /// # Errors
     /// The lock cannot be attached.
     pub fn attach_lock(&mut self, mut lock: NetLock) -> Result<(), CheckpointError> {
-        let scope = self.scope();
-        let files = self.iterators.borrow_mut().descriptors(scope)?;
         // Before there are any entries, which it would silence.
         lock.hold_new()?;
-        if lock::has_sockets(&files) {
+        if self.read_listeners()? {
             lock.engage()?;
         }
         self.lock = Some(lock);
@@ -434,6 +446,7 @@ impl Capture {
             &frozen.now,
             store,
             slots,
+            std::mem::take(&mut self.listeners),
         )
         .map_err(|e| CheckpointError::Files(e.to_string()))?;
         frozen.repaired = read.repaired;

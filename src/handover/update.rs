@@ -294,6 +294,7 @@ impl Update {
         lock.hold_new()?;
         lock.engage()?;
         for capture in &mut self.captures {
+            on(capture, Capture::read_listeners)?;
             on(capture, |capture| {
                 capture.refresh(&store, &mut slots, false)
             })?;

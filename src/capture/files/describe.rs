@@ -1,6 +1,7 @@
 //! One open file description at a time: from the iterators' record to what the image carries.
 
 use super::borrow::{Lender, place};
+use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
     CollectError, FrozenFiles, Repaired, Slots, content, filter, pipe, pty, regular, socket, unix,
@@ -35,6 +36,7 @@ pub(super) struct Reader<'a> {
     items: HashMap<u64, Vec<&'a EpollItemRec>>,
     watches: HashMap<u64, Vec<&'a WatchRec>>,
     locks: HashMap<u64, Vec<&'a LockRec>>,
+    listeners: Listeners,
     lender: Lender,
     ofds: BTreeMap<OfdId, OpenFile>,
     contents: BTreeMap<ContentId, Content>,
@@ -64,6 +66,7 @@ impl<'a> Reader<'a> {
         now: &'a Now,
         store: &'a dyn Store,
         slots: &'a mut Slots,
+        listeners: Listeners,
     ) -> Self {
         Self {
             now,
@@ -73,6 +76,7 @@ impl<'a> Reader<'a> {
             items: grouped(&found.epoll_items, |item| item.epoll),
             watches: grouped(&found.watches, |watch| watch.group),
             locks: grouped(&found.locks, |lock| lock.ino),
+            listeners,
             lender: Lender::default(),
             ofds: BTreeMap::new(),
             contents: BTreeMap::new(),
@@ -354,6 +358,11 @@ impl<'a> Reader<'a> {
     }
 
     fn socket(&mut self, id: OfdId, file: &File, sock: &SockRec) -> Result<FileKind, CollectError> {
+        if let Some(options) = self.listeners.options(sock)
+            && let Some(socket) = socket::listener(file, sock, options)?
+        {
+            return Ok(FileKind::Socket(Box::new(socket)));
+        }
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
             let read = socket::read(from, sock)?;

@@ -9,6 +9,7 @@ mod content;
 mod describe;
 mod error;
 mod filter;
+mod listeners;
 mod pidfd;
 mod pipe;
 mod pseudo;
@@ -20,6 +21,7 @@ mod tcp;
 mod unix;
 
 pub use error::CollectError;
+pub use listeners::Listeners;
 pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{blockers, handshakes, unaccepted};
 
@@ -104,7 +106,7 @@ pub struct FrozenFiles {
 /// Reads the open files of frozen processes.
 ///
 /// `found` and `tasks` are the iterators' passes over them, `now` what the clocks showed when they
-/// stopped. On an error everything borrowed is given back and every connection left as it was.
+/// stopped, `listeners` what is known from before. On an error everything borrowed is given back and every connection left as it was.
 ///
 /// # Errors
 /// Something is not carried, or a system call fails.
@@ -115,8 +117,9 @@ pub(in crate::capture) fn collect(
     now: &Now,
     store: &dyn Store,
     slots: &mut Slots,
+    listeners: Listeners,
 ) -> Result<FrozenFiles, CollectError> {
-    let mut reader = Reader::new(found, tasks, now, store, slots);
+    let mut reader = Reader::new(found, tasks, now, store, slots, listeners);
     for file in &found.files {
         reader.describe(file)?;
     }

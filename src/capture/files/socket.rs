@@ -1,8 +1,9 @@
 //! Sockets: options and addresses through a borrowed descriptor, the rest from the iterators.
 
-use super::borrow::Borrowed;
+use super::borrow::{Borrowed, place};
 use super::{CollectError, filter};
 use crate::bpf::events::{SockFlag, SockRec};
+use crate::bpf::iter::File;
 use crate::model::frozen::{SockOption, Socket, SocketState};
 use crate::sys::socket::{int_option, option, set_int_option};
 use crate::sys::tcp as repair;
@@ -222,11 +223,8 @@ fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
     let (local, remote) = addresses(rec);
     let failed = || from.socket_failed();
     let info = repair::info(from.as_fd()).map_err(failed())?;
-    let mut wanted = [OPTIONS, TCP_OPTIONS, ip_options(v6)].concat();
-    // A connection has an address, after which this one cannot be set and says nothing more.
     let connected = CONNECTED.contains(&info.state);
-    wanted.retain(|(_, name, _)| !connected || !v6 || *name != libc::IPV6_V6ONLY);
-    let options = read_options(&from, &wanted)?;
+    let options = read_tcp_options(&from, rec, connected)?;
     let filter = filter::read(&from, rec)?;
     let mut repaired = None;
     let state = match (info.state, local, remote) {
@@ -273,6 +271,55 @@ fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
         },
         repaired,
     })
+}
+
+/// Options of a TCP socket.
+///
+/// # Errors
+/// A socket call fails.
+pub fn read_tcp_options(
+    from: &Borrowed,
+    rec: &SockRec,
+    connected: bool,
+) -> Result<Vec<SockOption>, CollectError> {
+    let v6 = i32::from(rec.family) == libc::AF_INET6;
+    let mut wanted = [OPTIONS, TCP_OPTIONS, ip_options(v6)].concat();
+    // A connection has an address, after which this one cannot be set and says nothing more.
+    wanted.retain(|(_, name, _)| !connected || !v6 || *name != libc::IPV6_V6ONLY);
+    read_options(from, &wanted)
+}
+
+/// A listener whose options are known, from its record alone; `None` if it has no address.
+///
+/// # Errors
+/// Its accept queue is not empty.
+pub fn listener(
+    file: &File,
+    rec: &SockRec,
+    options: Vec<SockOption>,
+) -> Result<Option<Socket>, CollectError> {
+    let (Some(local), _) = addresses(rec) else {
+        return Ok(None);
+    };
+    if rec.ack_backlog > 0 {
+        let (pid, fd) = place(file);
+        return Err(CollectError::AcceptQueue {
+            pid,
+            fd,
+            address: local.to_string(),
+            connections: rec.ack_backlog,
+        });
+    }
+    Ok(Some(Socket {
+        inode: rec.ino,
+        options,
+        filter: None,
+        state: SocketState::TcpListen {
+            local,
+            backlog: rec.max_ack_backlog,
+            v6: i32::from(rec.family) == libc::AF_INET6,
+        },
+    }))
 }
 
 fn ip_options(v6: bool) -> &'static [(i32, i32, usize)] {

@@ -1,0 +1,69 @@
+//! TCP listeners whose options were read while the application ran.
+//!
+//! All there is to a listener are some thirty options, and a server may have thousands: to read
+//! them takes longer than everything else about it. A listener that is, in the frozen window, what
+//! it was before they were read, to the last bit of the kernel's structure, has them still.
+
+use super::borrow::Lender;
+use super::{CollectError, socket};
+use crate::bpf::events::{SockFlag, SockRec};
+use crate::bpf::iter::{Detail, File};
+use crate::model::frozen::SockOption;
+use std::collections::HashMap;
+
+/// The options of listeners, by the address of the socket.
+#[derive(Debug, Default)]
+pub struct Listeners(HashMap<u64, Listener>);
+
+#[derive(Debug)]
+struct Listener {
+    ino: u64,
+    fingerprint: u64,
+    options: Vec<SockOption>,
+}
+
+impl Listeners {
+    /// Reads those among the descriptors of running processes, whose fingerprints must have been
+    /// taken before. What goes away or fails meanwhile is left out.
+    pub fn read(files: &[File]) -> Self {
+        let mut lender = Lender::default();
+        let mut known = HashMap::new();
+        for file in files {
+            let Detail::Socket(rec) = &file.detail else {
+                continue;
+            };
+            if rec.fingerprint == 0 || known.contains_key(&rec.sock) {
+                continue;
+            }
+            if let Ok(options) = options(&mut lender, file, rec) {
+                let listener = Listener {
+                    ino: rec.ino,
+                    fingerprint: rec.fingerprint,
+                    options,
+                };
+                known.insert(rec.sock, listener);
+            }
+        }
+        Self(known)
+    }
+
+    /// The options of a listener, if they are known and it has not changed since.
+    pub fn options(&mut self, rec: &SockRec) -> Option<Vec<SockOption>> {
+        // A filter is more than options.
+        if rec.fingerprint == 0 || rec.flags & SockFlag::HAS_FILTER != 0 {
+            return None;
+        }
+        let known = self.0.get_mut(&rec.sock)?;
+        let same = (known.ino, known.fingerprint) == (rec.ino, rec.fingerprint);
+        same.then(|| std::mem::take(&mut known.options))
+    }
+}
+
+fn options(
+    lender: &mut Lender,
+    file: &File,
+    rec: &SockRec,
+) -> Result<Vec<SockOption>, CollectError> {
+    let from = lender.borrow(file)?;
+    socket::read_tcp_options(&from, rec, false)
+}
