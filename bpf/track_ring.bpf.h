@@ -48,14 +48,8 @@ struct {
 	.values = {&ring0, &ring1, &ring2, &ring3, &ring4, &ring5, &ring6, &ring7},
 };
 
-/* Whether the reader of the rings waits to be woken. User space maps it. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_MMAPABLE);
-	__type(key, u32);
-	__type(value, u32);
-} asleep SEC(".maps");
+/* Whether the reader of the rings waits to be woken. Alone in its map, which user space maps. */
+u32 asleep SEC(".bss.asleep");
 
 /* Events that found no room, by class. */
 struct {
@@ -181,12 +175,11 @@ static __always_inline void number(struct event_hdr *ev, u32 kind, u32 size)
  * the event was numbered, which is a full barrier: so this sees it, or it sees the room. */
 static __always_inline void submit(void *event)
 {
+	volatile u32 *waits = &asleep;
 	u64 flags = BPF_RB_NO_WAKEUP;
-	u32 zero = 0, *waits;
 
-	waits = bpf_map_lookup_elem(&asleep, &zero);
-	if (waits && *(volatile u32 *)waits) {
-		*(volatile u32 *)waits = 0;
+	if (*waits) {
+		*waits = 0;
 		flags = BPF_RB_FORCE_WAKEUP;
 	}
 	bpf_ringbuf_submit(event, flags);

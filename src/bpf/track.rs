@@ -371,7 +371,7 @@ impl Hooks {
             builder.build().map_err(at)
         });
         let buffers = buffers.collect::<Result<_, _>>()?;
-        let asleep = self.skel.maps.asleep.as_fd();
+        let asleep = self.skel.maps.bss_asleep.as_fd();
         Rings::new(buffers, self.fills()?, asleep).map_err(|error| at(error.into()))
     }
 
