@@ -83,6 +83,7 @@ struct fdtable {
 struct files_struct {
 	atomic_t count;
 	struct fdtable *fdt;
+	struct fdtable fdtab;
 	unsigned long close_on_exec_init[1];
 	unsigned long open_fds_init[1];
 };

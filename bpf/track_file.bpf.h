@@ -33,10 +33,9 @@ static __always_inline u64 anon_name8(struct file *file)
 /* Fills all but the header, after the number was taken. */
 static __always_inline void fill_install(const bool typed, struct install_event *e,
 					 struct files_struct *files, u32 fd, struct file *file,
-					 struct inode *inode, u32 mode, int cloexec)
+					 struct inode *inode, struct super_block *sb, u32 mode,
+					 int cloexec)
 {
-	struct super_block *sb = MEMBER(typed, inode, i_sb);
-
 	e->files = (u64)files;
 	e->file = (u64)file;
 	e->ino = MEMBER(typed, inode, i_ino);
@@ -62,7 +61,8 @@ static __always_inline void send_install_socket(const bool typed, struct files_s
 	number(&e->install.ev, EVENT_FD_INSTALL_SOCKET, sizeof(*e));
 	if (!made_inside(typed, sk))
 		adopt(sk, e->install.ev.seq);
-	fill_install(typed, &e->install, files, fd, file, inode, mode, cloexec);
+	fill_install(typed, &e->install, files, fd, file, inode, MEMBER(typed, inode, i_sb), mode,
+		     cloexec);
 	e->install.empty = fresh;
 	e->install.kind = FILE_SOCKET;
 	e->install.object = (u64)sk;
@@ -105,8 +105,8 @@ static __always_inline void send_install(const bool typed, struct files_struct *
 	e = EVENT(struct install_event, EVENT_FD_INSTALL, files, CLASS_FILES);
 	if (!e)
 		return;
-	fill_install(typed, e, files, fd, file, inode, mode, cloexec);
 	sb = MEMBER(typed, inode, i_sb);
+	fill_install(typed, e, files, fd, file, inode, sb, mode, cloexec);
 	magic = MEMBER(typed, sb, s_magic);
 	/* few kinds are told by more than this */
 	if (magic == TMPFS_MAGIC || magic == HUGETLBFS_MAGIC)

@@ -265,7 +265,7 @@ static __always_inline bool table_shared(struct files_struct *files)
  * those can be read by an instruction. */
 static __always_inline bool is_small(struct files_struct *files)
 {
-	return !bpf_ksym_exists(bpf_rdonly_cast) && files->fdt->max_fds <= 64;
+	return !bpf_ksym_exists(bpf_rdonly_cast) && files->fdt == &files->fdtab;
 }
 
 /* Whether a descriptor refers to something, while the table is locked. The number that an open()
