@@ -86,7 +86,7 @@ struct ipv6_pinfo {
 struct inet_sock {
 	struct ipv6_pinfo *pinet6;
 	u8 tos;
-	u8 uc_ttl;
+	s16 uc_ttl;
 	void *mc_list;
 };
 struct request_sock_queue {

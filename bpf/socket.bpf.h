@@ -12,14 +12,33 @@
 #define SOCK_RCVBUF_LOCK 2
 
 /* `typed` is about the socket, see MEMBER. */
+static __always_inline void fill_inet_opts(const bool typed, struct sock_opts *o,
+					   struct inet_sock *inet)
+{
+	o->tos = MEMBER(typed, inet, tos);
+	o->ttl = MEMBER(typed, inet, uc_ttl);
+}
+
+static __always_inline void fill_tcp_opts(const bool typed, struct sock_opts *o,
+					  struct tcp_sock *tcp)
+{
+	struct inet_connection_sock *icsk = (void *)tcp;
+
+	fill_inet_opts(typed, o, (void *)tcp);
+	o->user_timeout = MEMBER(typed, icsk, icsk_user_timeout);
+	o->keepidle = MEMBER(typed, tcp, keepalive_time);
+	o->keepintvl = MEMBER(typed, tcp, keepalive_intvl);
+	o->keepcnt = MEMBER(typed, tcp, keepalive_probes);
+	o->nonagle = BITS(typed, tcp, nonagle);
+}
+
+/* `typed` is about the socket, see MEMBER. */
 static __always_inline void fill_opts(const bool typed, struct sock_opts *o, struct sock *sk,
 				      u16 family, u16 protocol)
 {
 	u64 flags = MEMBER(typed, sk, __sk_common.skc_flags);
 	u64 locks = BITS(typed, sk, sk_userlocks);
-	struct inet_connection_sock *icsk = (void *)sk;
-	struct inet_sock *inet = (void *)sk;
-	struct tcp_sock *tcp = (void *)sk;
+	struct tcp_sock *tcp;
 
 	o->flags = (flags & TRK_SK_FLAGS_MASK) << TRK_SK_FLAGS_SHIFT;
 	if (BITS(typed, &sk->__sk_common, skc_reuse))
@@ -42,13 +61,14 @@ static __always_inline void fill_opts(const bool typed, struct sock_opts *o, str
 	o->backlog = MEMBER(typed, sk, sk_max_ack_backlog);
 	if (family != AF_INET && family != AF_INET6)
 		return;
-	o->tos = BPF_CORE_READ(inet, tos);
-	o->ttl = BPF_CORE_READ(inet, uc_ttl);
-	if (protocol != IPPROTO_TCP)
+	if (protocol != IPPROTO_TCP) {
+		fill_inet_opts(false, o, (struct inet_sock *)sk);
 		return;
-	o->user_timeout = BPF_CORE_READ(icsk, icsk_user_timeout);
-	o->keepidle = BPF_CORE_READ(tcp, keepalive_time);
-	o->keepintvl = BPF_CORE_READ(tcp, keepalive_intvl);
-	o->keepcnt = BPF_CORE_READ(tcp, keepalive_probes);
-	o->nonagle = BPF_CORE_READ_BITFIELD_PROBED(tcp, nonagle);
+	}
+	/* what a socket of a known type is a part of gets a known type this way; raw ones do not */
+	tcp = typed ? bpf_skc_to_tcp_sock(sk) : NULL;
+	if (tcp)
+		fill_tcp_opts(true, o, tcp);
+	else
+		fill_tcp_opts(false, o, (struct tcp_sock *)sk);
 }
