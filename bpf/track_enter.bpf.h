@@ -62,7 +62,7 @@ int BPF_PROG(task_newtask, struct task_struct *task, unsigned long flags)
 SEC("tp_btf/cgroup_mkdir")
 int BPF_PROG(cgroup_mkdir, struct cgroup *cgrp)
 {
-	judge(true, cgrp);
+	judge(cgrp);
 	return 0;
 }
 
@@ -70,7 +70,7 @@ int BPF_PROG(cgroup_mkdir, struct cgroup *cgrp)
 SEC("tp_btf/cgroup_attach_task")
 int BPF_PROG(cgroup_attach, struct cgroup *cgrp, const char *path, struct task_struct *task)
 {
-	bool tracked = cgroup_tracked(true, cgrp);
+	bool tracked = cgroup_tracked(cgrp);
 	struct move_event *e;
 
 	if (tracked && task == bpf_get_current_task_btf() &&

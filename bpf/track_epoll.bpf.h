@@ -57,8 +57,7 @@ struct {
 	__type(value, struct item_said);
 } items_said SEC(".maps");
 
-SEC("fentry/ep_ptable_queue_proc")
-int BPF_PROG(epoll_insert, struct file *file, void *whead, struct poll_table_struct *pt)
+APART BPF_PROG(inserts, struct file *file, void *whead, struct poll_table_struct *pt)
 {
 	struct ep_pqueue *queue = (void *)pt;
 	struct epoll_filefd watched = {};
@@ -66,11 +65,9 @@ int BPF_PROG(epoll_insert, struct file *file, void *whead, struct poll_table_str
 	struct epitem *item;
 	u32 zero = 0;
 
-	if (!current_tracked())
-		return 0;
 	item = BPF_CORE_READ(queue, epi);
 	if (!item)
-		return 0;
+		return;
 	bpf_core_read(&watched, sizeof(watched), &item->ffd);
 	send_item(BPF_CORE_READ(item, ep, file), watched.file, watched.fd, item);
 	said = bpf_map_lookup_elem(&items_said, &zero);
@@ -79,6 +76,13 @@ int BPF_PROG(epoll_insert, struct file *file, void *whead, struct poll_table_str
 		said->target = (u64)watched.file;
 		said->fd = watched.fd;
 	}
+}
+
+SEC("fentry/ep_ptable_queue_proc")
+int BPF_PROG(epoll_insert)
+{
+	if (current_tracked())
+		inserts(ctx);
 	return 0;
 }
 
@@ -123,22 +127,25 @@ int BPF_PROG(epoll_remove_forced, struct eventpoll *ep, struct epitem *item)
 	return item_removed(ep, item);
 }
 
-SEC("fentry/do_epoll_ctl")
-int BPF_PROG(epoll_ctl, int epfd, int op, int fd)
+APART BPF_PROG(changes_item, int epfd, int op, int fd)
 {
-	struct files_struct *files;
+	struct files_struct *files = current_files();
 	struct call *call;
 
-	if (op == EPOLL_CTL_DEL || !current_tracked())
-		return 0;
-	files = current_files();
 	if (!table_shared(files))
-		return 0;
+		return;
 	call = begin_call();
 	if (!call)
-		return 0;
+		return;
 	call->epoll = (u64)file_at(files, epfd);
 	call->target = (u64)file_at(files, fd);
+}
+
+SEC("fentry/do_epoll_ctl")
+int BPF_PROG(epoll_ctl, int epfd, int op)
+{
+	if (op != EPOLL_CTL_DEL && current_tracked())
+		changes_item(ctx);
 	return 0;
 }
 
@@ -191,20 +198,15 @@ static __always_inline bool exclusive(struct files_struct *files, struct file *f
 
 /* A change, or an addition whose file does not queue. Another thread may have replaced
  * the descriptors meanwhile: what they meant before and after is both said. */
-SEC("fexit/do_epoll_ctl")
-int BPF_PROG(epoll_ctl_exit, int epfd, int op, int fd, struct epoll_event *event, bool nonblock,
-	     int ret)
+APART BPF_PROG(changed_item, int epfd, int op, int fd, struct epoll_event *event, bool nonblock,
+	       int ret)
 {
-	struct files_struct *files;
+	u64 thread = bpf_get_current_pid_tgid();
+	struct files_struct *files = current_files();
 	struct file *epoll, *target;
 	struct epoll_ctl_event *e;
 	struct call *call = NULL;
-	u64 thread;
 
-	if (op == EPOLL_CTL_DEL || !current_tracked())
-		return 0;
-	thread = bpf_get_current_pid_tgid();
-	files = current_files();
 	if (table_shared(files))
 		call = bpf_map_lookup_elem(&calls, &thread);
 	target = file_at(files, fd);
@@ -227,5 +229,12 @@ int BPF_PROG(epoll_ctl_exit, int epfd, int op, int fd, struct epoll_event *event
 out:
 	if (call)
 		bpf_map_delete_elem(&calls, &thread);
+}
+
+SEC("fexit/do_epoll_ctl")
+int BPF_PROG(epoll_ctl_exit, int epfd, int op)
+{
+	if (op != EPOLL_CTL_DEL && current_tracked())
+		changed_item(ctx);
 	return 0;
 }

@@ -143,57 +143,74 @@ static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd
 	submit(e);
 }
 
+APART BPF_PROG(installs, unsigned int fd, struct file *file)
+{
+	send_install(true, current_files(), fd, file, -1, just_made(file));
+}
+
 SEC("fentry/fd_install")
-int BPF_PROG(fd_install, unsigned int fd, struct file *file)
+int BPF_PROG(fd_install)
 {
 	if (current_tracked())
-		send_install(true, current_files(), fd, file, -1, just_made(file));
+		installs(ctx);
 	return 0;
 }
 
 /* Under files->file_lock: what is there now is what is taken out. */
-static __always_inline int closes(struct files_struct *files, u32 fd)
+APART BPF_PROG(closes, struct files_struct *files, unsigned int fd)
 {
-	if (current_tracked() && is_open(files, fd))
+	if (is_open(files, fd))
 		send_fd(EVENT_FD_CLOSE, files, fd);
-	return 0;
 }
 
 /* up to 6.4 */
 SEC("fentry/pick_file")
-int BPF_PROG(pick_file, struct files_struct *files, unsigned int fd)
+int BPF_PROG(pick_file)
 {
-	return closes(files, fd);
+	if (current_tracked())
+		closes(ctx);
+	return 0;
 }
 
 SEC("fentry/file_close_fd_locked")
-int BPF_PROG(file_close_fd_locked, struct files_struct *files, unsigned int fd)
+int BPF_PROG(file_close_fd_locked)
 {
-	return closes(files, fd);
+	if (current_tracked())
+		closes(ctx);
+	return 0;
 }
 
 /* Under files->file_lock, so what decides between success and -EBUSY can be seen: a
  * number that an open() under way has reserved and not filled yet is left alone. */
-SEC("fentry/do_dup2")
-int BPF_PROG(do_dup2, struct files_struct *files, struct file *file, unsigned int fd,
-	     unsigned int flags)
+APART BPF_PROG(replaces, struct files_struct *files, struct file *file, unsigned int fd,
+	       unsigned int flags)
 {
-	if (!current_tracked())
-		return 0;
-	if (!file_at(files, fd) && bit_at(files->fdt->open_fds, fd))
-		return 0;
-	send_install(true, files, fd, file, !!(flags & O_CLOEXEC), false);
+	if (file_at(files, fd) || !bit_at(files->fdt->open_fds, fd))
+		send_install(true, files, fd, file, !!(flags & O_CLOEXEC), false);
+}
+
+SEC("fentry/do_dup2")
+int BPF_PROG(do_dup2)
+{
+	if (current_tracked())
+		replaces(ctx);
 	return 0;
 }
 
 /* The flag is said once more: one set at the same time from another thread may have been
  * read too early. */
-SEC("fexit/do_dup2")
-int BPF_PROG(do_dup2_exit, struct files_struct *files, struct file *file, unsigned int fd,
-	     unsigned int flags, int ret)
+APART BPF_PROG(replaced, struct files_struct *files, struct file *file, unsigned int fd,
+	       unsigned int flags, int ret)
 {
-	if (ret >= 0 && table_shared(files) && current_tracked())
+	if (ret >= 0)
 		send_fd(EVENT_FD_CLOEXEC, files, fd);
+}
+
+SEC("fexit/do_dup2")
+int BPF_PROG(do_dup2_exit, struct files_struct *files)
+{
+	if (table_shared(files) && current_tracked())
+		replaced(ctx);
 	return 0;
 }
 

@@ -11,11 +11,10 @@
 
 #define PR_SET_VMA 0x53564d41
 
-static __always_inline int mappings_changed(void)
+/* Not in the programs themselves, for the reason that APART tells. */
+static __noinline void mark_mappings(void)
 {
-	if (current_tracked())
-		mark_dirty((u64)bpf_get_current_task_btf()->mm, CLASS_MM);
-	return 0;
+	mark_dirty((u64)bpf_get_current_task_btf()->mm, CLASS_MM);
 }
 
 /* A program that marks when this function is done. */
@@ -23,7 +22,9 @@ static __always_inline int mappings_changed(void)
 	SEC("fexit/" #function)                                                                    \
 	int program(void *ctx)                                                                     \
 	{                                                                                          \
-		return mappings_changed();                                                         \
+		if (current_tracked())                                                             \
+			mark_mappings();                                                           \
+		return 0;                                                                          \
 	}
 
 /* mmap, shmat, AIO rings, program loading */
@@ -47,8 +48,8 @@ MARKS(do_mseal, do_mseal);
 SEC("fexit/__x64_sys_prctl")
 int BPF_PROG(sys_prctl, struct pt_regs *regs)
 {
-	if (BPF_CORE_READ(regs, di) == PR_SET_VMA)
-		mappings_changed();
+	if (BPF_CORE_READ(regs, di) == PR_SET_VMA && current_tracked())
+		mark_mappings();
 	return 0;
 }
 

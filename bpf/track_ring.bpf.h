@@ -27,8 +27,8 @@ u32 tracking;
  * as the cgroup lives, since neither the roots change nor what a cgroup is below; one that is
  * made where another was is judged before anything can be in it.
  */
-#define VERDICT_BITS 8
-u64 verdicts[1 << VERDICT_BITS];
+#define VERDICTS 1024
+u64 verdicts[VERDICTS];
 
 u64 last_seq;       /* number of the last event */
 u64 stale_overflow; /* losses whose object could not be noted: everything is stale */
@@ -99,25 +99,26 @@ static __always_inline u32 address32(const void *object)
 	return number;
 }
 
+/* A cgroup takes two to four KiB, and the allocator puts it at a multiple of that: from bit 11 on
+ * addresses differ. Put so that it takes two instructions. */
 static __always_inline u64 *verdict_of(struct cgroup *cgrp)
 {
-	return &verdicts[(address32(cgrp) * 0x9e3779b1U) >> (32 - VERDICT_BITS)];
+	return (void *)verdicts + (address32(cgrp) >> 8 & (sizeof(verdicts) - sizeof(*verdicts)));
 }
 
-/* The answer found out. `typed` is about the cgroup, see MEMBER. */
-static __always_inline bool judge(const bool typed, struct cgroup *cgrp)
+/* The answer found out: seldom, so that programs only call this. */
+static __noinline bool judge(struct cgroup *cgrp)
 {
 	bool tracked;
 
 	if (!tracking)
 		return false;
-	tracked = is_below_root(typed, cgrp, roots, root_count);
+	tracked = is_below_root(false, cgrp, roots, root_count);
 	*verdict_of(cgrp) = address(cgrp) + tracked;
 	return tracked;
 }
 
-/* `typed` is about the cgroup, see MEMBER. */
-static __always_inline bool cgroup_tracked(const bool typed, struct cgroup *cgrp)
+static __always_inline bool cgroup_tracked(struct cgroup *cgrp)
 {
 	u64 verdict = *verdict_of(cgrp);
 
@@ -125,20 +126,28 @@ static __always_inline bool cgroup_tracked(const bool typed, struct cgroup *cgrp
 		return false;
 	if (verdict == (u64)cgrp + 1)
 		return true;
-	return judge(typed, cgrp);
+	return judge(cgrp);
 }
 
 static __always_inline bool current_tracked(void)
 {
-	return cgroup_tracked(true, bpf_get_current_task_btf()->cgroups->dfl_cgrp);
+	return cgroup_tracked(bpf_get_current_task_btf()->cgroups->dfl_cgrp);
 }
 
 static __always_inline bool task_tracked(struct task_struct *task)
 {
-	return cgroup_tracked(true, task->cgroups->dfl_cgrp);
+	return cgroup_tracked(task->cgroups->dfl_cgrp);
 }
 
-static __always_inline void note_loss(u64 object, u32 class)
+/*
+ * What a program does for the few that are tracked, with the arguments of its hook: APART
+ * BPF_PROG(name, ...) defines a function that the program calls with `ctx`. In the program itself
+ * all would pay for it, since registers are saved and room on the stack is made at its entry,
+ * before it asks whether the caller is tracked.
+ */
+#define APART static __noinline void
+
+static __noinline void note_loss(u64 object, u32 class)
 {
 	u64 *count = bpf_map_lookup_elem(&lost, &class);
 

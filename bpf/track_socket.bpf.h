@@ -67,7 +67,7 @@ u64 adoptions;
 static __always_inline bool made_inside(const bool typed, struct sock *sk)
 {
 	return !bpf_core_field_exists(sk->sk_cgrp_data) ||
-	       cgroup_tracked(typed, MEMBER(typed, sk, sk_cgrp_data.cgroup));
+	       cgroup_tracked(MEMBER(typed, sk, sk_cgrp_data.cgroup));
 }
 
 static __always_inline bool any_adopted(void)
@@ -220,7 +220,7 @@ int BPF_PROG(sys_connect, struct file *file)
 	return 0;
 }
 
-static __always_inline void send_state(struct sock *sk, u32 state, u32 shutdown)
+static __noinline void send_state(struct sock *sk, u32 state, u32 shutdown)
 {
 	struct sock_state_event *e;
 
