@@ -21,6 +21,7 @@ pub const CASES: &[Entry] = &[
         loopback(case, Ipv6Addr::LOCALHOST.into())
     }),
     Entry::carried("tcp_listener", listener),
+    Entry::carried("tcp_listener_changing", listener_changing),
     Entry::carried("tcp_half_closed", half_closed),
     Entry::carried("tcp_options", options),
     Entry::carried("tcp_blocked", blocked),
@@ -99,6 +100,32 @@ fn loopback(case: &Case, address: IpAddr) -> Result<()> {
         server.read(&mut head)? == 0,
         "No end of file after the close"
     );
+    Ok(())
+}
+
+/// A listener whose options change all the time has those that it had last.
+fn listener_changing(case: &Case) -> Result<()> {
+    let quiet = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    setsockopt(&quiet, sockopt::TcpKeepIdle, &77)?;
+    let busy = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let (mut idle, mut changes, mut error) = (100_u32, 0_u64, None);
+    setsockopt(&busy, sockopt::TcpKeepIdle, &idle)?;
+    case.ready_polling(Duration::from_millis(1), || {
+        let found = getsockopt(&busy, sockopt::TcpKeepIdle);
+        if found != Ok(idle) && error.is_none() {
+            error = Some(format!("{found:?} after {changes} changes, not {idle}"));
+        }
+        idle = 100 + (idle + 1) % 1000;
+        match setsockopt(&busy, sockopt::TcpKeepIdle, &idle) {
+            Ok(()) => changes += 1,
+            Err(errno) => error = Some(format!("setsockopt: {errno}")),
+        }
+    })?;
+    ensure!(error.is_none(), "TCP_KEEPIDLE: {error:?}");
+    ensure!(changes > 0, "It never changed");
+    ensure!(getsockopt(&quiet, sockopt::TcpKeepIdle)? == 77, "The other");
+    pair(&busy).context("Afterwards")?;
+    pair(&quiet).context("Afterwards, the other")?;
     Ok(())
 }
 
