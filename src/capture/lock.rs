@@ -1,13 +1,107 @@
 //! The network lock over all sockets of an application.
 
+use super::Capture;
+use super::error::CheckpointError;
+use super::files::Listeners;
 use crate::bpf::events::SockRec;
 use crate::bpf::iter::{Detail, File};
 use crate::bpf::netlock::{LockError, NetLock};
+use crate::fault::Fault;
 use nix::libc;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 const TCP_LISTEN: u8 = 10;
 const TCP_CLOSE: u8 = 7;
+
+impl Capture {
+    /// Adds all sockets of the running application to a network lock; returns how many there are.
+    ///
+    /// # Errors
+    /// The lock takes no more entries.
+    pub fn add_to_lock(&mut self, lock: &mut NetLock) -> Result<usize, CheckpointError> {
+        let scope = self.scope();
+        let count = add_sockets(lock, &self.iterators.borrow_mut().descriptors(scope)?)?;
+        lock.add_cgroup(self.target.cgroup.id())?;
+        Ok(count)
+    }
+
+    /// Adds the sockets that it has now that it is frozen.
+    ///
+    /// # Errors
+    /// The lock takes no more entries.
+    pub fn add_frozen_to_lock(&self, lock: &mut NetLock) -> Result<(), CheckpointError> {
+        if let Some(frozen) = &self.frozen {
+            add_sockets(lock, &frozen.open.files)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what listening sockets are set to, while the application runs. Returns whether it has
+    /// any sockets at all that a lock is about.
+    ///
+    /// # Errors
+    /// The iterators cannot be read.
+    pub fn read_listeners(&mut self) -> Result<bool, CheckpointError> {
+        let scope = self.scope();
+        let files = self.iterators.borrow_mut().fingerprinted(scope)?;
+        self.listeners = Listeners::read(&files);
+        Ok(has_sockets(&files))
+    }
+
+    /// Attaches a network lock that holds off nothing yet, if the application has any sockets:
+    /// attaching waits for all CPUs, and what the application writes meanwhile is to be copied.
+    ///
+    /// # Errors
+    /// The lock cannot be attached.
+    pub fn attach_lock(&mut self, mut lock: NetLock) -> Result<(), CheckpointError> {
+        // Before there are any entries, which it would silence.
+        lock.hold_new()?;
+        if self.read_listeners()? {
+            lock.engage()?;
+        }
+        self.lock = Some(lock);
+        self.timeline.done("attach lock");
+        Ok(())
+    }
+
+    /// Holds off new connections to the application, if it has any sockets.
+    ///
+    /// # Errors
+    /// The lock cannot be attached, or takes no more entries.
+    pub fn lock_network(&mut self) -> Result<(), CheckpointError> {
+        if let Some(mut lock) = self.lock.take()
+            && self.add_to_lock(&mut lock)? > 0
+        {
+            lock.engage()?;
+            self.lock = Some(lock);
+        }
+        self.timeline.done("lock");
+        Fault::Lock.point()?;
+        Ok(())
+    }
+
+    /// From here on nothing of the frozen application sends or receives.
+    ///
+    /// # Errors
+    /// The lock takes no more entries.
+    pub fn silence(&mut self) -> Result<(), CheckpointError> {
+        if let Some(mut lock) = self.lock.take() {
+            let silenced = self
+                .add_frozen_to_lock(&mut lock)
+                .and_then(|()| Ok(lock.silence()?));
+            self.lock = Some(lock);
+            silenced?;
+        }
+        Fault::Silence.point()?;
+        self.may_go_on()
+    }
+
+    /// Whether packets are being dropped, by this capture or by the lock it left behind.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.lock.is_some() || self.lock_left
+    }
+}
 
 /// What a socket asks of the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +115,7 @@ enum Entry {
 ///
 /// # Errors
 /// The lock takes no more entries.
-pub fn add_sockets(lock: &mut NetLock, files: &[File]) -> Result<usize, LockError> {
+fn add_sockets(lock: &mut NetLock, files: &[File]) -> Result<usize, LockError> {
     let mut count = 0;
     for entry in entries(files) {
         match entry {
@@ -35,7 +129,7 @@ pub fn add_sockets(lock: &mut NetLock, files: &[File]) -> Result<usize, LockErro
 }
 
 /// Whether there are any such sockets.
-pub fn has_sockets(files: &[File]) -> bool {
+fn has_sockets(files: &[File]) -> bool {
     entries(files).next().is_some()
 }
 

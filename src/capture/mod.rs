@@ -42,6 +42,7 @@ use crate::model::frozen::{
 };
 use crate::model::ids::{MmId, Pid};
 use crate::sys::cgroup::{Cgroup, Event};
+use crate::sys::process::raise_descriptor_limit;
 use clocks::Offsets;
 use eligibility::Namespaces;
 use files::{Listeners, Repaired};
@@ -172,6 +173,8 @@ impl Capture {
         iterators: SharedIterators,
     ) -> Result<Self, CheckpointError> {
         let timeline = Timeline::new();
+        // Connections are kept open all at once.
+        raise_descriptor_limit()?;
         let wakeups = Wakeups::new()?;
         let target = Target::find(selection)?;
         let guard = Guard::start(&Watch {
@@ -294,94 +297,6 @@ impl Capture {
         self.timeline.done("precopy");
         Fault::Precopy.point()?;
         Ok(())
-    }
-
-    /// Adds all sockets of the running application to a network lock; returns how many there are.
-    ///
-    /// # Errors
-    /// The lock takes no more entries.
-    pub fn add_to_lock(&mut self, lock: &mut NetLock) -> Result<usize, CheckpointError> {
-        let scope = self.scope();
-        let count = lock::add_sockets(lock, &self.iterators.borrow_mut().descriptors(scope)?)?;
-        lock.add_cgroup(self.target.cgroup.id())?;
-        Ok(count)
-    }
-
-    /// Adds the sockets that it has now that it is frozen.
-    ///
-    /// # Errors
-    /// The lock takes no more entries.
-    pub fn add_frozen_to_lock(&self, lock: &mut NetLock) -> Result<(), CheckpointError> {
-        if let Some(frozen) = &self.frozen {
-            lock::add_sockets(lock, &frozen.open.files)?;
-        }
-        Ok(())
-    }
-
-    /// Reads what listening sockets are set to, while the application runs. Returns whether it has
-    /// any sockets at all that a lock is about.
-    ///
-    /// # Errors
-    /// The iterators cannot be read.
-    pub fn read_listeners(&mut self) -> Result<bool, CheckpointError> {
-        let scope = self.scope();
-        let files = self.iterators.borrow_mut().fingerprinted(scope)?;
-        self.listeners = Listeners::read(&files);
-        Ok(lock::has_sockets(&files))
-    }
-
-    /// Attaches a network lock that holds off nothing yet, if the application has any sockets:
-    /// attaching waits for all CPUs, and what the application writes meanwhile is to be copied.
-    ///
-    /// # Errors
-    /// The lock cannot be attached.
-    pub fn attach_lock(&mut self, mut lock: NetLock) -> Result<(), CheckpointError> {
-        // Before there are any entries, which it would silence.
-        lock.hold_new()?;
-        if self.read_listeners()? {
-            lock.engage()?;
-        }
-        self.lock = Some(lock);
-        self.timeline.done("attach lock");
-        Ok(())
-    }
-
-    /// Holds off new connections to the application, if it has any sockets.
-    ///
-    /// # Errors
-    /// The lock cannot be attached, or takes no more entries.
-    pub fn lock_network(&mut self) -> Result<(), CheckpointError> {
-        if let Some(mut lock) = self.lock.take()
-            && self.add_to_lock(&mut lock)? > 0
-        {
-            lock.engage()?;
-            self.lock = Some(lock);
-        }
-        self.timeline.done("lock");
-        Fault::Lock.point()?;
-        Ok(())
-    }
-
-    /// From here on nothing of the frozen application sends or receives.
-    ///
-    /// # Errors
-    /// The lock takes no more entries.
-    pub fn silence(&mut self) -> Result<(), CheckpointError> {
-        if let Some(mut lock) = self.lock.take() {
-            let silenced = self
-                .add_frozen_to_lock(&mut lock)
-                .and_then(|()| Ok(lock.silence()?));
-            self.lock = Some(lock);
-            silenced?;
-        }
-        Fault::Silence.point()?;
-        self.may_go_on()
-    }
-
-    /// Whether packets are being dropped, by this capture or by the lock it left behind.
-    #[must_use]
-    pub fn is_locked(&self) -> bool {
-        self.lock.is_some() || self.lock_left
     }
 
     /// Reads processes and memory. The application stays frozen; what its peers send is taken

@@ -23,7 +23,9 @@ use crate::model::frozen::{Application, Process};
 use crate::model::ids::Pid;
 use crate::model::plan::{self, Step};
 use crate::sys::area::exit_now;
-use crate::sys::process::{Fork, fork_in_cgroup, fork_with_pid, prlimit, quiet_signals};
+use crate::sys::process::{
+    Fork, fork_in_cgroup, fork_with_pid, quiet_signals, raise_descriptor_limit, raise_limit,
+};
 use crate::sys::ptrace;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
@@ -383,19 +385,5 @@ fn become_supervisor(app: &Application) -> Result<(), RestoreError> {
     ] {
         raise_limit(resource, u64::MAX)?;
     }
-    let path = "/proc/sys/fs/nr_open";
-    let most = std::fs::read_to_string(path).map_err(RestoreError::io(format!("read {path}")))?;
-    raise_limit(
-        libc::RLIMIT_NOFILE,
-        most.trim_end().parse().unwrap_or(1 << 20),
-    )
-}
-
-/// As far as the hard limit, where `CAP_SYS_RESOURCE` is missing.
-fn raise_limit(resource: u32, most: u64) -> Result<(), RestoreError> {
-    if prlimit(Pid(0), resource, Some((most, most))).is_err() {
-        let (_, hard) = prlimit(Pid(0), resource, None)?;
-        prlimit(Pid(0), resource, Some((hard, hard)))?;
-    }
-    Ok(())
+    Ok(raise_descriptor_limit()?)
 }

@@ -298,6 +298,28 @@ pub fn prlimit(pid: Pid, resource: u32, new: Option<(u64, u64)>) -> Result<(u64,
     Ok((old.rlim_cur, old.rlim_max))
 }
 
+/// Raises a resource limit of this process; without `CAP_SYS_RESOURCE` as far as its hard limit.
+///
+/// # Errors
+/// `EPERM`: `most` is more than the kernel allows anybody (`fs.nr_open`).
+pub fn raise_limit(resource: u32, most: u64) -> Result<(), CallError> {
+    if prlimit(Pid(0), resource, Some((most, most))).is_err() {
+        let (_, hard) = prlimit(Pid(0), resource, None)?;
+        prlimit(Pid(0), resource, Some((hard, hard)))?;
+    }
+    Ok(())
+}
+
+/// Lets this process have as many descriptors as the kernel allows.
+///
+/// # Errors
+/// As [`raise_limit`].
+pub fn raise_descriptor_limit() -> Result<(), CallError> {
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").unwrap_or_default();
+    let most = most.trim_end().parse().unwrap_or(1 << 20);
+    raise_limit(libc::RLIMIT_NOFILE, most)
+}
+
 /// Reads memory of another process (process_vm_readv(2)); returns how many bytes could be
 /// read before the first unmapped or unreadable page.
 ///

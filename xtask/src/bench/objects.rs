@@ -79,12 +79,20 @@ pub fn run(arguments: &Arguments, wanted: &str) -> Result<()> {
     });
     let rows: Vec<_> = rows.filter(|(_, _, row)| row.contains(wanted)).collect();
     ensure!(!rows.is_empty(), "No row contains {wanted:?}");
-    let mut samples = Vec::new();
+    let (mut samples, mut failures) = (Vec::new(), Vec::new());
     for (kind, count, row) in &rows {
         for round in 1..=arguments.rounds {
             for tool in Tool::ALL.into_iter().filter(|tool| arguments.wants(*tool)) {
-                let sample = turn(&vm, tool, kind, *count, row);
-                let sample = sample.with_context(|| format!("{row}: {tool:?}"))?;
+                let sample = match turn(&vm, tool, kind, *count, row) {
+                    Ok(sample) => sample,
+                    // The others take their time, and count all the same.
+                    Err(error) if vm.alive() => {
+                        failures.push(format!("{row}: {tool:?}: {error:#}"));
+                        vm.sh(KILL)?;
+                        continue;
+                    }
+                    Err(error) => return Err(error.context(format!("{row}: {tool:?}"))),
+                };
                 if !arguments.json {
                     eprintln!(
                         "{row}, round {round}, {tool:?}: reported {:.1}, gap {:.1}, \
@@ -103,6 +111,7 @@ pub fn run(arguments: &Arguments, wanted: &str) -> Result<()> {
         println!("Linux {}; milliseconds, medians", vm.hello().release);
         print!("{}", table(&rows, &samples)?);
     }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(())
 }
 
