@@ -351,11 +351,12 @@ impl<'a> Copier<'a> {
 /// are many bytes. Returns how many have arrived before the first that did not.
 fn read_shared(pid: Pid, ranges: &[(u64, usize)], buffer: &mut [u8], readers: usize) -> usize {
     /// Fewer are read sooner than a thread is started.
-    const WORTHWHILE: usize = 128 * PAGE_SIZE as usize;
+    const WORTHWHILE: usize = 128 * PAGE;
+    const PAGE: usize = 4096;
     let share = buffer
         .len()
         .div_ceil(readers.max(1))
-        .next_multiple_of(PAGE_SIZE as usize)
+        .next_multiple_of(PAGE)
         .max(WORTHWHILE);
     let parts: Vec<_> = split(ranges, share)
         .into_iter()
@@ -514,7 +515,7 @@ mod tests {
 
     #[test]
     fn threads_read_what_one_reads() {
-        let memory: Vec<u8> = (0..400 * 4096).map(|n: usize| (n >> 8) as u8).collect();
+        let memory: Vec<u8> = (0..=u8::MAX).cycle().step_by(3).take(400 * 4096).collect();
         let start = memory.as_ptr() as u64;
         let ranges = [(start, 300 * 4096), (start + 350 * 4096, 50 * 4096)];
         let this = Pid(std::process::id().cast_signed());

@@ -64,7 +64,8 @@ fn add(
     opened: &BTreeMap<OfdId, OwnedFd>,
 ) -> Result<(), FilesError> {
     let object = format!("epoll item of descriptor {}", item.fd);
-    let there = table.fds.iter().find(|entry| entry.fd == item.fd);
+    let at = table.fds.binary_search_by_key(&item.fd, |entry| entry.fd);
+    let there = at.ok().map(|at| table.fds[at]);
     let target = opened.get(&item.ofd).ok_or_else(|| {
         FilesError::Missing(format!("{} watched as descriptor {}", item.ofd, item.fd))
     })?;
