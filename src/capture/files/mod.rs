@@ -106,7 +106,8 @@ pub struct FrozenFiles {
 /// Reads the open files of frozen processes.
 ///
 /// `found` and `tasks` are the iterators' passes over them, `now` what the clocks showed when they
-/// stopped, `listeners` what is known from before. On an error everything borrowed is given back and every connection left as it was.
+/// stopped, `listeners` what is known from before. On an error everything borrowed is given back
+/// and every connection left as it was.
 ///
 /// # Errors
 /// Something is not carried, or a system call fails.
