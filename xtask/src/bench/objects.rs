@@ -176,7 +176,7 @@ fn table(rows: &[&str], samples: &[Sample]) -> Result<String> {
     ];
     let mut text = format!("{:<18}", "");
     for (name, _) in COLUMNS {
-        write!(text, "{name:>10} {:>9} {:>6}", "CRIU", "ratio")?;
+        write!(text, "{name:>11} {:>9} {:>6}", "CRIU", "ratio")?;
     }
     writeln!(text)?;
     for row in rows {
@@ -187,7 +187,7 @@ fn table(rows: &[&str], samples: &[Sample]) -> Result<String> {
                 median(turns.map(value).collect())
             };
             let (ours, theirs) = (of(Tool::Tracker), of(Tool::Criu));
-            write!(text, "{ours:>10.1} {theirs:>9.1} {:>6.1}", theirs / ours)?;
+            write!(text, "{ours:>11.1} {theirs:>9.1} {:>6.1}", theirs / ours)?;
         }
         writeln!(text)?;
     }
