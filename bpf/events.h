@@ -403,7 +403,18 @@ enum sock_flag {
 /* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted
  * out of the way of enum sock_flag */
 #define TRK_SK_FLAGS_SHIFT 16
-#define TRK_SK_FLAGS_MASK 0x5c /* OOBINLINE, KEEPALIVE, LINGER, BROADCAST */
+/* OOBINLINE, KEEPALIVE, LINGER, BROADCAST, TIMESTAMP, TIMESTAMPNS, DONTROUTE */
+#define TRK_SK_FLAGS_MASK 0x385c
+#define TRK_CONGESTION_LEN 16
+
+/* sock_opts.more */
+enum sock_more {
+	SOCK_PASSCRED = 1,
+	SOCK_FREEBIND = 2,
+	SOCK_TRANSPARENT = 4,
+	SOCK_PKTINFO = 8,     /* IP_PKTINFO */
+	SOCK_V6_PKTINFO = 16, /* IPV6_RECVPKTINFO */
+};
 
 /* What setsockopt(2) set and listen(2) was told. A buffer size that the kernel may still
  * change by itself is 0. */
@@ -426,9 +437,15 @@ struct sock_opts {
 	__u8 ttl;
 	__u8 nonagle; /* TCP_NAGLE_* */
 	__u8 keepcnt;
+	__u8 tclass;
+	__u8 hops;         /* IPV6_UNICAST_HOPS, 255 is the default of the system */
+	__u8 more;         /* enum sock_more */
+	__u8 defer_accept; /* retransmissions */
+	__u32 notsent_lowat;
 	__u32 pad;
+	char congestion[TRK_CONGESTION_LEN]; /* name of a TCP socket's algorithm */
 };
-TRK_ASSERT_SIZE(struct sock_opts, 72);
+TRK_ASSERT_SIZE(struct sock_opts, 96);
 
 struct sock_rec {
 	struct rec_hdr hdr;
@@ -468,7 +485,7 @@ struct sock_rec {
 	struct sock_opts opts;
 	__u64 fingerprint; /* of all the kernel keeps of a TCP listener; 0 if it was not taken */
 };
-TRK_ASSERT_SIZE(struct sock_rec, 352);
+TRK_ASSERT_SIZE(struct sock_rec, 376);
 
 /* One file watched by an epoll instance. */
 struct epoll_item_rec {

@@ -77,13 +77,28 @@ struct sock {
 };
 struct socket {
 	short type;
+	unsigned long flags;
 	struct file *file;
 	struct sock *sk;
 };
 struct ipv6_pinfo {
 	void *ipv6_mc_list;
+	s16 hop_limit : 9; /* a member of its own since 6.9 */
+	u8 tclass;
+	union {
+		struct {
+			u16 rxinfo : 1;
+		} bits;
+	} rxopt;
+};
+/* until 6.5 */
+struct inet_sock___bits {
+	u16 cmsg_flags;
+	u8 freebind : 1;
+	u8 transparent : 1;
 };
 struct inet_sock {
+	unsigned long inet_flags; /* since 6.6 */
 	struct ipv6_pinfo *pinet6;
 	u8 tos;
 	s16 uc_ttl;
@@ -91,9 +106,14 @@ struct inet_sock {
 };
 struct request_sock_queue {
 	atomic_t qlen;
+	u8 rskq_defer_accept;
+};
+struct tcp_congestion_ops {
+	char name[16];
 };
 struct inet_connection_sock {
 	struct request_sock_queue icsk_accept_queue;
+	struct tcp_congestion_ops *icsk_ca_ops;
 	u32 icsk_user_timeout;
 };
 struct tcp_sock {
@@ -101,6 +121,7 @@ struct tcp_sock {
 	u8 keepalive_probes;
 	u32 keepalive_time;
 	u32 keepalive_intvl;
+	u32 notsent_lowat;
 };
 struct scm_stat {
 	atomic_t nr_fds;

@@ -202,21 +202,21 @@ struct sock_part {
 	__u32 pad;
 	struct sock_opts opts;
 };
-TRK_ASSERT_SIZE(struct sock_part, 256);
+TRK_ASSERT_SIZE(struct sock_part, 280);
 
 /* EVENT_SOCKET */
 struct socket_event {
 	struct event_hdr ev;
 	struct sock_part socket;
 };
-TRK_ASSERT_SIZE(struct socket_event, 272);
+TRK_ASSERT_SIZE(struct socket_event, 296);
 
 /* EVENT_FD_INSTALL_SOCKET */
 struct install_socket_event {
 	struct install_event install;
 	struct sock_part socket;
 };
-TRK_ASSERT_SIZE(struct install_socket_event, 336);
+TRK_ASSERT_SIZE(struct install_socket_event, 360);
 
 /* EVENT_SOCKET_STATE */
 struct sock_state_event {

@@ -363,6 +363,12 @@ fn options(opts: &SockOpts) -> SockOptions {
         tos: opts.tos,
         ttl: opts.ttl,
         nonagle: opts.nonagle,
+        tclass: opts.tclass,
+        hops: opts.hops,
+        more: opts.more,
+        defer_accept: opts.defer_accept,
+        notsent_lowat: opts.notsent_lowat,
+        congestion: opts.congestion.map(|c| c.to_ne_bytes()[0]),
     }
 }
 

@@ -454,4 +454,14 @@ pub struct SockOptions {
     pub ttl: u8,
     /// `TCP_NAGLE_*`.
     pub nonagle: u8,
+    pub tclass: u8,
+    /// All bits are set for the system's default.
+    pub hops: u8,
+    /// `sock_more` of `bpf/events.h`.
+    pub more: u8,
+    /// Retransmissions.
+    pub defer_accept: u8,
+    pub notsent_lowat: u32,
+    /// Name of the algorithm, filled up with zeroes.
+    pub congestion: [u8; 16],
 }

@@ -349,6 +349,14 @@ fn sock_opts(options: &SockOptions) -> SockOpts {
         tos: options.tos,
         ttl: options.ttl,
         nonagle: options.nonagle,
+        tclass: options.tclass,
+        hops: options.hops,
+        more: options.more,
+        defer_accept: options.defer_accept,
+        notsent_lowat: options.notsent_lowat,
+        congestion: options
+            .congestion
+            .map(|byte| std::ffi::c_char::from_ne_bytes([byte])),
         keepcnt: options.keepcnt,
         pad: 0,
     }

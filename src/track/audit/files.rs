@@ -69,6 +69,9 @@ impl Audit<'_> {
             self.inotify(at, group, truth);
         }
         let Some(sock) = ofd.sock else { return };
+        if let Some(socket) = self.state.sockets.get(&sock) {
+            self.options(at, socket);
+        }
         match (self.state.sockets.get(&sock), sockets.get(&ofd.inode.ino)) {
             (Some(socket), Some(truth)) => self.socket(at, socket, truth),
             // Not every socket is on a list; the model has every one that is open.

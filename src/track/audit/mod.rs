@@ -1,12 +1,14 @@
-//! Compares the model with the kernel's truth, taken from /proc and sock_diag(7).
+//! Compares the model with the kernel's truth, taken from /proc, sock_diag(7) and getsockopt(2).
 //!
 //! What only our own BPF programs could tell is left out: who gets the signals of a
 //! descriptor (`F_SETOWN`, `F_SETSIG`), securebits, `st_mode`, and of a socket the options
-//! and whatever no list names it for, such as one that was never bound or connected.
+//! that are times and whatever no list names it for, such as one that was never bound or
+//! connected.
 
 mod files;
 mod kernel;
 mod mappings;
+mod options;
 mod process;
 mod sockets;
 
@@ -16,6 +18,7 @@ use crate::model::state::{State, Task};
 use kernel::sockets::Namespaces;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -117,6 +120,7 @@ pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared
         mms: BTreeSet::new(),
         mounts: kernel::mounts("self"),
         sockets: Namespaces::default(),
+        pidfds: BTreeMap::new(),
     };
     let kernel = kernel::processes(cgroups.iter().map(PathBuf::as_path));
     let processes = state.processes();
@@ -151,6 +155,8 @@ struct Audit<'a> {
     /// Devices of the mounts that the process at hand, or we, can see.
     mounts: BTreeMap<u64, u32>,
     sockets: Namespaces,
+    /// Of the processes whose sockets were looked at.
+    pidfds: BTreeMap<Pid, OwnedFd>,
 }
 
 impl Audit<'_> {

@@ -14,7 +14,7 @@ static PORTS: [AtomicU16; 8] = [const { AtomicU16::new(9) }; 8];
 const NAMES: u64 = 6;
 
 /// Level, name and the greatest value of options with an integer.
-const OPTIONS: [(c_int, c_int, u8); 21] = [
+const OPTIONS: [(c_int, c_int, u8); 31] = [
     (libc::SOL_SOCKET, libc::SO_REUSEADDR, 2),
     (libc::SOL_SOCKET, libc::SO_REUSEPORT, 2),
     (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 2),
@@ -26,6 +26,16 @@ const OPTIONS: [(c_int, c_int, u8); 21] = [
     (libc::SOL_SOCKET, libc::SO_PRIORITY, 7),
     (libc::SOL_SOCKET, libc::SO_MARK, 9),
     (libc::SOL_SOCKET, libc::SO_PASSCRED, 2),
+    (libc::SOL_SOCKET, libc::SO_DONTROUTE, 2),
+    (libc::SOL_SOCKET, libc::SO_TIMESTAMP, 2),
+    (libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 2),
+    (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, 99),
+    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 9),
+    (libc::IPPROTO_IP, libc::IP_FREEBIND, 2),
+    (libc::IPPROTO_IP, libc::IP_TRANSPARENT, 2),
+    (libc::IPPROTO_IP, libc::IP_PKTINFO, 2),
+    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS, 99),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 2),
     (libc::IPPROTO_TCP, libc::TCP_NODELAY, 2),
     (libc::IPPROTO_TCP, libc::TCP_CORK, 2),
     (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 99),
@@ -168,7 +178,8 @@ fn option(random: &mut Random) {
         l_linger: 0,
     };
     let first = random.fd();
-    let other = random.below(6);
+    let other = random.below(9);
+    let congestion = random.pick(&[c"reno", c"cubic"]);
     // Few numbers are sockets.
     for fd in first..=LAST {
         let (level, name, value, len): (_, _, *const c_void, _) = match other {
@@ -179,6 +190,10 @@ fn option(random: &mut Random) {
             1 => {
                 let pointer = (&raw const pair).cast();
                 (libc::SOL_SOCKET, libc::SO_RCVTIMEO, pointer, 16)
+            }
+            2 => {
+                let pointer = congestion.as_ptr().cast();
+                (libc::IPPROTO_TCP, libc::TCP_CONGESTION, pointer, 5)
             }
             _ => (level, name, (&raw const integer).cast(), 4),
         };
@@ -191,6 +206,12 @@ fn option(random: &mut Random) {
 /// Bound or not, connected, connected elsewhere, disconnected, or sending unasked.
 fn udp(random: &mut Random) {
     let fd = inet(random, libc::SOCK_DGRAM);
+    if random.below(4) == 0 {
+        // Only to be set options of.
+        let of = random.pick(&[libc::SOCK_DGRAM, libc::SOCK_STREAM]);
+        let of = kind(random, of);
+        keep_small([call!(libc::socket(libc::AF_INET6, of, 0))]);
+    }
     let address = loopback(0);
     let pointer = (&raw const address).cast();
     if random.coin() {
