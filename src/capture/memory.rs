@@ -105,7 +105,7 @@ impl Memory {
         }
         let vmas = iterators.vmas(scope)?;
         let by_mm = grouped(&vmas);
-        let mut copier = Copier::new(store, std::mem::take(&mut self.buffer), self.readers);
+        let mut copier = self.copier(store);
         for rec in tracked {
             wakeups.check()?;
             let vmas = of(&by_mm, rec);
@@ -192,7 +192,7 @@ impl Memory {
         slots: &mut Slots,
         wakeups: &Wakeups,
     ) -> Result<(), CheckpointError> {
-        let mut copier = Copier::new(store, std::mem::take(&mut self.buffer), self.readers);
+        let mut copier = self.copier(store);
         let mut gone = Vec::new();
         for (key, entry) in &mut self.precopied {
             wakeups.check()?;
@@ -212,6 +212,11 @@ impl Memory {
             self.precopied.remove(&key);
         }
         Ok(())
+    }
+
+    /// With the buffer of the copier before; it is given back.
+    fn copier<'a>(&mut self, store: &'a dyn Store) -> Copier<'a> {
+        Copier::new(store, std::mem::take(&mut self.buffer), self.readers)
     }
 
     /// Makes room for about so many pages, which [`Memory::collect`] leaves to
@@ -237,7 +242,7 @@ impl Memory {
         wakeups: &Wakeups,
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
         let by_mm = grouped(vmas);
-        let mut copier = Copier::new(store, std::mem::take(&mut self.buffer), self.readers);
+        let mut copier = self.copier(store);
         copier.pending = std::mem::take(&mut self.pending);
         let mut mapper = Mapper::new(segments);
         self.shown = Contents::default();

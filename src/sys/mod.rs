@@ -13,6 +13,7 @@ pub mod inode;
 pub mod kexec;
 pub mod membarrier;
 pub mod memory;
+pub mod pidfds;
 pub mod process;
 pub mod ptrace;
 pub mod seccomp;

@@ -3,17 +3,13 @@
 use super::CollectError;
 use crate::bpf::iter::File;
 use crate::model::ids::{Fd, Pid};
-use crate::sys::process::{pidfd_getfd, pidfd_open};
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use crate::sys::pidfds::Pidfds;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-/// Opens descriptors of other processes, by one pidfd a process.
+/// Opens what the iterators have found.
 #[derive(Debug, Default)]
-pub struct Lender {
-    pidfds: BTreeMap<Pid, OwnedFd>,
-}
+pub struct Lender(Pidfds);
 
 /// A descriptor of another process, and whose it is.
 #[derive(Debug)]
@@ -41,11 +37,7 @@ impl Lender {
     /// pidfd_open(2) or pidfd_getfd(2) fails.
     pub fn borrow(&mut self, file: &File) -> Result<Borrowed, CollectError> {
         let (pid, number) = place(file);
-        let pidfd = match self.pidfds.entry(pid) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(unknown) => unknown.insert(pidfd_open(pid)?),
-        };
-        let fd = pidfd_getfd(pidfd.as_fd(), pid, number.0)?;
+        let fd = self.0.duplicate(pid, number)?;
         Ok(Borrowed { pid, number, fd })
     }
 }

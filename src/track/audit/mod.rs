@@ -15,10 +15,10 @@ mod sockets;
 use super::{Gone, Settle, Tracking};
 use crate::model::ids::{MmId, Pid, SockId};
 use crate::model::state::{State, Task};
+use crate::sys::pidfds::Pidfds;
 use kernel::sockets::Namespaces;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -120,7 +120,7 @@ pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared
         mms: BTreeSet::new(),
         mounts: kernel::mounts("self"),
         sockets: Namespaces::default(),
-        pidfds: BTreeMap::new(),
+        pidfds: Pidfds::default(),
     };
     let kernel = kernel::processes(cgroups.iter().map(PathBuf::as_path));
     let processes = state.processes();
@@ -156,7 +156,7 @@ struct Audit<'a> {
     mounts: BTreeMap<u64, u32>,
     sockets: Namespaces,
     /// Of the processes whose sockets were looked at.
-    pidfds: BTreeMap<Pid, OwnedFd>,
+    pidfds: Pidfds,
 }
 
 impl Audit<'_> {

@@ -4,15 +4,13 @@
 //! length of a linger, and how long a connection is idle before it is probed.
 
 use super::Audit;
-use crate::bpf::events::{SockFlag, SockMore};
+use crate::bpf::events::{SockFlag, SockMore, TRK_SK_FLAGS_SHIFT};
 use crate::model::event::SockOptions;
 use crate::model::ids::{Fd, Pid};
 use crate::model::state::Socket;
-use crate::sys::process::{pidfd_getfd, pidfd_open};
 use crate::sys::socket::{int_option, option};
 use nix::libc;
 use nix::sys::stat::fstat;
-use std::collections::btree_map::Entry;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// An option whose value is an integer.
@@ -63,9 +61,7 @@ fn flag(options: &SockOptions, bit: u32) -> Option<i32> {
 
 /// By the number of a bit of the kernel's `sk_flags` (`enum sock_flags`, include/net/sock.h).
 fn sk_flag(options: &SockOptions, bit: u32) -> bool {
-    /// `TRK_SK_FLAGS_SHIFT` of `bpf/events.h`.
-    const SHIFT: u32 = 16;
-    options.flags & 1 << (SHIFT + bit) != 0
+    options.flags & 1 << (TRK_SK_FLAGS_SHIFT + bit) != 0
 }
 
 fn more(options: &SockOptions, bit: u32) -> Option<i32> {
@@ -281,11 +277,7 @@ impl Audit<'_> {
     }
 
     fn duplicate(&mut self, (pid, fd): (Pid, Fd), ino: u64) -> Option<OwnedFd> {
-        let pidfd = match self.pidfds.entry(pid) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(unknown) => unknown.insert(pidfd_open(pid).ok()?),
-        };
-        let duplicate = pidfd_getfd(pidfd.as_fd(), pid, fd.0).ok()?;
+        let duplicate = self.pidfds.duplicate(pid, fd).ok()?;
         let same = fstat(&duplicate).is_ok_and(|found| found.st_ino == ino);
         same.then_some(duplicate)
     }

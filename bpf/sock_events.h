@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/* Part of events.h, whose rules hold: what iterators and hooks tell of sockets. */
+#ifndef TRACKER_SOCK_EVENTS_H
+#define TRACKER_SOCK_EVENTS_H
+
+/* sock_rec.flags */
+enum sock_flag {
+	SOCK_REUSEADDR = 1,
+	SOCK_REUSEPORT = 2,
+	SOCK_V6ONLY = 4,
+	SOCK_HAS_FILTER = 8,
+	SOCK_MULTICAST = 16, /* member of a group, IPv4 or IPv6 */
+	SOCK_EBPF = 32,      /* its filter or the choice in its port's group is an eBPF program */
+	SOCK_FOREIGN = 64,   /* made outside the cgroups that are tracked; iterators only */
+};
+
+/* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted
+ * out of the way of enum sock_flag */
+#define TRK_SK_FLAGS_SHIFT 16
+/* OOBINLINE, KEEPALIVE, LINGER, BROADCAST, TIMESTAMP, TIMESTAMPNS, DONTROUTE */
+#define TRK_SK_FLAGS_MASK 0x385c
+#define TRK_CONGESTION_LEN 16
+
+/* sock_opts.more */
+enum sock_more {
+	SOCK_PASSCRED = 1,
+	SOCK_FREEBIND = 2,
+	SOCK_TRANSPARENT = 4,
+	SOCK_PKTINFO = 8,     /* IP_PKTINFO */
+	SOCK_V6_PKTINFO = 16, /* IPV6_RECVPKTINFO */
+};
+
+/* What setsockopt(2) set and listen(2) was told. A buffer size that the kernel may still
+ * change by itself is 0. */
+struct sock_opts {
+	__u64 rcvtimeo; /* jiffies */
+	__u64 sndtimeo;
+	__u32 flags; /* enum sock_flag, and sk_flags */
+	__u32 bound_ifindex;
+	__u32 mark;
+	__u32 priority;
+	__u32 rcvbuf;
+	__u32 sndbuf;
+	__u32 rcvlowat;
+	__u32 linger; /* jiffies */
+	__u32 backlog;
+	__u32 keepidle; /* jiffies, as is keepintvl; 0 is the default of the system */
+	__u32 keepintvl;
+	__u32 user_timeout; /* ms */
+	__u8 tos;
+	__u8 ttl;
+	__u8 nonagle; /* TCP_NAGLE_* */
+	__u8 keepcnt;
+	__u8 tclass;
+	__u8 hops;         /* IPV6_UNICAST_HOPS, 255 is the default of the system */
+	__u8 more;         /* enum sock_more */
+	__u8 defer_accept; /* retransmissions */
+	__u32 notsent_lowat;
+	__u32 pad;
+	char congestion[TRK_CONGESTION_LEN]; /* name of a TCP socket's algorithm */
+};
+TRK_ASSERT_SIZE(struct sock_opts, 96);
+
+struct sock_rec {
+	struct rec_hdr hdr;
+	__u64 sock; /* struct sock */
+	__u64 ino;
+	__u64 cookie; /* 0 if none was made yet */
+	__u16 family;
+	__u16 type;
+	__u16 protocol;
+	__u8 state;    /* TCP_* also for Unix sockets */
+	__u8 shutdown; /* RCV_SHUTDOWN 1, SEND_SHUTDOWN 2 */
+	__u32 flags;   /* enum sock_flag */
+	__u32 bound_ifindex;
+	__u32 mark;
+	__u32 priority;
+	__u32 rcvbuf;
+	__u32 sndbuf;
+	__u32 ack_backlog; /* accept queue of a listener */
+	__u32 max_ack_backlog;
+	__u32 rcv_qlen; /* buffers */
+	__u32 rmem;     /* bytes of memory charged to the receive queue */
+	__u32 wmem;
+	__u32 err;
+	__u32 net_ns;
+	__u16 local_port;    /* host order */
+	__u16 remote_port;   /* host order */
+	__u8 local_addr[16]; /* network order; IPv4 in the first four bytes */
+	__u8 remote_addr[16];
+	__u64 cgroup_id; /* cgroup the socket was made in */
+	/* Unix sockets */
+	__u64 peer;
+	__u64 peer_ino;
+	__u32 inflight; /* descriptors queued in SCM_RIGHTS messages */
+	__u32 path_len; /* bytes of path; starts with NUL if abstract */
+	char path[TRK_SUN_PATH_LEN];
+	__u32 syn_backlog; /* handshakes of a TCP listener that are under way */
+	struct sock_opts opts;
+	__u64 fingerprint; /* of all the kernel keeps of a TCP listener; 0 if it was not taken */
+};
+TRK_ASSERT_SIZE(struct sock_rec, 376);
+
+#endif
