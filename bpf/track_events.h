@@ -37,6 +37,8 @@ enum event_kind {
 	EVENT_OFD = 86,
 	EVENT_WATCH_SET = 87,
 	EVENT_WATCH_DEL = 88,
+	EVENT_FILES_COPY = 89,
+	EVENT_FILES_COPIED = 90,
 };
 
 /* What an event is about; losses are counted by it. */
@@ -238,7 +240,8 @@ struct epoll_ctl_event {
 };
 TRK_ASSERT_SIZE(struct epoll_ctl_event, 48);
 
-/* EVENT_STALE: the object of that class */
+/* EVENT_STALE: the object of that class. EVENT_FILES_COPY, EVENT_FILES_COPIED: the thread that
+ * begins to copy a descriptor table that others use, and has said all of the copy. */
 struct object_event {
 	struct event_hdr ev;
 	__u64 object;

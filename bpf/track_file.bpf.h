@@ -311,23 +311,51 @@ static long send_word(u64 index, void *ctx)
 	return 0;
 }
 
-/* Its arguments differ among stable versions, its result does not. */
+static __always_inline void send_copy(u32 kind)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct object_event *e = EVENT(struct object_event, kind, task, CLASS_FILES);
+
+	if (!e)
+		return;
+	e->object = (u64)task;
+	e->class = CLASS_TASK;
+	e->pad = 0;
+	submit(e);
+}
+
+/* What other threads close from now on may be in the copy, of which word comes only when it
+ * is complete: this may take long, and nothing else tells what these files are. */
+SEC("fentry/dup_fd")
+int BPF_PROG(dup_fd_enter, struct files_struct *files)
+{
+	if (table_shared(files) && current_tracked())
+		send_copy(EVENT_FILES_COPY);
+	return 0;
+}
+
+/* Its other arguments differ among stable versions, its result does not. */
 SEC("fexit/dup_fd")
-int BPF_PROG(dup_fd)
+int BPF_PROG(dup_fd, struct files_struct *from)
 {
 	struct files_struct *files;
 	struct word_walk walk;
 	struct fdtable *fdt;
 	u64 ret = 0;
 
-	if (!current_tracked() || bpf_get_func_ret(ctx, &ret) || IS_ERR_OR_NULL(ret))
+	if (!current_tracked())
 		return 0;
-	files = (struct files_struct *)ret;
-	fdt = BPF_CORE_READ(files, fdt);
-	walk.files = files;
-	walk.fdt = fdt;
-	send_fd(EVENT_FILES_NEW, files, 0);
-	bpf_loop((BPF_CORE_READ(fdt, max_fds) + 63) / 64, send_word, &walk, 0);
+	if (!bpf_get_func_ret(ctx, &ret) && !IS_ERR_OR_NULL(ret)) {
+		files = (struct files_struct *)ret;
+		fdt = BPF_CORE_READ(files, fdt);
+		walk.files = files;
+		walk.fdt = fdt;
+		send_fd(EVENT_FILES_NEW, files, 0);
+		bpf_loop((BPF_CORE_READ(fdt, max_fds) + 63) / 64, send_word, &walk, 0);
+	}
+	/* if the others have ended meanwhile, user space waits in vain for some time */
+	if (table_shared(from))
+		send_copy(EVENT_FILES_COPIED);
 	return 0;
 }
 

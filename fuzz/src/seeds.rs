@@ -140,11 +140,13 @@ fn life() -> Vec<Body> {
             base: Fd(0),
             bits: 0x70,
         },
+        Body::FilesCopy { by: task },
         Body::FilesNew { files: copy },
         Body::FilesWord {
             files: copy,
             fds: vec![(Fd(3), target, true), (Fd(5), epoll, false)],
         },
+        Body::FilesCopied { by: task },
         Body::TaskNew(child),
         Body::TaskRename {
             task,

@@ -164,6 +164,15 @@ fn body(kind: u32, bytes: &[u8]) -> Option<Body> {
             let e: ObjectEvent = read(bytes)?;
             Body::Stale(object(e.class, e.object)?)
         }
+        EventKind::FILES_COPY | EventKind::FILES_COPIED => {
+            let e: ObjectEvent = read(bytes)?;
+            let by = TaskId(e.object);
+            if kind == EventKind::FILES_COPY {
+                Body::FilesCopy { by }
+            } else {
+                Body::FilesCopied { by }
+            }
+        }
         _ => return None,
     })
 }

@@ -64,6 +64,8 @@ impl Step<'_> {
                 tracked,
             } => self.cgroup_move(tgid, cgroup, tracked),
             Body::TaskFiles { task, files } => self.task_files(task, files),
+            Body::FilesCopy { by } => self.state.copy_begins(by, self.seq),
+            Body::FilesCopied { by } => self.state.copy_ends(by),
             Body::FilesNew { files } => self.files_new(files),
             Body::FilesGone { files } => self.files_gone(files),
             Body::FilesWord { files, ref fds } => self.files_word(files, fds),

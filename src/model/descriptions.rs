@@ -9,6 +9,10 @@ use std::collections::btree_map::Entry;
 /// How many events a description without descriptors is kept.
 const UNHELD_EVENTS: u64 = 4096;
 
+/// How many events a copy is waited for whose end is not said. A thread that copies can be kept
+/// from going on for as long as the scheduler, or a hypervisor, likes.
+const COPY_EVENTS: u64 = 1 << 20;
+
 /// Of a set that begins with this description: one with something in it already was not seen
 /// from its beginning.
 fn trust(info: &OfdInfo) -> Trust {
@@ -34,7 +38,10 @@ enum Heard {
 
 fn hear(ofd: &mut Ofd, info: &OfdInfo, was_held: bool, seq: u64) -> Heard {
     let (known, same) = (ofd.kind != FileKind::Unknown, ofd.is(info));
-    if info.kind == FileKind::Unknown || (known && was_held && ofd.told > seq) {
+    // What made it, said once more: a reading, which never says that, may be the second one
+    // with its number.
+    let repeated = info.empty && ofd.told == seq;
+    if info.kind == FileKind::Unknown || (known && (ofd.told > seq || repeated)) {
         return if same { Heard::Same } else { Heard::Old };
     }
     // Many files share an inode, but only a new one is just made or empty.
@@ -243,9 +250,13 @@ impl Step<'_> {
         }
     }
 
-    /// Forgets the descriptions that nothing has referred to for long.
+    /// Forgets the descriptions that nothing has referred to for long, and that no copy under
+    /// way can hold.
     pub(super) fn purge(&mut self) {
+        let waited = self.seq.saturating_sub(COPY_EVENTS);
+        let copied = self.state.copies_since().map(|since| since.max(waited));
         let old = self.seq.saturating_sub(UNHELD_EVENTS);
+        let old = copied.map_or(old, |since| since.min(old));
         while let Some(id) = self.state.next_unheld(old) {
             // What had news since is on the list once more.
             let ofd = self.state.ofds.get(&id);
@@ -323,6 +334,7 @@ mod tests {
     use crate::model::check::check;
     use crate::model::event::{Body, Event, TaskInfo};
     use crate::model::ids::SockId;
+    use crate::model::snapshot::replay;
     use crate::model::state::State;
 
     const FILES: FilesId = FilesId(64);
@@ -389,6 +401,96 @@ mod tests {
             Some(320)
         );
         assert_eq!(check(&state), []);
+    }
+
+    /// A thread copies the table, another closes a descriptor, and the copy is said so late that
+    /// nothing would be known of the description any more.
+    #[test]
+    fn what_a_copy_under_way_may_hold_is_kept() {
+        let (copy, by) = (FilesId(256), TaskInfo::sample(FILES).task);
+        let bodies = [open(3, 256), Body::FilesCopy { by }, close(3)];
+        let mut state = start();
+        for (seq, body) in (3..).zip(bodies) {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+        }
+        let late = 10 + 2 * UNHELD_EVENTS;
+        let bodies = [
+            Body::FilesNew { files: copy },
+            Body::FilesWord {
+                files: copy,
+                fds: vec![(Fd(3), OfdId(256), false)],
+            },
+            Body::FilesCopied { by },
+            Body::FilesGone { files: copy },
+        ];
+        for (seq, body) in (late..).zip(bodies) {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+            assert_eq!(check(&state), []);
+            let table = state.tables.get(&copy);
+            assert!(table.is_none_or(|table| table.trust == Trust::Verified));
+        }
+        assert!(state.ofds.contains_key(&OfdId(256)));
+        let seq = late + 10 + UNHELD_EVENTS;
+        let body = close(3);
+        apply(&mut state, &Event { seq, body });
+        assert!(!state.ofds.contains_key(&OfdId(256)), "kept for ever");
+    }
+
+    /// Nobody waits for a copy for ever: the event of its end may be lost.
+    #[test]
+    fn a_copy_is_not_waited_for_for_ever() {
+        let by = TaskInfo::sample(FILES).task;
+        let mut state = start();
+        for (seq, body) in (3..).zip([open(3, 256), Body::FilesCopy { by }, close(3)]) {
+            apply(&mut state, &Event { seq, body });
+        }
+        for (seq, kept) in [(COPY_EVENTS, true), (COPY_EVENTS + 10, false)] {
+            let body = close(3);
+            apply(&mut state, &Event { seq, body });
+            assert_eq!(state.ofds.contains_key(&OfdId(256)), kept);
+        }
+    }
+
+    /// A file was just made when it was installed, and has no descriptor when that is said once
+    /// more after a reading: it is none the less the one that a copy holds, of which word comes.
+    #[test]
+    fn what_is_repeated_of_a_description_is_no_news() {
+        let copy = FilesId(256);
+        let Body::FdInstall {
+            files,
+            fd,
+            cloexec,
+            ofd,
+            socket,
+        } = open(3, 256)
+        else {
+            unreachable!()
+        };
+        let ofd = OfdInfo { empty: true, ..ofd };
+        let made = Body::FdInstall {
+            files,
+            fd,
+            cloexec,
+            ofd,
+            socket,
+        };
+        let mut state = start();
+        let events = [(3, made), (4, close(3))].map(|(seq, body)| Event { seq, body });
+        for event in &events {
+            assert_eq!(apply(&mut state, event), []);
+        }
+        assert_eq!(replay(&mut state, &events), []);
+        let bodies = [
+            Body::FilesNew { files: copy },
+            Body::FilesWord {
+                files: copy,
+                fds: vec![(Fd(3), OfdId(256), false)],
+            },
+        ];
+        for (seq, body) in (5..).zip(bodies) {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+        }
+        assert_eq!(state.tables[&copy].trust, Trust::Verified);
     }
 
     /// That is a contradiction while the other still has descriptors.

@@ -61,6 +61,17 @@ pub enum Body {
         /// The table.
         files: FilesId,
     },
+    /// A thread begins to copy a descriptor table that others use. What they close from here
+    /// on may be in the copy.
+    FilesCopy {
+        /// The thread that copies.
+        by: TaskId,
+    },
+    /// All of the copy that a thread began has been said, or it failed.
+    FilesCopied {
+        /// The thread that copied.
+        by: TaskId,
+    },
     /// A descriptor table was made by copying another; its descriptors follow in `FilesWord`s.
     FilesNew {
         /// The new table.

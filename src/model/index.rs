@@ -7,7 +7,7 @@
 use super::event::Object;
 use super::ids::{OfdId, Pid, TaskId};
 use super::state::{State, Task, Trust};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Derived from the objects of a state; only functions of the state use it.
 #[derive(Clone, Debug, Default)]
@@ -21,11 +21,13 @@ pub struct Index {
     /// Descriptions that lost their last descriptor, by the number of the last event that
     /// concerned them; also such as were referred to again, or are gone.
     unheld: VecDeque<(u64, OfdId)>,
+    /// Threads that copy a descriptor table, and the number of the event that said so.
+    copies: BTreeMap<TaskId, u64>,
 }
 
 impl PartialEq for Index {
     fn eq(&self, other: &Self) -> bool {
-        // The queue tells its history, not what is.
+        // The queue and the copies tell the history, not what is.
         self.suspects == other.suspects
             && self.threads == other.threads
             && self.children == other.children
@@ -135,6 +137,7 @@ impl State {
     pub(super) fn take_task(&mut self, id: TaskId) -> Option<Task> {
         let task = self.tasks.remove(&id)?;
         self.index.remove_task(id, task.tgid, task.parent);
+        self.index.copies.remove(&id);
         Some(task)
     }
 
@@ -168,6 +171,21 @@ impl State {
             self.index.unheld.pop_front();
             id
         })
+    }
+
+    /// Notes that a thread copies a table.
+    pub(super) fn copy_begins(&mut self, by: TaskId, seq: u64) {
+        self.index.copies.insert(by, seq);
+    }
+
+    /// Notes that it does not any more.
+    pub(super) fn copy_ends(&mut self, by: TaskId) {
+        self.index.copies.remove(&by);
+    }
+
+    /// Number of the event with which the oldest copy under way began.
+    pub(super) fn copies_since(&self) -> Option<u64> {
+        self.index.copies.values().copied().min()
     }
 
     /// Makes the index of the objects, for a state that was put together from parts.

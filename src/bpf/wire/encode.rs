@@ -109,6 +109,8 @@ pub fn encode(event: &Event) -> Vec<u8> {
             epoll_ctl(EventKind::EPOLL_DEL, seq, (*epoll, *target, *fd), 0, 0)
         }
         Body::Stale(object) => stale(seq, *object),
+        Body::FilesCopy { by } => about(EventKind::FILES_COPY, seq, EventClass::TASK, by.0),
+        Body::FilesCopied { by } => about(EventKind::FILES_COPIED, seq, EventClass::TASK, by.0),
         // A kind that nobody gave a meaning, with nothing but its number.
         Body::Malformed => bytes(header::<EventHdr>(0, seq)),
     }
@@ -299,8 +301,12 @@ fn stale(seq: u64, object: Object) -> Vec<u8> {
         Object::Socket(id) => (EventClass::SOCKET, id.0),
         Object::Inotify(id) => (EventClass::INOTIFY, id.0),
     };
+    about(EventKind::STALE, seq, class, object)
+}
+
+fn about(kind: u32, seq: u64, class: u32, object: u64) -> Vec<u8> {
     bytes(ObjectEvent {
-        ev: header::<ObjectEvent>(EventKind::STALE, seq),
+        ev: header::<ObjectEvent>(kind, seq),
         object,
         class,
         pad: 0,
