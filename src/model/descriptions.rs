@@ -38,10 +38,10 @@ enum Heard {
 
 fn hear(ofd: &mut Ofd, info: &OfdInfo, was_held: bool, seq: u64) -> Heard {
     let (known, same) = (ofd.kind != FileKind::Unknown, ofd.is(info));
-    // What made it, said once more: a reading, which never says that, may be the second one
-    // with its number.
+    // What made it, said once more. A reading never says that of a file: it is later than its
+    // number, so what nothing refers to gives way to what it says.
     let repeated = info.empty && ofd.told == seq;
-    if info.kind == FileKind::Unknown || (known && (ofd.told > seq || repeated)) {
+    if info.kind == FileKind::Unknown || (known && (repeated || (was_held && ofd.told > seq))) {
         return if same { Heard::Same } else { Heard::Old };
     }
     // Many files share an inode, but only a new one is just made or empty.
@@ -334,7 +334,7 @@ mod tests {
     use crate::model::check::check;
     use crate::model::event::{Body, Event, TaskInfo};
     use crate::model::ids::SockId;
-    use crate::model::snapshot::replay;
+    use crate::model::snapshot::{Snapshot, absorb, replay};
     use crate::model::state::State;
 
     const FILES: FilesId = FilesId(64);
@@ -491,6 +491,28 @@ mod tests {
             assert_eq!(apply(&mut state, &Event { seq, body }), []);
         }
         assert_eq!(state.tables[&copy].trust, Trust::Verified);
+    }
+
+    /// An address was a file that was opened and closed while a reading was under way, which
+    /// found another one there, later than its own number says.
+    #[test]
+    fn a_reading_says_what_an_address_is_that_nothing_refers_to() {
+        let mut state = start();
+        for (seq, body) in (3..).zip([open(3, 256), close(3)]) {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+        }
+        let read = OfdInfo {
+            id: OfdId(256),
+            kind: FileKind::Pipe,
+            ..OfdInfo::default()
+        };
+        let snapshot = Snapshot {
+            seq: 2,
+            tables: [(FILES, vec![(Fd(4), read, false)])].into(),
+            ..Snapshot::default()
+        };
+        absorb(&mut state, &snapshot);
+        assert_eq!(state.ofds[&OfdId(256)].kind, FileKind::Pipe);
     }
 
     /// That is a contradiction while the other still has descriptors.
