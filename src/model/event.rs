@@ -398,7 +398,8 @@ pub struct OfdInfo {
     pub sock: Option<SockId>,
     /// The watches, for inotify instances.
     pub group: Option<GroupId>,
-    /// Just made, or an epoll instance without items, an inotify instance without watches.
+    /// Just made, or an epoll instance without items, an inotify instance without watches. A
+    /// reading never says so.
     pub empty: bool,
 }
 

@@ -14,7 +14,7 @@ impl Kernel {
             (
                 *id,
                 fds.iter()
-                    .map(|(fd, (ofd, c))| (*fd, self.ofd(*ofd), *c))
+                    .map(|(fd, (ofd, c))| (*fd, self.read(*ofd), *c))
                     .collect(),
             )
         };
