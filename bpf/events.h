@@ -42,6 +42,7 @@ enum rec_kind {
 	REC_VMA = 16,
 	REC_TTY = 17,
 	REC_TTY_DATA = 18,
+	REC_AIO = 19,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -54,6 +55,7 @@ enum iter_want {
 	WANT_LOCKS = 32,
 	WANT_TTY_DATA = 64,
 	WANT_FINGERPRINTS = 128, /* of listening TCP sockets */
+	WANT_AIO = 256,
 };
 
 /* What every record starts with; size counts the header itself. */
@@ -267,12 +269,26 @@ struct mm_rec {
 	__u32 tgid;
 	__u32 map_count;
 	__u32 auxv_words; /* valid words of auxv */
-	__u64 aio;        /* ioctx_table, 0 without AIO contexts */
 	__u32 membarrier; /* MEMBARRIER_STATE_* */
 	__u32 pad;
 	__u64 auxv[TRK_AUXV_WORDS];
 };
-TRK_ASSERT_SIZE(struct mm_rec, 688);
+TRK_ASSERT_SIZE(struct mm_rec, 680);
+
+/* An AIO context, io_setup(2). */
+struct aio_rec {
+	struct rec_hdr hdr;
+	__u64 mm;
+	__u64 id; /* where its ring is mapped, which is what user space knows it by */
+	__u64 ring_bytes;
+	__u32 tgid;
+	__u32 max_reqs;  /* argument of io_setup(2) */
+	__u32 nr_events; /* slots in the ring */
+	__u32 tail;      /* slot the next completion goes to */
+	__u32 in_flight; /* requests without a completion; ~0 while that changes */
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct aio_rec, 56);
 
 struct sigaction_rec {
 	__u64 handler;

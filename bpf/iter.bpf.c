@@ -4,13 +4,15 @@
  * descriptors, mappings. They need no agent and change nothing. User space chooses
  * by the variables below what a pass reports; records travel through the iterator's
  * own seq_file, except those of which one object can have more than fit its 32 KiB
- * buffer (epoll items, watches, timers, locks, bytes of terminals): they go to the side ring.
+ * buffer (epoll items, watches, timers, AIO contexts, locks, bytes of
+ * terminals): they go to the side ring.
  */
 #include "common.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
 #include "iter_vars.bpf.h"
+#include "iter_aio.bpf.h"
 #include "iter_task.bpf.h"
 #include "iter_socket.bpf.h"
 #include "iter_sets.bpf.h"

@@ -23,8 +23,7 @@ struct timer_rec out_timer;
 
 /*
  * Where the functions are that go on with an interrupted call; 0 where this kernel has none of
- * that name. As symbols they would have libbpf read all of /proc/kallsyms, which takes longer
- * than everything else that loading does.
+ * that name.
  */
 struct {
 	u64 nothing;
@@ -35,18 +34,20 @@ struct {
 	u64 alarm_nanosleep;
 } restarts;
 
-#define FIND(name, to) bpf_kallsyms_lookup_name(name, sizeof(name), 0, &restarts.to)
+#define FIND(name, to) bpf_kallsyms_lookup_name(name, sizeof(name), 0, &(to))
 
-/* User space runs this once, before any pass. */
+/* User space runs this once, before any pass. Declared as symbols, they would have libbpf read
+ * all of /proc/kallsyms, which takes longer than everything else that loading does. */
 SEC("syscall")
-int find_restarts(void *ctx)
+int find_symbols(void *ctx)
 {
-	FIND("do_no_restart_syscall", nothing);
-	FIND("hrtimer_nanosleep_restart", nanosleep);
-	FIND("futex_wait_restart", futex_wait);
-	FIND("do_restart_poll", poll);
-	FIND("posix_cpu_nsleep_restart", cpu_nanosleep);
-	FIND("alarm_timer_nsleep_restart", alarm_nanosleep);
+	FIND("do_no_restart_syscall", restarts.nothing);
+	FIND("hrtimer_nanosleep_restart", restarts.nanosleep);
+	FIND("futex_wait_restart", restarts.futex_wait);
+	FIND("do_restart_poll", restarts.poll);
+	FIND("posix_cpu_nsleep_restart", restarts.cpu_nanosleep);
+	FIND("alarm_timer_nsleep_restart", restarts.alarm_nanosleep);
+	FIND("__per_cpu_offset", symbols.per_cpu_offset);
 	return 0;
 }
 
@@ -318,7 +319,6 @@ static __always_inline void fill_mm(struct mm_rec *r, struct task_struct *task,
 	r->exe_dev = exe ? BPF_CORE_READ(exe, f_inode, i_sb, s_dev) : 0;
 	r->tgid = task->tgid;
 	r->map_count = mm->map_count;
-	r->aio = bpf_core_field_exists(mm->ioctx_table) ? (u64)mm->ioctx_table : 0;
 	r->membarrier = 0;
 	if (bpf_core_field_exists(mm->membarrier_state))
 		r->membarrier = BPF_CORE_READ(mm, membarrier_state.counter);
@@ -471,5 +471,7 @@ int iter_tasks(struct bpf_iter__task *ctx)
 	/* last, since nothing undoes side records when seq_write sends us round again */
 	if ((want & WANT_TIMERS) && signal)
 		emit_timers(task, signal);
+	if ((want & WANT_AIO) && mm)
+		emit_aio(task, mm);
 	return 0;
 }

@@ -11,6 +11,11 @@ u64 side_lost;    /* records that did not fit the side ring */
 struct root_rec roots[TRK_MAX_ROOTS];
 u32 root_count;
 
+/* Addresses of the kernel's variables, 0 where they are not to be found. */
+struct {
+	u64 per_cpu_offset; /* where each CPU's area of per-CPU variables begins */
+} symbols;
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 8 << 20);

@@ -354,6 +354,25 @@ struct vm_area_struct {
 	struct anon_vma_name *anon_name;
 };
 
+/* fs/aio.c; some members are in unnamed structs there, which CO-RE looks through */
+struct kioctx_cpu {
+	unsigned int reqs_available;
+};
+struct kioctx {
+	unsigned long user_id;
+	struct kioctx_cpu *cpu;
+	unsigned int max_reqs;
+	unsigned int nr_events;
+	unsigned long mmap_size;
+	atomic_t reqs_available;
+	unsigned int tail;
+	unsigned int completed_events;
+};
+struct kioctx_table {
+	unsigned int nr;
+	struct kioctx *table[];
+};
+
 #pragma clang attribute pop
 
 #endif

@@ -13,7 +13,7 @@ use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{ProgramInput, RingBuffer, RingBufferBuilder};
 
 use super::events::{
-    self, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessRec,
+    self, AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessRec,
     RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec,
     TtyRec, VmaRec, WatchRec,
 };
@@ -25,7 +25,7 @@ use super::skeleton::iter::{IterSkel, IterSkelBuilder};
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
-        EPOLL, FINGERPRINTS, LOCKS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
+        AIO, EPOLL, FINGERPRINTS, LOCKS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
     };
 }
 
@@ -97,6 +97,8 @@ pub struct Tasks {
     pub sigactions: Vec<SigactionsRec>,
     /// Every POSIX timer.
     pub timers: Vec<TimerRec>,
+    /// Every AIO context.
+    pub aio: Vec<AioRec>,
 }
 
 /// An open descriptor.
@@ -175,9 +177,13 @@ impl Iterators {
         let open = IterSkelBuilder::default()
             .open(storage)
             .map_err(at("open"))?;
-        let skel = open.load().map_err(at("load"))?;
-        let found = skel.progs.find_restarts.test_run(ProgramInput::default());
-        found.map_err(at("looking for the restart functions"))?;
+        let mut skel = open.load().map_err(at("load"))?;
+        let found = skel.progs.find_symbols.test_run(ProgramInput::default());
+        found.map_err(at("looking for symbols"))?;
+        let cpus = libbpf_rs::num_possible_cpus().map_err(at("counting the CPUs"))?;
+        if let Some(vars) = skel.maps.bss_data.as_deref_mut() {
+            vars.possible_cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
+        }
 
         // a kernel may accept a program and refuse to attach it: better learnt now
         for program in [
@@ -246,7 +252,8 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn tasks(&mut self, scope: Scope) -> Result<Tasks, ReadError> {
-        self.read_tasks(scope, want::TASKS | want::SIGACTIONS | want::TIMERS)
+        let want = want::TASKS | want::SIGACTIONS | want::TIMERS | want::AIO;
+        self.read_tasks(scope, want)
     }
 
     /// Descriptors with their details, without what epoll, inotify and locks hold.
@@ -345,7 +352,11 @@ impl Iterators {
             }
         }
         for raw in records(&self.take_side(what)?) {
-            found.timers.push(raw?.decode()?);
+            let raw = raw?;
+            match raw.kind {
+                RecKind::AIO => found.aio.push(raw.decode()?),
+                _ => found.timers.push(raw.decode()?),
+            }
         }
         Ok(found)
     }

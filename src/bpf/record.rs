@@ -43,6 +43,7 @@ impl_record! {
     events::VmaRec => RecKind::VMA,
     events::TtyRec => RecKind::TTY,
     events::TtyDataRec => RecKind::TTY_DATA,
+    events::AioRec => RecKind::AIO,
 }
 
 /// A record whose bytes do not fit its kind.

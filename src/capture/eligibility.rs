@@ -3,7 +3,7 @@
 use super::error::CheckpointError;
 use super::freeze::PAUSE;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
-use super::{cgroups, files, message_queues, mm, semaphores, sysv};
+use super::{aio, cgroups, files, message_queues, mm, semaphores, sysv};
 use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadFlag, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::{Blocker, Process};
@@ -97,6 +97,7 @@ fn look(
     let vmas = iterators.vmas(scope)?;
     let mut found = blockers(&tasks, &vmas, ours);
     found.extend(cgroups::blockers(cgroup, &tasks)?);
+    found.extend(aio::unmapped(&tasks, &vmas));
     found.extend(sysv::blockers(&sysv::segments()?, &vmas, &tasks));
     found.extend(semaphores::blockers(&tasks, &semaphores::read(&tasks)?));
     let waits = message_queues::running_waits(&tasks)?;
@@ -193,13 +194,7 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocke
             ));
         }
     }
-    for mm in tasks.mms.iter().filter(|mm| mm.aio != 0) {
-        found.push(blocker(
-            mm.tgid,
-            "AIO context",
-            "AIO contexts are not carried yet",
-        ));
-    }
+    found.extend(aio::blockers(tasks));
     found.extend(vmas.iter().filter_map(mm::refusal));
     found.dedup();
     found

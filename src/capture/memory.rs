@@ -244,7 +244,7 @@ impl Memory {
         let by_mm = grouped(vmas);
         let mut copier = self.copier(store);
         copier.pending = std::mem::take(&mut self.pending);
-        let mut mapper = Mapper::new(segments);
+        let mut mapper = Mapper::new(segments, tasks.aio.clone());
         self.shown = Contents::default();
         let mut found = BTreeMap::new();
         for rec in address_spaces(tasks) {

@@ -2,8 +2,8 @@
 
 use super::contents::Contents;
 use super::error::CheckpointError;
-use super::sysv;
-use crate::bpf::events::{MmRec, VmaKind, VmaRec};
+use super::{aio, sysv};
+use crate::bpf::events::{AioRec, MmRec, VmaKind, VmaRec};
 use crate::bpf::iter::user_dev;
 use crate::model::frozen::{Backing, Blocker, ContentId, FileIdentity, MmBounds, PathRef, Vma};
 use crate::model::ids::{InodeId, Pid};
@@ -31,6 +31,7 @@ pub mod vm {
     pub const SEQ_READ: u64 = 0x8000;
     pub const RAND_READ: u64 = 0x1_0000;
     pub const DONTCOPY: u64 = 0x2_0000;
+    pub const DONTEXPAND: u64 = 0x4_0000;
     pub const NORESERVE: u64 = 0x20_0000;
     pub const HUGETLB: u64 = 0x40_0000;
     pub const WIPEONFORK: u64 = 0x200_0000;
@@ -126,8 +127,6 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
         ("special", "remove the probe or debugger that made it")
     } else if rec.flags & (vm::PFNMAP | vm::IO | vm::MIXEDMAP) != 0 && rec.file != 0 {
         ("device", "device memory stays with its kernel")
-    } else if name == "[aio]" {
-        ("AIO ring", "AIO contexts are not carried yet")
     } else if name.starts_with("[io_uring]") {
         ("io_uring", "io_uring is not carried yet")
     } else {
@@ -146,6 +145,7 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
 pub struct Mapper {
     files: HashMap<u64, Known>,
     segments: BTreeMap<i32, sysv::Segment>,
+    contexts: Vec<AioRec>,
 }
 
 #[derive(Clone, Debug)]
@@ -156,11 +156,12 @@ enum Known {
 }
 
 impl Mapper {
-    /// With the System V segments that there are.
-    pub fn new(segments: BTreeMap<i32, sysv::Segment>) -> Self {
+    /// With the System V segments and AIO contexts that there are.
+    pub fn new(segments: BTreeMap<i32, sysv::Segment>, contexts: Vec<AioRec>) -> Self {
         Self {
             files: HashMap::new(),
             segments,
+            contexts,
         }
     }
 
@@ -187,8 +188,10 @@ impl Mapper {
             .iter()
             .filter(|(bit, _)| f & bit != 0)
             .fold(0, |all, (_, prot)| all | prot.cast_unsigned());
-        let is_special = matches!(backing, Backing::Vdso | Backing::Vvar);
-        let advice = ADVICE.iter().filter(|(bit, _)| f & bit != 0 && !is_special);
+        let kernels_own = matches!(backing, Backing::Vdso | Backing::Vvar | Backing::AioRing(_));
+        let advice = ADVICE
+            .iter()
+            .filter(|(bit, _)| f & bit != 0 && !kernels_own);
         Ok(Vma {
             start: rec.start,
             end: rec.end,
@@ -216,6 +219,9 @@ impl Mapper {
         }
         if rec.file == 0 {
             return Ok(Backing::Anonymous);
+        }
+        if aio::is_ring(rec) {
+            return aio::ring(rec, &self.contexts).map(Backing::AioRing);
         }
         if let Some(segment) = sysv::of(&self.segments, rec) {
             let id = contents.add_segment(segment, &map_file(rec))?;

@@ -1,6 +1,7 @@
 //! Takes the state of a running application: prepare, pre-copy, freeze, collect, and then
 //! either kill it or let it go on as if nothing had happened.
 
+mod aio;
 mod cgroups;
 mod clocks;
 mod contents;
@@ -327,6 +328,7 @@ impl Capture {
         let vmas = self.iterators.borrow_mut().vmas(scope)?;
         let segments = sysv::segments()?;
         let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks);
+        blockers.extend(aio::unmapped(&frozen.tasks, &vmas));
         let sets = &self.target.header.semaphores;
         blockers.extend(semaphores::blockers(&frozen.tasks, sets));
         blockers.extend(message_queues::blockers(&frozen.tasks, &queues));

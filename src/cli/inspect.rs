@@ -2,7 +2,7 @@
 
 use crate::error::{ExitCode, HasExitCode};
 use crate::image::{DirectoryStore, Image, ImageError, RangeStore, Store, StoreError, decode};
-use crate::model::frozen::{Application, FileKind, Process, SyscallInProgress};
+use crate::model::frozen::{Application, Backing, FileKind, Process, SyscallInProgress};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -114,6 +114,14 @@ fn print_process(app: &Application, process: &Process) {
         let pages: u64 = mm.pages.iter().map(|run| run.pages).sum();
         let (count, kib) = (mm.vmas.len(), pages * 4);
         println!("    {count} mappings, {kib} KiB of private memory");
+        for vma in &mm.vmas {
+            if let Backing::AioRing(ring) = &vma.backing
+                && ring.max_reqs.is_some()
+            {
+                let unread = ring.unread();
+                println!("    AIO context {:x}, {unread} events not read", vma.start);
+            }
+        }
     }
     for thread in &process.threads {
         let call = match thread.syscall {

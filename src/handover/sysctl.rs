@@ -5,7 +5,8 @@ use std::path::Path;
 
 /// What is carried over: limits that restored objects may exceed otherwise, and TCP's
 /// behaviour as the peers of restored connections know it.
-const CARRIED: [&str; 38] = [
+const CARRIED: [&str; 39] = [
+    "fs/aio-max-nr",
     "fs/file-max",
     "fs/nr_open",
     "fs/pipe-max-size",

@@ -1,6 +1,6 @@
 //! Where page runs may lie. A run that points elsewhere would put one page in another's place.
 
-use crate::model::frozen::{Content, Mm, PAGE_SIZE, PageRun, Vma};
+use crate::model::frozen::{Backing, Content, Mm, PAGE_SIZE, PageRun, Vma};
 
 /// The page slots of an image, and which of them are spoken for: each holds one page.
 #[derive(Debug, Default)]
@@ -27,6 +27,13 @@ impl Extents {
             if !mapped(&mm.vmas, run.addr, end) {
                 return Err(format!("{} are outside of its mappings", told(run)));
             }
+        }
+        let unfit = mm.vmas.iter().find(|vma| match &vma.backing {
+            Backing::AioRing(ring) => !ring.fits(vma.end.saturating_sub(vma.start)),
+            _ => false,
+        });
+        if let Some(vma) = unfit {
+            return Err(format!("the AIO ring at {:#x} does not fit it", vma.start));
         }
         apart(&mm.pages)
     }

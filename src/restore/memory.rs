@@ -2,6 +2,7 @@
 //! application had, fill it and protect it.
 
 use super::RestoreError;
+use super::aio;
 use super::layout::{Layout, VdsoMove};
 use super::sources::Sources;
 use super::tape::{Expect, Script, Tape};
@@ -71,6 +72,15 @@ impl Rebuild<'_> {
             plan.pokes.push((old.addr, code));
         }
         self.fill(&mut plan.build)?;
+        for vma in &self.mm.vmas {
+            if let Backing::AioRing(ring) = &vma.backing
+                && ring.max_reqs.is_none()
+            {
+                let pieces = aio::inherited(ring).into_iter();
+                plan.pokes
+                    .extend(pieces.map(|(offset, bytes)| (vma.start + offset, bytes)));
+            }
+        }
         self.protect(&mut plan.seal, vdso_move);
         self.register(&mut plan.seal);
         self.bounds(&mut plan.seal, tape)?;
@@ -125,8 +135,16 @@ impl Rebuild<'_> {
             self.advise(script, vma);
             return Ok(());
         }
+        let inherited = match &vma.backing {
+            Backing::AioRing(ring) if ring.max_reqs.is_some() => {
+                aio::hold_place(script, vma);
+                return Ok(());
+            }
+            Backing::AioRing(_) => true,
+            _ => false,
+        };
         let mut flags = libc::MAP_FIXED_NOREPLACE;
-        flags |= if vma.shared {
+        flags |= if vma.shared && !inherited {
             libc::MAP_SHARED
         } else {
             libc::MAP_PRIVATE
@@ -138,7 +156,11 @@ impl Rebuild<'_> {
             flags |= libc::MAP_NORESERVE;
         }
         let (fd, offset) = match vma.backing {
-            Backing::Anonymous | Backing::SysvShm { .. } | Backing::Vdso | Backing::Vvar => {
+            Backing::Anonymous
+            | Backing::SysvShm { .. }
+            | Backing::AioRing(_)
+            | Backing::Vdso
+            | Backing::Vvar => {
                 flags |= libc::MAP_ANONYMOUS;
                 (u64::MAX, 0)
             }
@@ -180,7 +202,7 @@ impl Rebuild<'_> {
             Backing::SysvShm { readonly, .. } => {
                 libc::PROT_READ.cast_unsigned() | if readonly { 0 } else { write }
             }
-            Backing::Vdso => write | libc::PROT_READ.cast_unsigned(),
+            Backing::Vdso | Backing::AioRing(_) => write | libc::PROT_READ.cast_unsigned(),
             _ if !vma.shared && has_pages(vma, self.pages) => vma.prot | write,
             _ => vma.prot,
         }

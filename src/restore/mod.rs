@@ -6,6 +6,7 @@
 //! calls (`tape`, `memory`), become many threads (`threads`, `creds`, `signals`) and go on
 //! (`resume`). Nothing here consults BPF or a running agent.
 
+mod aio;
 mod cgroups;
 mod creds;
 mod error;

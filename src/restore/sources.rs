@@ -173,7 +173,11 @@ fn source(vma: &Vma) -> Option<Source> {
             Some(Source::File(file.at.path.clone(), *writable && vma.shared))
         }
         Backing::Content { id, .. } => Some(Source::Content(*id)),
-        Backing::Anonymous | Backing::SysvShm { .. } | Backing::Vdso | Backing::Vvar => None,
+        Backing::Anonymous
+        | Backing::SysvShm { .. }
+        | Backing::AioRing(_)
+        | Backing::Vdso
+        | Backing::Vvar => None,
     }
 }
 

@@ -146,6 +146,7 @@ impl Supervisor<'_> {
             slot_base: self.slot_base,
             stale_rseq: ptrace::rseq_configuration(pid.leader())?,
         };
+        let readable = rebuild.sources.exe().ok_or(RestoreError::NoRoom)?;
         let tape = self.tape(pid)?;
         tape.clear_data();
         let plan = rebuild.plan(tape)?;
@@ -153,6 +154,7 @@ impl Supervisor<'_> {
         for (addr, bytes) in &plan.pokes {
             write_memory(pid, *addr, bytes)?;
         }
+        self.make_contexts(pid, mm, readable)?;
         self.run(pid, pid.leader(), &plan.seal)?;
         Ok(())
     }

@@ -212,6 +212,17 @@ impl Tape {
         self.data_used = 0;
     }
 
+    /// How much data there is, for [`Self::rewind`].
+    #[must_use]
+    pub fn mark(&self) -> usize {
+        self.data_used
+    }
+
+    /// Forgets the data placed since [`Self::mark`].
+    pub fn rewind(&mut self, mark: usize) {
+        self.data_used = mark;
+    }
+
     /// Places bytes where a call can point to them; `None` when there is no room left.
     pub fn data(&mut self, bytes: &[u8]) -> Option<u64> {
         let offset = Self::DATA + self.data_used;
@@ -288,6 +299,10 @@ fn name(nr: i64) -> String {
         libc::SYS_timer_delete => "timer_delete",
         libc::SYS_msgsnd => "msgsnd",
         libc::SYS_msgrcv => "msgrcv",
+        libc::SYS_io_setup => "io_setup",
+        libc::SYS_io_submit => "io_submit",
+        libc::SYS_io_getevents => "io_getevents",
+        libc::SYS_io_destroy => "io_destroy",
         libc::SYS_setgroups => "setgroups",
         libc::SYS_setresuid => "setresuid",
         libc::SYS_setresgid => "setresgid",

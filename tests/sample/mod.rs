@@ -354,6 +354,7 @@ fn address_space() -> Mm {
             vma(0x30_0000, shared),
             vma(0x40_0000, Backing::Vdso),
             vma(0x50_0000, Backing::Vvar),
+            vma(0x60_0000, system::aio_ring()),
         ],
         pages: vec![PageRun {
             addr: 0x10_0000,

@@ -1,9 +1,10 @@
 //! What belongs to no process: terminals, System V objects, cgroups.
 
 use super::path;
+use serde_bytes::ByteBuf;
 use tracker::model::frozen::{
-    CgroupBelow, ContentKind, FileKind, Message, MessageQueue, PtyInput, PtyState, Segment,
-    SemaphoreSet, Termios,
+    AioRing, Backing, CgroupBelow, ContentKind, FileKind, Message, MessageQueue, PtyInput,
+    PtyState, Segment, SemaphoreSet, Termios,
 };
 use tracker::model::ids::Pid;
 
@@ -54,6 +55,15 @@ pub fn segment() -> ContentKind {
         destroyed: true,
         creator_uid: 1,
         creator_gid: 2,
+    })
+}
+
+pub fn aio_ring() -> Backing {
+    Backing::AioRing(AioRing {
+        max_reqs: Some(16),
+        nr: 127,
+        head: 126,
+        events: ByteBuf::from(vec![0x5a; 64]),
     })
 }
 

@@ -2,6 +2,7 @@
 
 use super::PathRef;
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 
 /// Bytes in a page, and in a page slot of an image. x86-64 only.
 pub const PAGE_SIZE: u64 = 4096;
@@ -98,10 +99,75 @@ pub enum Backing {
         /// `SHM_RDONLY`.
         readonly: bool,
     },
+    /// The ring of completions of an AIO context.
+    AioRing(AioRing),
     /// The vDSO's code.
     Vdso,
     /// The vDSO's data pages, which cannot be read.
     Vvar,
+}
+
+/// What a ring of AIO completions holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AioRing {
+    /// The argument of io_setup(2). `None`: the context is a parent's, and the mapping, which a
+    /// child inherits before Linux 6.13, is memory that shows what was there.
+    pub max_reqs: Option<u32>,
+    /// Slots.
+    pub nr: u32,
+    /// Slot of the oldest completion that was not read.
+    pub head: u32,
+    /// Completions that were not read, oldest first: `struct io_event` after `struct io_event`.
+    pub events: ByteBuf,
+}
+
+impl AioRing {
+    /// Bytes of `struct aio_ring`, which the slots follow.
+    pub const HEADER: usize = 32;
+    /// Bytes of a slot.
+    pub const EVENT: usize = 32;
+
+    /// Slots in a ring of so many bytes.
+    #[must_use]
+    pub fn slots_in(bytes: u64) -> u64 {
+        bytes.saturating_sub(Self::HEADER as u64) / Self::EVENT as u64
+    }
+
+    /// Where a slot is, from the start of the ring.
+    #[must_use]
+    pub fn offset(slot: u32) -> u64 {
+        Self::HEADER as u64 + u64::from(slot) * Self::EVENT as u64
+    }
+
+    /// All slots, from that of the oldest completion on.
+    pub fn slots(&self) -> impl Iterator<Item = u32> + use<> {
+        (self.head..self.nr).chain(0..self.head)
+    }
+
+    /// How many completions were not read.
+    #[must_use]
+    pub fn unread(&self) -> u32 {
+        u32::try_from(self.events.len() / Self::EVENT).unwrap_or(u32::MAX)
+    }
+
+    /// Slot that the next completion goes to.
+    #[must_use]
+    pub fn tail(&self) -> u32 {
+        let unread = self.unread() as usize;
+        self.slots().nth(unread).unwrap_or(0)
+    }
+
+    /// Whether it fits a mapping of so many bytes, and its completions fit it: one slot is never
+    /// used.
+    #[must_use]
+    pub fn fits(&self, bytes: u64) -> bool {
+        let whole = self.events.len().is_multiple_of(Self::EVENT);
+        let unread = self.events.len() / Self::EVENT;
+        u64::from(self.nr) <= Self::slots_in(bytes)
+            && self.head < self.nr
+            && whole
+            && unread < self.nr as usize
+    }
 }
 
 /// A file together with what tells whether it has changed.

@@ -6,6 +6,7 @@
 
 use crate::guest::case::Entry;
 
+mod aio;
 mod cgroup;
 mod child;
 mod events;
@@ -37,6 +38,7 @@ mod unix;
 pub fn all() -> impl Iterator<Item = &'static Entry> {
     [
         pipe::CASES,
+        aio::CASES,
         file::CASES,
         mapping::CASES,
         memory::CASES,

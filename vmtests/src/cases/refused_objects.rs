@@ -16,7 +16,6 @@ use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
 pub const CASES: &[Entry] = &[
-    Entry::refused("refused_aio", "AIO", aio),
     Entry::refused("refused_fanotify", "fanotify", fanotify),
     Entry::refused("refused_perf_event", "perf event", perf_event),
     Entry::refused("refused_bpf_map", "BPF object", bpf_map),
@@ -32,21 +31,6 @@ fn owned(name: &str, result: i64) -> Result<OwnedFd> {
     let fd = i32::try_from(sys(name, result)?)?;
     // SAFETY: a new descriptor, owned by nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn aio(case: &Case) -> Result<()> {
-    let mut context: u64 = 0;
-    // SAFETY: the kernel writes the context's number.
-    let made = unsafe { libc::syscall(libc::SYS_io_setup, 8, &raw mut context) };
-    sys("io_setup", made)?;
-    case.ready()?;
-    let null = std::ptr::null_mut::<u64>();
-    // SAFETY: asks for no events.
-    let got = unsafe { libc::syscall(libc::SYS_io_getevents, context, 0, 0, null, null) };
-    ensure!(sys("io_getevents", got)? == 0, "{got} events");
-    // SAFETY: takes the number.
-    let gone = unsafe { libc::syscall(libc::SYS_io_destroy, context) };
-    sys("io_destroy", gone).map(|_| ())
 }
 
 fn fanotify(case: &Case) -> Result<()> {
