@@ -450,7 +450,7 @@ struct lock_rec {
 	__u32 flags; /* FL_* */
 	__u32 type;  /* F_RDLCK 0, F_WRLCK 1 */
 	__u32 pid;
-	__u32 pad;
+	__s32 fd; /* of a lease, the descriptor that its signal names */
 };
 TRK_ASSERT_SIZE(struct lock_rec, 80);
 

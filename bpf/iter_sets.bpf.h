@@ -166,10 +166,19 @@ static long lock_step(u64 index, void *ctx)
 	}
 	r->start = 0;
 	r->end = 0;
+	r->fd = -1;
 	/* a lease has a struct of its own since 6.9, without a range */
 	if (lock_walk.class != LOCK_LEASE) {
 		r->start = BPF_CORE_READ(lock, fl_start);
 		r->end = BPF_CORE_READ(lock, fl_end);
+	} else {
+		struct file_lease *lease = (void *)lock;
+		struct fasync_struct *fasync = bpf_core_type_exists(struct file_lease)
+						       ? BPF_CORE_READ(lease, fl_fasync)
+						       : BPF_CORE_READ(lock, fl_fasync);
+
+		if (fasync)
+			r->fd = BPF_CORE_READ(fasync, fa_fd);
 	}
 	return !side_write(r, sizeof(*r));
 }

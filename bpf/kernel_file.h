@@ -157,6 +157,9 @@ struct inotify_inode_mark {
 	struct fsnotify_mark fsn_mark;
 	int wd;
 };
+struct fasync_struct {
+	int fa_fd;
+};
 /* before 6.9 the common part of a lock was not a struct of its own */
 struct file_lock {
 	struct list_head fl_list;
@@ -167,6 +170,7 @@ struct file_lock {
 	struct file *fl_file;
 	s64 fl_start;
 	s64 fl_end;
+	struct fasync_struct *fl_fasync;
 };
 struct file_lock_core {
 	struct list_head flc_list;
@@ -175,6 +179,10 @@ struct file_lock_core {
 	unsigned char flc_type;
 	s32 flc_pid;
 	struct file *flc_file;
+};
+struct file_lease {
+	struct file_lock_core c;
+	struct fasync_struct *fl_fasync;
 };
 
 #pragma clang attribute pop

@@ -105,6 +105,7 @@ fn look(
     found.extend(message_queues::blockers(&tasks, &queues));
     let open = iterators.files(scope)?;
     found.extend(files::blockers(&open, &tasks));
+    found.extend(files::leased_and_mapped(&open, &vmas));
     found.extend(files::controlling(&tasks, &open));
     Ok(found)
 }

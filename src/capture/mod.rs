@@ -329,6 +329,7 @@ impl Capture {
         let segments = sysv::segments()?;
         let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks);
         blockers.extend(aio::unmapped(&frozen.tasks, &vmas));
+        blockers.extend(files::leased_and_mapped(&frozen.open, &vmas));
         let sets = &self.target.header.semaphores;
         blockers.extend(semaphores::blockers(&frozen.tasks, sets));
         blockers.extend(message_queues::blockers(&frozen.tasks, &queues));

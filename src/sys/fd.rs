@@ -98,6 +98,20 @@ pub fn lock(number: i32, lock: &FileLock) -> Result<(), Errno> {
     Errno::result(unsafe { libc::fcntl(number, command, &raw const range) }).map(drop)
 }
 
+/// `F_SETLEASE`.
+///
+/// # Errors
+/// `EAGAIN`: somebody else has the file open in a way that conflicts.
+pub fn lease(number: i32, exclusive: bool) -> Result<(), Errno> {
+    let kind = if exclusive {
+        libc::F_WRLCK
+    } else {
+        libc::F_RDLCK
+    };
+    // SAFETY: takes integers.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_SETLEASE, kind) }).map(drop)
+}
+
 /// Takes ownership of a descriptor that recvmsg(2) has just delivered by `SCM_RIGHTS`.
 #[must_use]
 pub fn received(number: i32) -> OwnedFd {

@@ -13,9 +13,9 @@ use tracker::image::{Image, Store};
 use tracker::model::frozen::{
     AltStack, Application, ApplicationHeader, Backing, Clocks, Content, ContentId, ContentKind,
     Credentials, EpollItem, FdEntry, FileIdentity, FileKind, FileLock, FileOwner, FilesTable,
-    InotifyWatch, Interface, IntervalTimer, JobStop, LockKind, Milestone, Mm, MmBounds, OpenFile,
-    Origin, PageRun, PathRef, PipeState, PosixTimer, Process, Registers, Route, Rseq, Scheduling,
-    SeccompFilter, SigAction, SigInfo, SockOption, Socket, SocketFilter, SocketState,
+    InotifyWatch, Interface, IntervalTimer, JobStop, Lease, LockKind, Milestone, Mm, MmBounds,
+    OpenFile, Origin, PageRun, PathRef, PipeState, PosixTimer, Process, Registers, Route, Rseq,
+    Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket, SocketFilter, SocketState,
     SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd, UnixAddress,
     UnixMessage, UnixSocket, UnixState, Vdso, Vma,
 };
@@ -473,6 +473,11 @@ fn open_files() -> Vec<OpenFile> {
         locks: [LockKind::Flock, LockKind::Posix, LockKind::Ofd]
             .map(lock)
             .to_vec(),
+        lease: Some(Lease {
+            exclusive: true,
+            pid: Pid(20_001),
+            fd: Fd(3),
+        }),
         kind,
     };
     kinds.into_iter().map(open).collect()

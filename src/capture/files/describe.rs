@@ -4,7 +4,8 @@ use super::borrow::{Lender, place};
 use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
-    CollectError, FrozenFiles, Repaired, Slots, content, filter, pipe, pty, regular, socket, unix,
+    CollectError, FrozenFiles, Repaired, Slots, content, filter, lease, pipe, pty, regular, socket,
+    unix,
 };
 use crate::bpf::events::{
     EpollItemRec, FileKind as Kind, LockClass, LockRec, SockRec, TtyDataRec, TtyRec, WatchRec,
@@ -120,6 +121,7 @@ impl<'a> Reader<'a> {
             pos: u64::try_from(rec.pos).unwrap_or(0),
             owner,
             locks: self.locks(file),
+            lease: lease::of(self.locks.get(&rec.ino).map_or(&[], Vec::as_slice), file),
             kind,
         };
         self.ofds.insert(id, open);

@@ -9,6 +9,7 @@ mod content;
 mod describe;
 mod error;
 mod filter;
+mod lease;
 mod listeners;
 mod pidfd;
 mod pipe;
@@ -21,6 +22,7 @@ mod tcp;
 mod unix;
 
 pub use error::CollectError;
+pub(in crate::capture) use lease::mapped as leased_and_mapped;
 pub use listeners::Listeners;
 pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{blockers, handshakes, unaccepted};

@@ -2,7 +2,7 @@
 
 use super::borrow::place;
 use super::pidfd::Processes;
-use super::{pseudo, pty, regular, socket, unix};
+use super::{lease, pseudo, pty, regular, socket, unix};
 use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, SockRec, TtyRec};
 use crate::bpf::iter::{Detail, File, Files, Tasks};
 use crate::model::frozen::Blocker;
@@ -84,7 +84,14 @@ impl Survey {
     pub fn of(found: &Files, tasks: &Tasks) -> Self {
         let processes = Processes::of(tasks);
         let tables: HashSet<u64> = found.files.iter().map(|file| file.rec.files).collect();
-        let reason = |lock: &LockRec| Some((lock.file, lock_refusal(lock, &tables, &processes)?));
+        let places = lease::Places::of(found);
+        let reason = |lock: &LockRec| {
+            let reason = match lock.class {
+                LockClass::LEASE => lease::refusal(lock, &places),
+                _ => lock_refusal(lock, &tables, &processes),
+            };
+            Some((lock.file, reason?))
+        };
         let locked = found.locks.iter().filter_map(reason).collect();
         let mut survey = Self {
             processes,
@@ -246,9 +253,6 @@ impl Survey {
 fn lock_refusal(lock: &LockRec, tables: &HashSet<u64>, processes: &Processes) -> Option<String> {
     const FL_OFDLCK: u32 = 1024;
     match lock.class {
-        LockClass::LEASE => {
-            Some("its lease is not carried yet; release it before the update".into())
-        }
         // Such locks belong to the descriptor table, which others may share.
         LockClass::POSIX
             if lock.flags & FL_OFDLCK == 0

@@ -33,6 +33,9 @@ pub struct OpenFile {
     pub owner: Option<FileOwner>,
     /// flock(2) and fcntl(2) locks held through it.
     pub locks: Vec<FileLock>,
+    /// fcntl(2) lease held through it.
+    #[serde(default)]
+    pub lease: Option<Lease>,
     /// What it is.
     pub kind: FileKind,
 }
@@ -61,6 +64,17 @@ pub struct FileLock {
     pub len: u64,
     /// Process that holds a POSIX lock.
     pub pid: Pid,
+}
+
+/// A lease on a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// `F_WRLCK` rather than `F_RDLCK`.
+    pub exclusive: bool,
+    /// Process that took it.
+    pub pid: Pid,
+    /// Its descriptor, which the signal names when the lease is broken.
+    pub fd: Fd,
 }
 
 /// Lock families.

@@ -1,7 +1,7 @@
-//! Locks on files: flock(2), fcntl(2) POSIX and open file description locks.
+//! Locks and leases on files: flock(2), fcntl(2) POSIX and open file description locks.
 
 use super::error::{FilesError, call};
-use crate::model::frozen::{FileLock, LockKind, OpenFile};
+use crate::model::frozen::{FileLock, FileOwner, LockKind, OpenFile};
 use crate::model::ids::{Fd, Pid};
 use crate::sys::fd;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -31,6 +31,32 @@ pub fn take_posix(number: Fd, file: &OpenFile, pid: Pid) -> Result<(), FilesErro
         take(number.0, lock)?;
     }
     Ok(())
+}
+
+/// Takes the lease that process `pid` had taken through this descriptor. To be called by that
+/// process, when it is known whom to tell of the lease's end: the kernel would tell the caller.
+///
+/// # Errors
+/// Somebody else has the file open by now.
+pub fn take_lease(number: Fd, file: &OpenFile, pid: Pid) -> Result<(), FilesError> {
+    let own = file
+        .lease
+        .filter(|lease| (lease.pid, lease.fd) == (pid, number));
+    let Some(lease) = own else {
+        return Ok(());
+    };
+    let object = format!("Lease on descriptor {number}");
+    fd::lease(number.0, lease.exclusive).map_err(call(&object, "fcntl(F_SETLEASE)"))?;
+    if file.owner.is_some() {
+        return Ok(());
+    }
+    // It was given to nobody afterwards.
+    let nobody = FileOwner {
+        kind: 1,
+        id: 0,
+        signal: 0,
+    };
+    fd::set_owner(number.0, &nobody).map_err(call(object, "fcntl(F_SETOWN_EX)"))
 }
 
 fn take(number: i32, lock: &FileLock) -> Result<(), FilesError> {

@@ -311,7 +311,7 @@ pub fn install(
 }
 
 /// Does what needs the process's own numbers and identity: epoll sets, POSIX
-/// locks, owners of `SIGIO`. Then closes all that is not in its table.
+/// locks, owners of `SIGIO`, leases. Then closes all that is not in its table.
 ///
 /// # Errors
 /// The image lacks a description, or the kernel refuses a step.
@@ -334,6 +334,7 @@ pub fn finish(app: &Application, pid: Pid, opened: &OpenedFiles) -> Result<(), F
                 "fcntl(F_SETOWN_EX)",
             ))?;
         }
+        lock::take_lease(entry.fd, file, pid)?;
     }
     let mut next = 0;
     for entry in &table.fds {

@@ -13,6 +13,7 @@ mod events;
 mod file;
 mod filter;
 mod job;
+mod lease;
 mod mapping;
 mod membarrier;
 mod memory;
@@ -40,6 +41,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         pipe::CASES,
         aio::CASES,
         file::CASES,
+        lease::CASES,
         mapping::CASES,
         memory::CASES,
         rewritten::CASES,

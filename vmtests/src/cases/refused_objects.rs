@@ -21,7 +21,6 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_bpf_map", "BPF object", bpf_map),
     Entry::refused("refused_hugetlb", "hugetlb mapping", hugetlb),
     Entry::refused("refused_namespace", "UTS namespace", namespace),
-    Entry::refused("refused_lease", "lease", lease),
     Entry::refused("refused_mqueue", "POSIX message queue", mqueue),
     Entry::refused("refused_clone_vm", "address space shared", clone_vm),
 ];
@@ -130,19 +129,6 @@ fn namespace(case: &Case) -> Result<()> {
     sethostname("elsewhere")?;
     case.ready()?;
     ensure!(gethostname()? == "elsewhere", "In another namespace");
-    Ok(())
-}
-
-fn lease(case: &Case) -> Result<()> {
-    std::fs::write(case.path("leased"), "text")?;
-    let file = File::open(case.path("leased"))?;
-    // SAFETY: takes integers.
-    let set = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) };
-    sys("F_SETLEASE", set.into())?;
-    case.ready()?;
-    // SAFETY: takes integers.
-    let held = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) };
-    ensure!(held == libc::F_RDLCK, "The lease is {held}");
     Ok(())
 }
 
