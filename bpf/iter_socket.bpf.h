@@ -3,6 +3,8 @@
 
 #include "socket.bpf.h"
 
+#define SOCK_DGRAM 2
+
 struct sock_rec out_sock;
 
 /* As long as a TCP socket of any kernel, and longer. */
@@ -132,6 +134,10 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	r->ack_backlog = sk->sk_ack_backlog;
 	r->max_ack_backlog = sk->sk_max_ack_backlog;
 	r->rcv_qlen = sk->sk_receive_queue.qlen;
+	/* what was looked at waits apart: __skb_recv_udp() moves the whole queue there */
+	if ((r->family == AF_INET || r->family == AF_INET6) && r->type == SOCK_DGRAM &&
+	    r->protocol == IPPROTO_UDP)
+		r->rcv_qlen += BPF_CORE_READ((struct udp_sock *)sk, reader_queue.qlen);
 	r->rmem = sk->sk_backlog.rmem_alloc.counter;
 	r->wmem = sk->sk_wmem_queued;
 	r->err = sk->sk_err;

@@ -123,6 +123,9 @@ struct tcp_sock {
 	u32 keepalive_intvl;
 	u32 notsent_lowat;
 };
+struct udp_sock {
+	struct sk_buff_head reader_queue;
+};
 struct scm_stat {
 	atomic_t nr_fds;
 };

@@ -5,6 +5,7 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
 #define TCP_LISTEN 10
 
 /* include/net/sock.h */

@@ -331,7 +331,7 @@ fn child(case: &Case) -> Result<()> {
     child.join()
 }
 
-/// UDP: bound, connected, with a datagram in the queue.
+/// UDP: bound and connected, with nothing in the queue.
 fn udp(case: &Case) -> Result<()> {
     let server = UdpSocket::bind("127.0.0.1:0")?;
     server.set_read_timeout(Some(PATIENCE))?;
