@@ -117,12 +117,12 @@ fn take(
     capture.refresh(store, &mut slots, leave_running)?;
     capture.lock_network()?;
     capture.freeze()?;
-    let state = known.catch_up();
-    let verification = state.and_then(|state| capture.verify(&state));
-    capture.reached("verify");
+    let comparison = known.compare(vec![capture.found()]);
     capture.collect_memory(store, &mut slots)?;
     capture.silence()?;
     let application = capture.collect_files(store, &mut slots)?;
+    let verification = comparison.result();
+    capture.reached("verify");
     if leave_running {
         capture.thaw();
         capture.write_rest(store)?;

@@ -19,7 +19,6 @@ use crate::error::{ExitCode, HasExitCode};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
 use crate::model::frozen::{Milestone, Origin, System};
-use crate::model::verify::Verification;
 use crate::sys::{clock, kexec as sys};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -346,10 +345,7 @@ impl Update {
         }
         in_time()?;
         self.clock.reached("all stopped");
-        if let Some(state) = known.catch_up() {
-            let verifications = self.captures.iter().filter_map(|c| c.verify(&state));
-            system.verification = verifications.reduce(Verification::and);
-        }
+        let comparison = known.compare(self.captures.iter().map(Capture::found).collect());
         for capture in &mut self.captures {
             on(capture, |capture| capture.collect_memory(store, slots))?;
             in_time()?;
@@ -366,6 +362,8 @@ impl Update {
             in_time()?;
         }
         self.clock.reached("descriptors read");
+        system.verification = comparison.result();
+        self.clock.reached("model compared");
 
         // From here on nothing may be printed: stderr may be on a frozen filesystem.
         let _frozen = self.filesystems.freeze()?;

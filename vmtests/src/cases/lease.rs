@@ -180,8 +180,10 @@ fn signal_pending(signal: Signal) -> bool {
     set & 1 << (signal as i32 - 1) != 0
 }
 
-/// Somebody waits for the lease to be released.
+/// Somebody waits for the lease to be released, for longer than all cases of a batch take: the
+/// kernel would end the lease by itself.
 fn breaking(case: &Case) -> Result<()> {
+    std::fs::write("/proc/sys/fs/lease-break-time", "3600")?;
     let _signals = block(&[Signal::SIGIO])?;
     let (file, path) = leased(case, "leased")?;
     set(file.as_raw_fd(), libc::F_RDLCK)?;
