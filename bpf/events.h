@@ -141,6 +141,7 @@ struct thread_rec {
 	__u64 sighand;
 	__u64 signal;
 	__u64 cred;
+	__u64 group_info;
 	__u64 nsproxy;
 	__u64 cgroup_id;
 	__u64 blocked; /* signal masks: bit 0 is signal 1 */
@@ -194,10 +195,10 @@ struct thread_rec {
 	__u32 cwd_dev;
 	__u32 root_dev;
 	__u32 umask;
-	__u32 pad;
+	__u32 ioprio; /* as ioprio_set(2) was told; 0 for nothing */
 	char comm[TRK_COMM_LEN];
 };
-TRK_ASSERT_SIZE(struct thread_rec, 464);
+TRK_ASSERT_SIZE(struct thread_rec, 472);
 
 struct rlimit_rec {
 	__u64 cur;

@@ -97,6 +97,7 @@ static __always_inline void fill_cred(struct thread_rec *r, const struct cred *c
 	r->cred = (u64)cred;
 	FILL_CRED(r, cred);
 	r->user_ns = BPF_CORE_READ(cred, user_ns, ns.inum);
+	r->group_info = (u64)BPF_CORE_READ(cred, group_info);
 	r->ngroups = BPF_CORE_READ(cred, group_info, ngroups);
 }
 
@@ -209,7 +210,9 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 	r->root_ino = BPF_CORE_READ(task, fs, root.dentry, d_inode, i_ino);
 	r->root_dev = BPF_CORE_READ(task, fs, root.dentry, d_inode, i_sb, s_dev);
 	r->umask = BPF_CORE_READ(task, fs, umask);
-	r->pad = 0;
+	r->ioprio = 0;
+	if (bpf_core_field_exists(task->io_context))
+		r->ioprio = BPF_CORE_READ(task, io_context, ioprio);
 	r->sighand = (u64)task->sighand;
 	r->signal = (u64)task->signal;
 	r->cgroup_id = task_cgroup_id(task);

@@ -254,6 +254,9 @@ struct fs_struct {
 	struct path root;
 	struct path pwd;
 };
+struct io_context {
+	unsigned short ioprio;
+};
 struct task_struct {
 	unsigned int __state;
 	unsigned int flags;
@@ -285,6 +288,7 @@ struct task_struct {
 	char comm[TRK_COMM_LEN];
 	struct fs_struct *fs;
 	struct files_struct *files;
+	struct io_context *io_context;
 	void *io_uring;
 	struct sysv_sem sysvsem;
 	struct nsproxy *nsproxy;

@@ -11,8 +11,9 @@ use crate::model::frozen::{
     SigAction, SigInfo, Thread,
 };
 use crate::model::ids::{FilesId, FsId, MmId, Pid, Tid};
-use crate::sys::task::{affinity, ioprio};
+use crate::sys::task::affinity;
 use nix::libc;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,7 @@ pub fn processes(
     for rec in &tasks.threads {
         threads.entry(rec.tgid).or_default().push(rec);
     }
+    let groups = group_lists(&tasks.threads)?;
     let inside: BTreeSet<u32> = tasks.processes.iter().map(|p| p.pid).collect();
     let mut found = Vec::new();
     for rec in &tasks.processes {
@@ -45,6 +47,7 @@ pub fn processes(
             parent,
             tasks,
             tracees,
+            groups: &groups,
             now,
         };
         found.push(one.process()?);
@@ -81,6 +84,7 @@ struct Assembly<'a> {
     parent: Option<Pid>,
     tasks: &'a Tasks,
     tracees: &'a Tracees,
+    groups: &'a BTreeMap<u64, Vec<u32>>,
     now: &'a Now,
 }
 
@@ -115,7 +119,6 @@ impl Assembly<'_> {
         let mm = self.tasks.mms.iter().find(|mm| mm.mm == leader.mm);
         let flags = mm.map_or(0, |mm| mm.flags);
         let proc = ProcDir::new(rec.pid);
-        let status = Status::read(&proc)?;
         let shared = if rec.shared_pending == 0 {
             Vec::new()
         } else {
@@ -130,7 +133,7 @@ impl Assembly<'_> {
             exe: proc.link("exe")?,
             cwd: proc.link("cwd")?,
             root: proc.link("root")?,
-            umask: status.umask,
+            umask: leader.umask,
             personality: leader.personality,
             dumpable: u8::try_from(flags & 3).unwrap_or(0),
             child_subreaper: rec.flags & ProcessFlag::CHILD_SUBREAPER != 0,
@@ -156,23 +159,19 @@ impl Assembly<'_> {
                 .threads
                 .iter()
                 .filter(|thread| !thread.is_zombie())
-                .map(|thread| self.thread(thread, &status))
+                .map(|thread| self.thread(thread))
                 .collect::<Result<_, _>>()?,
             ..base
         })
     }
 
-    fn thread(&self, rec: &ThreadRec, status: &Status) -> Result<Thread, CheckpointError> {
+    fn thread(&self, rec: &ThreadRec) -> Result<Thread, CheckpointError> {
         let tid = Tid(rec.tid.cast_signed());
         let stopped = self
             .tracees
             .of(tid)
             .ok_or_else(|| CheckpointError::Unstable(format!("Thread {tid} was not stopped")))?;
-        let groups = if rec.tid == rec.tgid {
-            status.groups.clone()
-        } else {
-            Status::read(&ProcDir::thread(rec.tgid, rec.tid))?.groups
-        };
+        let groups = self.groups.get(&rec.group_info).cloned();
         let pending = if rec.pending == 0 {
             Vec::new()
         } else {
@@ -199,7 +198,7 @@ impl Assembly<'_> {
             robust_list: (rec.robust_list, robust_len(rec.robust_list)),
             clear_child_tid: rec.clear_child_tid,
             rseq: threads::rseq(stopped)?,
-            creds: credentials(rec, groups),
+            creds: credentials(rec, groups.unwrap_or_default()),
             sched: Scheduling {
                 policy: rec.policy,
                 // MAX_RT_PRIO + NICE_WIDTH / 2
@@ -209,7 +208,7 @@ impl Assembly<'_> {
             },
             pdeathsig: rec.pdeath_signal,
             timer_slack: rec.timer_slack_ns,
-            ioprio: own_ioprio(ioprio(tid)?, rec.static_prio - 120),
+            ioprio: u16::try_from(rec.ioprio).unwrap_or(0),
         })
     }
 
@@ -245,19 +244,6 @@ fn is_stop(info: &SigInfo) -> bool {
 /// `MMF_DUMP_FILTER_MASK` (include/linux/sched/coredump.h), as /proc shows it.
 fn dump_filter(flags: u64) -> u32 {
     u32::try_from(flags >> 2 & 0x1ff).unwrap_or(0)
-}
-
-/// An I/O priority that was set: the kernel also reports the one that it makes of the nice value
-/// (task_nice_ioprio()), which is to follow that value further on.
-fn own_ioprio(value: u16, nice: i32) -> u16 {
-    const CLASS_SHIFT: u32 = 13;
-    const BEST_EFFORT: u16 = 2;
-    let level = u16::try_from((nice + 20) / 5).unwrap_or(0);
-    let class = value >> CLASS_SHIFT;
-    match class == 0 || value == BEST_EFFORT << CLASS_SHIFT | level {
-        true => 0,
-        false => value,
-    }
 }
 
 fn robust_len(head: u64) -> u64 {
@@ -392,32 +378,28 @@ impl ProcDir {
     }
 }
 
-/// The parts of /proc/PID/status the iterators do not have.
-struct Status {
-    umask: u32,
-    groups: Vec<u32>,
-}
-
-impl Status {
-    fn read(dir: &ProcDir) -> Result<Self, CheckpointError> {
-        let path = dir.0.join("status");
-        let text = fs::read_to_string(&path).map_err(CheckpointError::io("read", &path))?;
-        Ok(Self::parse(&text))
-    }
-
-    fn parse(text: &str) -> Self {
-        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
-        Self {
-            umask: field("Umask:")
-                .and_then(|value| u32::from_str_radix(value.trim(), 8).ok())
-                .unwrap_or(0o022),
-            groups: field("Groups:")
-                .unwrap_or("")
-                .split_ascii_whitespace()
-                .filter_map(|group| group.parse().ok())
-                .collect(),
+/// Supplementary groups by the identity of the kernel's list, which does not change and which
+/// children inherit: of all that iterators cannot tell, one file is read for each.
+fn group_lists(recs: &[ThreadRec]) -> Result<BTreeMap<u64, Vec<u32>>, CheckpointError> {
+    let mut lists = BTreeMap::new();
+    for rec in recs
+        .iter()
+        .filter(|rec| rec.ngroups > 0 && !rec.is_zombie())
+    {
+        if let Entry::Vacant(entry) = lists.entry(rec.group_info) {
+            let path = ProcDir::thread(rec.tgid, rec.tid).0.join("status");
+            let text = fs::read_to_string(&path).map_err(CheckpointError::io("read", &path))?;
+            entry.insert(groups(&text));
         }
     }
+    Ok(lists)
+}
+
+/// The supplementary groups in /proc/PID/status.
+fn groups(status: &str) -> Vec<u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    let numbers = line.unwrap_or("").split_ascii_whitespace();
+    numbers.filter_map(|group| group.parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -425,10 +407,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn status_is_parsed() {
-        let status = Status::parse("Name:\tx\nUmask:\t0077\nGroups:\t0 24 1000 \n");
-        assert_eq!(status.umask, 0o77);
-        assert_eq!(status.groups, [0, 24, 1000]);
+    fn groups_are_parsed() {
+        assert_eq!(groups("Name:\tx\nGroups:\t0 24 1000 \n"), [0, 24, 1000]);
+        assert!(groups("Name:\tx\nGroups:\t \n").is_empty());
     }
 
     #[test]
@@ -453,13 +434,5 @@ mod tests {
         assert_eq!(left(50, 100), 1);
         assert_eq!(left(150, 100), 50);
         assert_eq!(left(0, 100), 0);
-    }
-
-    #[test]
-    fn an_io_priority_that_follows_from_nice_is_none() {
-        assert_eq!(own_ioprio(0, 0), 0);
-        assert_eq!(own_ioprio(2 << 13 | 4, 0), 0);
-        assert_eq!(own_ioprio(2 << 13 | 4, 10), 2 << 13 | 4);
-        assert_eq!(own_ioprio(3 << 13, 0), 3 << 13);
     }
 }

@@ -344,17 +344,19 @@ const NT_X86_XSTATE: i32 = 0x202;
 /// # Errors
 /// `ESRCH`: it is not stopped; `ENODEV`: a CPU without XSAVE.
 pub fn xstate(tid: Tid) -> Result<Vec<u8>> {
-    let mut bytes = vec![0_u8; XSTATE_MAX];
+    let mut bytes = Vec::<u8>::with_capacity(XSTATE_MAX);
     let len = regset(
         "ptrace(GETREGSET NT_X86_XSTATE)",
         libc::PTRACE_GETREGSET,
         tid,
         NT_X86_XSTATE,
         bytes.as_mut_ptr().cast(),
-        bytes.len(),
+        bytes.capacity(),
     )?;
-    bytes.truncate(len);
-    Ok(bytes)
+    // SAFETY: the kernel has written so many, no more than there is room for.
+    unsafe { bytes.set_len(len) };
+    // A copy as long as they are: of many threads, the room would be much.
+    Ok(bytes.as_slice().to_vec())
 }
 
 /// Sets the extended registers: all of them or, on error, none.

@@ -30,17 +30,6 @@ pub fn affinity(tid: Tid) -> Result<Vec<u8>, CallError> {
     Ok(mask[..used].to_vec())
 }
 
-/// I/O priority of a thread (ioprio_get(2)): class and level, 0 where none was set.
-///
-/// # Errors
-/// `ESRCH`: it is gone.
-pub fn ioprio(tid: Tid) -> Result<u16, CallError> {
-    const WHO_PROCESS: i32 = 1;
-    // SAFETY: takes integers.
-    let value = unsafe { libc::syscall(libc::SYS_ioprio_get, WHO_PROCESS, tid.0) };
-    u16::try_from(value).map_err(|_| CallError::last("ioprio_get", tid.0))
-}
-
 /// Ends this process at once: no destructor, no exit handler. For a forked child, whose
 /// copies of its parent's objects must not be cleaned up twice.
 pub fn exit_now(code: i32) -> ! {
