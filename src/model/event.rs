@@ -440,7 +440,7 @@ pub struct SockInfo {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct SockOptions {
-    /// Jiffies; all bits are set for none.
+    /// Jiffies; `LONG_MAX` for none.
     pub rcvtimeo: u64,
     pub sndtimeo: u64,
     /// `sock_flag` of `bpf/events.h`, and bits of the kernel's `sk_flags` above them.

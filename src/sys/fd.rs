@@ -1,5 +1,6 @@
 //! Descriptors by number, owners and locks of open file descriptions.
 
+use crate::model::event::Owner;
 use crate::model::frozen::{FileLock, FileOwner, LockKind};
 use nix::errno::Errno;
 use nix::libc;
@@ -48,13 +49,34 @@ struct OwnerEx {
     id: i32,
 }
 
+const F_SETSIG: i32 = 10;
+const F_GETSIG: i32 = 11;
+const F_SETOWN_EX: i32 = 15;
+const F_GETOWN_EX: i32 = 16;
+
+/// `F_GETOWN_EX` and `F_GETSIG`; nobody once he has ended.
+///
+/// # Errors
+/// `EBADF`: it was opened with `O_PATH`.
+pub fn signal_owner(fd: BorrowedFd<'_>) -> Result<Owner, Errno> {
+    let mut owner = OwnerEx { kind: 0, id: 0 };
+    // SAFETY: the kernel writes a struct f_owner_ex.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner) };
+    Errno::result(result)?;
+    // SAFETY: takes integers.
+    let signal = Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) })?;
+    Ok(Owner {
+        pid: owner.id,
+        kind: owner.kind.cast_unsigned(),
+        signal,
+    })
+}
+
 /// `F_SETOWN_EX` and `F_SETSIG`.
 ///
 /// # Errors
 /// `ESRCH`: no such process.
 pub fn set_owner(number: i32, owner: &FileOwner) -> Result<(), Errno> {
-    const F_SETOWN_EX: i32 = 15;
-    const F_SETSIG: i32 = 10;
     let value = OwnerEx {
         kind: owner.kind,
         id: owner.id,

@@ -68,10 +68,8 @@ impl Audit<'_> {
         if let Some(group) = ofd.group {
             self.inotify(at, group, truth);
         }
+        self.settings(at, ofd);
         let Some(sock) = ofd.sock else { return };
-        if let Some(socket) = self.state.sockets.get(&sock) {
-            self.options(at, socket);
-        }
         match (self.state.sockets.get(&sock), sockets.get(&ofd.inode.ino)) {
             (Some(socket), Some(truth)) => self.socket(at, socket, truth),
             // Not every socket is on a list; the model has every one that is open.

@@ -1,16 +1,17 @@
 //! Compares the model with the kernel's truth, taken from /proc, sock_diag(7) and getsockopt(2).
 //!
-//! What only our own BPF programs could tell is left out: who gets the signals of a
-//! descriptor (`F_SETOWN`, `F_SETSIG`), securebits, `st_mode`, and of a socket the options
-//! that are times and whatever no list names it for, such as one that was never bound or
-//! connected.
+//! What only our own BPF programs could tell is left out: securebits, and who gets the signals
+//! of a descriptor that is neither a socket nor set to send any; to ask for them, all files of
+//! all processes would have to be held for a moment.
 
 mod files;
 mod kernel;
 mod mappings;
 mod options;
 mod process;
+mod settings;
 mod sockets;
+mod ticks;
 
 use super::{Gone, Settle, Tracking};
 use crate::model::ids::{MmId, Pid, SockId};
@@ -22,6 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
+use ticks::Ticks;
 
 /// One object that the model and the kernel describe differently.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -120,6 +122,7 @@ pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared
         mms: BTreeSet::new(),
         mounts: kernel::mounts("self"),
         sockets: Namespaces::default(),
+        ticks: Ticks::of_this_kernel(),
         pidfds: Pidfds::default(),
     };
     let kernel = kernel::processes(cgroups.iter().map(PathBuf::as_path));
@@ -155,7 +158,9 @@ struct Audit<'a> {
     /// Devices of the mounts that the process at hand, or we, can see.
     mounts: BTreeMap<u64, u32>,
     sockets: Namespaces,
-    /// Of the processes whose sockets were looked at.
+    /// Nothing where the kernel does not tell.
+    ticks: Option<Ticks>,
+    /// Of the processes whose files were looked at.
     pidfds: Pidfds,
 }
 

@@ -1,17 +1,13 @@
-//! What sockets are set to, as getsockopt(2) says of a duplicate of the descriptor.
-//!
-//! Left out is what the kernel keeps in ticks, whose length it does not tell: time-outs, the
-//! length of a linger, and how long a connection is idle before it is probed.
+//! What sockets are and are set to, as getsockopt(2) says of a duplicate of the descriptor.
 
 use super::Audit;
+use super::ticks::{Ticks, timeval};
 use crate::bpf::events::{SockFlag, SockMore, TRK_SK_FLAGS_SHIFT};
-use crate::model::event::SockOptions;
+use crate::model::event::{SockInfo, SockOptions};
 use crate::model::ids::{Fd, Pid};
-use crate::model::state::Socket;
 use crate::sys::socket::{int_option, option};
 use nix::libc;
-use nix::sys::stat::fstat;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 
 /// An option whose value is an integer.
 struct Check {
@@ -205,29 +201,43 @@ const TCP: &[Check] = &[
         (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
         |o| number(o.notsent_lowat),
     ),
-    // Retransmissions here, seconds there.
-    switch(
+    check(
         "TCP_DEFER_ACCEPT",
         (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
-        |o| Some((o.defer_accept != 0).into()),
+        |o| retransmissions(o.defer_accept),
     ),
 ];
 
+/// The seconds that so many retransmissions take, each twice as long after the one before;
+/// `None` where that would be longer than the kernel waits at most, which can be set.
+fn retransmissions(count: u8) -> Option<i32> {
+    const MOST: u8 = 6;
+    (count <= MOST).then(|| (1 << count) - 1)
+}
+
 impl Audit<'_> {
-    /// Compares what a socket is set to. Whoever is gone meanwhile, or has another file at that
-    /// number, is left to the next look.
-    pub(super) fn options(&mut self, (pid, fd): (Pid, Fd), socket: &Socket) {
-        let info = &socket.info;
-        let (family, protocol) = (i32::from(info.family), i32::from(info.protocol));
+    /// Compares what a socket is, and what it is set to.
+    pub(super) fn options(
+        &mut self,
+        (pid, fd): (Pid, Fd),
+        info: &SockInfo,
+        duplicate: BorrowedFd<'_>,
+    ) {
+        let identity = |name| int_option(duplicate, libc::SOL_SOCKET, name).unwrap_or(-1);
+        let [family, kind, protocol] = [info.family, info.kind, info.protocol].map(i32::from);
+        let [found_family, found_kind, found_protocol] =
+            [libc::SO_DOMAIN, libc::SO_TYPE, libc::SO_PROTOCOL].map(identity);
+        self.differ(
+            pid,
+            format!("kind of socket fd {fd}"),
+            format!("family {family} type {kind} protocol {protocol}"),
+            format!("family {found_family} type {found_kind} protocol {found_protocol}"),
+        );
         let inet = matches!(family, libc::AF_INET | libc::AF_INET6);
         if !inet && family != libc::AF_UNIX {
             return;
         }
-        let Some(duplicate) = self.duplicate((pid, fd), info.ino) else {
-            return;
-        };
-        let duplicate = duplicate.as_fd();
-        let tcp = protocol == libc::IPPROTO_TCP && i32::from(info.kind) == libc::SOCK_STREAM;
+        let tcp = protocol == libc::IPPROTO_TCP && kind == libc::SOCK_STREAM;
         let of = |checks: &'static [Check], applies: bool| if applies { checks } else { &[] };
         let checks = [
             SOCKET,
@@ -260,6 +270,9 @@ impl Audit<'_> {
                 both(name, &ours.to_string(), &theirs.to_string());
             }
         }
+        if let Some(ticks) = self.ticks {
+            times(ticks, (&info.options, inet && tcp), duplicate, &mut both);
+        }
         if inet && tcp {
             let named = |bytes: &[u8]| {
                 let name = bytes.split(|byte| *byte == 0).next();
@@ -275,11 +288,49 @@ impl Audit<'_> {
         }
         self.differ(pid, format!("options of fd {fd}"), model, kernel);
     }
+}
 
-    fn duplicate(&mut self, (pid, fd): (Pid, Fd), ino: u64) -> Option<OwnedFd> {
-        let duplicate = self.pidfds.duplicate(pid, fd).ok()?;
-        let same = fstat(&duplicate).is_ok_and(|found| found.st_ino == ino);
-        same.then_some(duplicate)
+/// Compares what the kernel keeps in ticks.
+fn times(
+    ticks: Ticks,
+    (options, tcp): (&SockOptions, bool),
+    socket: BorrowedFd<'_>,
+    both: &mut impl FnMut(&str, &str, &str),
+) {
+    for (name, ours, number) in [
+        ("SO_RCVTIMEO", options.rcvtimeo, libc::SO_RCVTIMEO),
+        ("SO_SNDTIMEO", options.sndtimeo, libc::SO_SNDTIMEO),
+    ] {
+        let found = option(socket, libc::SOL_SOCKET, number, 16);
+        if let Some(theirs) = found.ok().and_then(|bytes| timeval(&bytes)) {
+            both(
+                name,
+                &format!("{:?}", ticks.shown(ours)),
+                &format!("{theirs:?}"),
+            );
+        }
+    }
+    // Of struct linger the second member.
+    let linger = option(socket, libc::SOL_SOCKET, libc::SO_LINGER, 8).ok();
+    let linger = linger.and_then(|bytes| bytes.last_chunk::<4>().copied());
+    let mut seconds = vec![("linger", options.linger, linger.map(i32::from_ne_bytes))];
+    if tcp {
+        let set = |name| int_option(socket, libc::IPPROTO_TCP, name).ok();
+        let (idle, interval) = (libc::TCP_KEEPIDLE, libc::TCP_KEEPINTVL);
+        seconds.push(("TCP_KEEPIDLE", options.keepidle, set(idle)));
+        seconds.push(("TCP_KEEPINTVL", options.keepintvl, set(interval)));
+    }
+    for (name, ours, theirs) in seconds {
+        // What was not set is the default of the system, whatever that is.
+        if let Some(theirs) = theirs
+            && (ours != 0 || name == "linger")
+        {
+            both(
+                name,
+                &ours.to_string(),
+                &ticks.in_seconds(theirs).to_string(),
+            );
+        }
     }
 }
 
