@@ -143,9 +143,52 @@ static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd
 	submit(e);
 }
 
+static __always_inline struct fown_struct *file_owner(struct file *file)
+{
+	struct file___embedded *embedded = (void *)file;
+
+	if (bpf_core_field_exists(embedded->f_owner.pid))
+		return (void *)file + bpf_core_field_offset(struct file___embedded, f_owner);
+	return BPF_CORE_READ(file, f_owner);
+}
+
+/* Status flags and who is told of readiness. */
+static __always_inline void send_ofd(struct file *file)
+{
+	struct fown_struct *owner;
+	struct ofd_event *e;
+
+	e = EVENT(struct ofd_event, EVENT_OFD, file, CLASS_FILES);
+	if (!e)
+		return;
+	owner = file_owner(file);
+	e->file = (u64)file;
+	e->flags = BPF_CORE_READ(file, f_flags);
+	e->owner_pid = owner ? pid_nr(BPF_CORE_READ(owner, pid)) : 0;
+	e->owner_type = owner ? BPF_CORE_READ(owner, pid_type) : 0;
+	e->owner_sig = owner ? BPF_CORE_READ(owner, signum) : 0;
+	submit(e);
+}
+
+/* Says who is told of readiness, if anybody ever was: an installation has no room for that. The
+ * type of the file must be known. */
+static __always_inline void send_owner(struct file *file)
+{
+	struct file___embedded *embedded = (void *)file;
+	bool owned;
+
+	if (bpf_core_field_exists(embedded->f_owner.pid))
+		owned = embedded->f_owner.pid || embedded->f_owner.signum;
+	else
+		owned = file->f_owner;
+	if (owned)
+		send_ofd(file);
+}
+
 APART BPF_PROG(installs, unsigned int fd, struct file *file)
 {
 	send_install(true, current_files(), fd, file, -1, just_made(file));
+	send_owner(file);
 }
 
 SEC("fentry/fd_install")
@@ -185,8 +228,10 @@ int BPF_PROG(file_close_fd_locked)
 APART BPF_PROG(replaces, struct files_struct *files, struct file *file, unsigned int fd,
 	       unsigned int flags)
 {
-	if (file_at(files, fd) || !bit_at(files->fdt->open_fds, fd))
+	if (file_at(files, fd) || !bit_at(files->fdt->open_fds, fd)) {
 		send_install(true, files, fd, file, !!(flags & O_CLOEXEC), false);
+		send_owner(file);
+	}
 }
 
 SEC("fentry/do_dup2")
@@ -371,33 +416,6 @@ int BPF_PROG(exit_files, struct task_struct *task)
 	if (files)
 		send_fd(EVENT_FILES_GONE, files, 0);
 	return 0;
-}
-
-static __always_inline struct fown_struct *file_owner(struct file *file)
-{
-	struct file___embedded *embedded = (void *)file;
-
-	if (bpf_core_field_exists(embedded->f_owner.pid))
-		return (void *)file + bpf_core_field_offset(struct file___embedded, f_owner);
-	return BPF_CORE_READ(file, f_owner);
-}
-
-/* Status flags and who is told of readiness. */
-static __always_inline void send_ofd(struct file *file)
-{
-	struct fown_struct *owner;
-	struct ofd_event *e;
-
-	e = EVENT(struct ofd_event, EVENT_OFD, file, CLASS_FILES);
-	if (!e)
-		return;
-	owner = file_owner(file);
-	e->file = (u64)file;
-	e->flags = BPF_CORE_READ(file, f_flags);
-	e->owner_pid = owner ? pid_nr(BPF_CORE_READ(owner, pid)) : 0;
-	e->owner_type = owner ? BPF_CORE_READ(owner, pid_type) : 0;
-	e->owner_sig = owner ? BPF_CORE_READ(owner, signum) : 0;
-	submit(e);
 }
 
 SEC("fexit/do_fcntl")

@@ -45,9 +45,9 @@ impl Known {
     /// Has what was found standing still ([`Capture::found`]) compared with the model and what
     /// has happened since it was fetched. To be called once all is frozen.
     #[must_use]
-    pub fn compare(self, found: Vec<Snapshot>) -> Comparison {
+    pub fn compare(self, found: impl FnOnce() -> Vec<Snapshot>) -> Comparison {
         Comparison(self.0.and_then(|asking| {
-            let sent = asking.found.send(found);
+            let sent = asking.found.send(found());
             sent.is_ok().then_some(asking.outcome)
         }))
     }

@@ -117,7 +117,7 @@ fn take(
     capture.refresh(store, &mut slots, leave_running)?;
     capture.lock_network()?;
     capture.freeze()?;
-    let comparison = known.compare(vec![capture.found()]);
+    let comparison = known.compare(|| vec![capture.found()]);
     capture.collect_memory(store, &mut slots)?;
     capture.silence()?;
     let application = capture.collect_files(store, &mut slots)?;

@@ -345,7 +345,7 @@ impl Update {
         }
         in_time()?;
         self.clock.reached("all stopped");
-        let comparison = known.compare(self.captures.iter().map(Capture::found).collect());
+        let comparison = known.compare(|| self.captures.iter().map(Capture::found).collect());
         for capture in &mut self.captures {
             on(capture, |capture| capture.collect_memory(store, slots))?;
             in_time()?;

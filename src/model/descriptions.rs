@@ -47,6 +47,12 @@ fn hear(ofd: &mut Ofd, info: &OfdInfo, was_held: bool, seq: u64) -> Heard {
     // Many files share an inode, but only a new one is just made or empty.
     if same && (was_held || !info.empty) {
         ofd.told = ofd.told.max(seq);
+        // It may be another one of the same kind after all, made where the last one was before
+        // all had said that they had lost it. Of an owner an event of its own follows.
+        if ofd.seq <= seq {
+            ofd.seq = seq;
+            (ofd.flags, ofd.owner) = (info.flags, info.owner);
+        }
         return Heard::Same;
     }
     if known && was_held {
@@ -332,7 +338,7 @@ mod tests {
     use super::*;
     use crate::model::apply::apply;
     use crate::model::check::check;
-    use crate::model::event::{Body, Event, TaskInfo};
+    use crate::model::event::{Body, Event, Owner, TaskInfo};
     use crate::model::ids::SockId;
     use crate::model::snapshot::{Snapshot, absorb, replay};
     use crate::model::state::State;
@@ -400,6 +406,42 @@ mod tests {
             state.sockets.get(&SOCK).map(|socket| socket.info.ino),
             Some(320)
         );
+        assert_eq!(check(&state), []);
+    }
+
+    /// Descriptors still refer to one file, as far as is known, when another one of the same kind
+    /// is made at its address.
+    #[test]
+    fn an_installation_tells_flags_and_owner() {
+        let eventfd = |fd, flags| Body::FdInstall {
+            files: FILES,
+            fd: Fd(fd),
+            cloexec: false,
+            ofd: OfdInfo {
+                id: OfdId(256),
+                kind: FileKind::Eventfd,
+                flags,
+                empty: true,
+                ..OfdInfo::default()
+            },
+            socket: None,
+        };
+        let owner = Owner {
+            pid: 7,
+            kind: 1,
+            signal: 10,
+        };
+        let owned = Body::Ofd {
+            ofd: OfdId(256),
+            flags: 0o4002,
+            owner,
+        };
+        let mut state = start();
+        for (seq, body) in (3..).zip([eventfd(3, 2), owned, eventfd(4, 2)]) {
+            assert_eq!(apply(&mut state, &Event { seq, body }), []);
+        }
+        let ofd = &state.ofds[&OfdId(256)];
+        assert_eq!((ofd.flags, ofd.owner, ofd.refs), (2, Owner::default(), 2));
         assert_eq!(check(&state), []);
     }
 

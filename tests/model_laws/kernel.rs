@@ -10,7 +10,9 @@ mod op;
 use op::Kind;
 pub use op::{Op, op};
 use std::collections::{BTreeMap, BTreeSet};
-use tracker::model::event::{Body, Event, FsInfo, Ids, OfdInfo, SockInfo, TaskInfo, Vma, Watch};
+use tracker::model::event::{
+    Body, Event, FsInfo, Ids, OfdInfo, Owner, SockInfo, TaskInfo, Vma, Watch,
+};
 use tracker::model::ids::{
     CgroupId, Fd, FilesId, FsId, GroupId, MmId, OfdId, Pid, SockId, TaskId, Tid,
 };
@@ -295,6 +297,9 @@ impl Kernel {
     fn install(&mut self, files: FilesId, fd: Fd, id: OfdId, cloexec: bool, new: bool) {
         let mut ofd = self.ofd(id);
         ofd.empty |= new;
+        // The kernel's event has no room for it.
+        let owner = std::mem::take(&mut ofd.owner);
+        let flags = ofd.flags;
         self.emit(Body::FdInstall {
             files,
             fd,
@@ -302,6 +307,10 @@ impl Kernel {
             ofd,
             socket: ofd.sock.map(|sock| Box::new(self.sockets[&sock].clone())),
         });
+        if owner != Owner::default() {
+            let ofd = id;
+            self.emit(Body::Ofd { ofd, flags, owner });
+        }
         self.tables
             .get_mut(&files)
             .expect("used")

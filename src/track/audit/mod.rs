@@ -123,6 +123,7 @@ pub fn compare(state: &State, cgroups: &[PathBuf]) -> (Vec<Difference>, Compared
         mounts: kernel::mounts("self"),
         sockets: Namespaces::default(),
         ticks: Ticks::of_this_kernel(),
+        reachable: false,
         pidfds: Pidfds::default(),
     };
     let kernel = kernel::processes(cgroups.iter().map(PathBuf::as_path));
@@ -160,6 +161,9 @@ struct Audit<'a> {
     sockets: Namespaces,
     /// Nothing where the kernel does not tell.
     ticks: Option<Ticks>,
+    /// Whether the table at hand is the one of which a pidfd gives duplicates, which is that of
+    /// the thread group's leader (before PIDFD_THREAD of 6.9).
+    reachable: bool,
     /// Of the processes whose files were looked at.
     pidfds: Pidfds,
 }

@@ -26,9 +26,12 @@ impl Audit<'_> {
                 self.attrs(pid, task);
             }
         }
+        let leader = tasks.iter().find(|(_, task)| task.tid.0 == pid.0);
+        let leader = leader.and_then(|(_, task)| task.files);
         let mut seen = BTreeSet::new();
         for (_, task) in tasks {
             if let Some(files) = task.files.filter(|files| seen.insert(*files)) {
+                self.reachable = leader == Some(files);
                 self.table(pid, task.tid, files);
             }
             if let Some(mm) = task.mm.filter(|mm| self.mms.insert(*mm)) {

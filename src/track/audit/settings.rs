@@ -15,7 +15,8 @@ impl Audit<'_> {
     pub(super) fn settings(&mut self, (pid, fd): (Pid, Fd), ofd: &Ofd) {
         let signals =
             ofd.owner != Owner::default() || ofd.flags & libc::O_ASYNC.cast_unsigned() != 0;
-        if ofd.sock.is_none() && !signals {
+        // Of a socket its inode tells whether it is the same.
+        if ofd.sock.is_none() && !(self.reachable && signals) {
             return;
         }
         let Ok(duplicate) = self.pidfds.duplicate(pid, fd) else {
