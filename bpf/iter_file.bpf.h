@@ -10,6 +10,19 @@ struct timerfd_rec out_timerfd;
 struct signalfd_rec out_signalfd;
 struct pidfd_rec out_pidfd;
 
+/* As F_GETOWN_EX says it: nobody once all that had the id have ended. */
+static __always_inline u32 owner_nr(struct fown_struct *owner)
+{
+	u64 pid = (u64)BPF_CORE_READ(owner, pid), first = 0;
+	u32 type = BPF_CORE_READ(owner, pid_type);
+
+	if (pid)
+		bpf_probe_read_kernel(&first, sizeof(first),
+				      (void *)(pid + bpf_core_field_offset(struct pid, tasks) +
+					       (type & 3) * sizeof(first)));
+	return first ? pid_nr((struct pid *)pid) : 0;
+}
+
 static __always_inline void fill_owner(struct file_rec *r, struct file *file)
 {
 	struct file___embedded *embedded = (void *)file;
@@ -26,7 +39,7 @@ static __always_inline void fill_owner(struct file_rec *r, struct file *file)
 		owner = file->f_owner;
 	if (!owner)
 		return;
-	r->owner_pid = pid_nr(BPF_CORE_READ(owner, pid));
+	r->owner_pid = owner_nr(owner);
 	r->owner_type = BPF_CORE_READ(owner, pid_type);
 	r->owner_sig = BPF_CORE_READ(owner, signum);
 	r->owner_uid = BPF_CORE_READ(owner, uid.val);

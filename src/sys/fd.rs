@@ -72,6 +72,15 @@ pub fn signal_owner(fd: BorrowedFd<'_>) -> Result<Owner, Errno> {
     })
 }
 
+/// `F_SETFL`.
+///
+/// # Errors
+/// As the system call.
+pub fn set_status(number: i32, flags: i32) -> Result<(), Errno> {
+    // SAFETY: takes integers.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_SETFL, flags) }).map(drop)
+}
+
 /// `F_SETOWN_EX` and `F_SETSIG`.
 ///
 /// # Errors

@@ -14,8 +14,8 @@ use crate::bpf::iter::{Detail, File, Files, Iterators, Scope, Tasks};
 use crate::capture::restart::Now;
 use crate::image::Store;
 use crate::model::frozen::{
-    Blocker, Content, ContentId, ContentKind, EpollItem, FileKind, FileLock, FileOwner,
-    InotifyWatch, LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
+    Blocker, Content, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch,
+    LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use crate::sys::inode::Watches;
@@ -110,16 +110,10 @@ impl<'a> Reader<'a> {
         }
         let kind = self.kind(id, file)?;
         let rec = &file.rec;
-        let owner = (rec.owner_pid != 0).then(|| FileOwner {
-            // enum pid_type and F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP count alike.
-            kind: rec.owner_type.cast_signed(),
-            id: rec.owner_pid.cast_signed(),
-            signal: rec.owner_sig,
-        });
         let open = OpenFile {
             flags: rec.flags,
             pos: u64::try_from(rec.pos).unwrap_or(0),
-            owner,
+            owner: self.survey.owners.carried(rec),
             locks: self.locks(file),
             lease: lease::of(self.locks.get(&rec.ino).map_or(&[], Vec::as_slice), file),
             kind,

@@ -36,6 +36,11 @@ impl Processes {
         self.inside.contains(&pid)
     }
 
+    /// Whether this process is one that a restore makes.
+    pub fn is_made(&self, pid: u32) -> bool {
+        self.has(pid) && !self.unread.contains(&pid)
+    }
+
     /// What a pidfd is to refer to; 0 = a process that is gone.
     pub fn target(&self, pidfd: &PidfdRec) -> Pid {
         match self.unread.contains(&pidfd.pid) {

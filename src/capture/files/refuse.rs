@@ -1,6 +1,7 @@
 //! What is not carried, named before anything is frozen.
 
 use super::borrow::place;
+use super::owner::Owners;
 use super::pidfd::Processes;
 use super::{lease, pseudo, pty, regular, socket, unix};
 use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, SockRec, TtyRec};
@@ -73,6 +74,7 @@ pub(super) struct Survey {
     /// Some Unix socket has descriptors in flight, which no table shows.
     in_flight: bool,
     pub processes: Processes,
+    pub owners: Owners,
     /// Why a file is not carried for a lock taken through it.
     locked: HashMap<u64, String>,
     /// epoll sets that watch a file which is open nowhere in the application.
@@ -94,6 +96,7 @@ impl Survey {
         };
         let locked = found.locks.iter().filter_map(reason).collect();
         let mut survey = Self {
+            owners: Owners::of(tasks, &processes),
             processes,
             locked,
             sockets: HashMap::new(),
@@ -155,6 +158,9 @@ impl Survey {
         };
         if let Some(reason) = self.locked.get(&rec.file) {
             return Some(blocked(format!("file {}", rec.name()), reason.clone()));
+        }
+        if let Some(reason) = self.owners.refusal(rec) {
+            return Some(blocked(format!("file {}", rec.name()), reason));
         }
         match rec.kind {
             Kind::REGULAR if rec.nlink == 0 && rec.flags & O_PATH != 0 => {

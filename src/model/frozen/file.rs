@@ -40,12 +40,12 @@ pub struct OpenFile {
     pub kind: FileKind,
 }
 
-/// Who gets `SIGIO` of an open file description.
+/// Who gets `SIGIO`, or what was chosen instead, of an open file description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileOwner {
     /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
     pub kind: i32,
-    /// The id.
+    /// The id; 0 for nobody.
     pub id: i32,
     /// `F_SETSIG` value; 0 = `SIGIO`.
     pub signal: i32,

@@ -47,16 +47,16 @@ pub fn take_lease(number: Fd, file: &OpenFile, pid: Pid) -> Result<(), FilesErro
     };
     let object = format!("Lease on descriptor {number}");
     fd::lease(number.0, lease.exclusive).map_err(call(&object, "fcntl(F_SETLEASE)"))?;
-    if file.owner.is_some() {
-        return Ok(());
-    }
-    // It was given to nobody afterwards.
-    let nobody = FileOwner {
+    let owner = file.owner.unwrap_or(FileOwner {
         kind: 1,
         id: 0,
         signal: 0,
-    };
-    fd::set_owner(number.0, &nobody).map_err(call(object, "fcntl(F_SETOWN_EX)"))
+    });
+    if owner.id != 0 {
+        return Ok(());
+    }
+    // It was given to nobody afterwards.
+    fd::set_owner(number.0, &owner).map_err(call(object, "fcntl(F_SETOWN_EX)"))
 }
 
 fn take(number: i32, lock: &FileLock) -> Result<(), FilesError> {

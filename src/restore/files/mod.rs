@@ -13,6 +13,7 @@ mod epoll;
 mod error;
 mod filter;
 mod lock;
+mod owner;
 mod pidfd;
 mod pipe;
 mod pty;
@@ -115,7 +116,7 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
             .ofds
             .get(&id)
             .ok_or_else(|| FilesError::Missing(format!("{id}")))?;
-        set_status(fd, file)?;
+        set_status(fd, file, owner::is_held(app, id))?;
         lock::take_shared(fd, file)?;
     }
     opened.departed = unix.departed;
@@ -211,9 +212,11 @@ fn is_nonblocking(file: &OpenFile) -> bool {
     OFlag::from_bits_retain(file.flags.cast_signed()).contains(OFlag::O_NONBLOCK)
 }
 
-/// `F_SETFL`: the status flags that open(2) or socket(2) was not asked for.
-fn set_status(fd: &OwnedFd, file: &OpenFile) -> Result<(), FilesError> {
-    let flags = OFlag::from_bits_retain(file.flags.cast_signed());
+/// `F_SETFL`: the status flags that open(2) or socket(2) was not asked for. `O_ASYNC` comes when
+/// the descriptor has its number, if one is to refer to it ([`owner::set`]).
+fn set_status(fd: &OwnedFd, file: &OpenFile, held: bool) -> Result<(), FilesError> {
+    let mut flags = OFlag::from_bits_retain(file.flags.cast_signed());
+    flags.set(OFlag::O_ASYNC, flags.contains(OFlag::O_ASYNC) && !held);
     let asked_for = match &file.kind {
         _ if flags.contains(OFlag::O_PATH) => true,
         FileKind::Eventfd { .. } => {
@@ -297,7 +300,7 @@ pub fn install(
         let file = file.ok_or_else(|| missing(entry.fd, entry.ofd))?;
         let fd = open_one(app, file, &opened.contents)?;
         let fd = fd.ok_or_else(|| missing(entry.fd, entry.ofd))?;
-        set_status(&fd, file)?;
+        set_status(&fd, file, true)?;
         // Out of the way: it may have got this number itself, or that of another one. The low
         // number must be closed before it is given to the process.
         let high = fd::duplicate_above(fd.as_fd(), base.unwrap_or(0)).map_err(call(
@@ -328,12 +331,7 @@ pub fn finish(app: &Application, pid: Pid, opened: &OpenedFiles) -> Result<(), F
             continue;
         };
         lock::take_posix(entry.fd, file, pid)?;
-        if let Some(owner) = &file.owner {
-            fd::set_owner(entry.fd.0, owner).map_err(call(
-                format!("Descriptor {}", entry.fd),
-                "fcntl(F_SETOWN_EX)",
-            ))?;
-        }
+        owner::set(app, process.files, entry, file)?;
         lock::take_lease(entry.fd, file, pid)?;
     }
     let mut next = 0;

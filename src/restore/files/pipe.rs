@@ -110,7 +110,9 @@ fn open_end(
     writer: &OwnedFd,
     flags: u32,
 ) -> Result<OwnedFd, FilesError> {
-    let flags = OFlag::from_bits_retain(flags.cast_signed());
+    let mut flags = OFlag::from_bits_retain(flags.cast_signed());
+    // open(2) would set the flag and have nobody told.
+    flags.remove(OFlag::O_ASYNC);
     let reads = flags & OFlag::O_ACCMODE == OFlag::O_RDONLY;
     let end = if reads { reader } else { writer };
     let path = PathBuf::from(format!("/proc/self/fd/{}", end.as_raw_fd()));

@@ -68,7 +68,7 @@ fn block(signals: &[Signal]) -> Result<SigSet> {
 }
 
 /// Takes a pending signal: which, and the descriptor it names.
-fn pending(set: &SigSet) -> Result<(i32, i32)> {
+pub(super) fn pending(set: &SigSet) -> Result<(i32, i32)> {
     // struct siginfo: signal first, the descriptor of SIGIO behind its band.
     let mut info = [0_i32; 32];
     let patience = libc::timespec {

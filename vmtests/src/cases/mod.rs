@@ -18,6 +18,7 @@ mod mapping;
 mod membarrier;
 mod memory;
 mod message_queues;
+mod owner;
 mod pidfd;
 mod pipe;
 mod probe;
@@ -42,6 +43,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         aio::CASES,
         file::CASES,
         lease::CASES,
+        owner::CASES,
         mapping::CASES,
         memory::CASES,
         rewritten::CASES,

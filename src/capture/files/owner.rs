@@ -1,0 +1,118 @@
+//! Who gets the signals of an open file description: `F_SETOWN` and `F_SETSIG` of fcntl(2).
+
+use super::pidfd::Processes;
+use crate::bpf::events::FileRec;
+use crate::bpf::iter::Tasks;
+use crate::model::frozen::FileOwner;
+use std::collections::BTreeSet;
+
+/// Threads, processes and process groups: `F_OWNER_TID`, `F_OWNER_PID` and `F_OWNER_PGRP`, which
+/// the kernel's `enum pid_type` counts alike.
+type Ids = [BTreeSet<u32>; 3];
+
+/// Who there is to be told.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Owners {
+    inside: Ids,
+    /// Of those the ones that are made again.
+    carried: Ids,
+}
+
+impl Owners {
+    /// Reads them off a pass.
+    pub fn of(tasks: &Tasks, processes: &Processes) -> Self {
+        let mut this = Self::default();
+        let mut add = |kind: usize, id: u32, carried: bool| {
+            this.inside[kind].insert(id);
+            if carried {
+                this.carried[kind].insert(id);
+            }
+        };
+        for thread in &tasks.threads {
+            let leader = thread.tid == thread.tgid && processes.is_made(thread.tgid);
+            add(0, thread.tid, leader || !thread.is_zombie());
+        }
+        for process in &tasks.processes {
+            let made = processes.is_made(process.pid);
+            add(1, process.pid, made);
+            add(2, process.pgid, made);
+        }
+        this
+    }
+
+    /// Why a description is not carried for its owner; `None` when it is.
+    pub fn refusal(&self, rec: &FileRec) -> Option<String> {
+        let whom = ["thread", "process", "process group"];
+        let kind = kind(rec);
+        let outside = rec.owner_pid != 0 && !self.inside[kind].contains(&rec.owner_pid);
+        outside.then(|| {
+            format!(
+                "its signals go to {} {}, which is outside the application; set another owner \
+                 (F_SETOWN of fcntl(2))",
+                whom[kind], rec.owner_pid
+            )
+        })
+    }
+
+    /// What a restore sets; nobody in the place of one who has ended by then.
+    pub fn carried(&self, rec: &FileRec) -> Option<FileOwner> {
+        let there = self.carried[kind(rec)].contains(&rec.owner_pid);
+        let id = if there { rec.owner_pid } else { 0 };
+        (id != 0 || rec.owner_sig != 0).then(|| FileOwner {
+            kind: rec.owner_type.cast_signed(),
+            id: id.cast_signed(),
+            signal: rec.owner_sig,
+        })
+    }
+}
+
+fn kind(rec: &FileRec) -> usize {
+    usize::try_from(rec.owner_type).unwrap_or(0).min(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bpf::events::{ProcessRec, ThreadRec};
+
+    fn rec(owner_type: u32, owner_pid: u32, owner_sig: i32) -> FileRec {
+        FileRec {
+            owner_type,
+            owner_pid,
+            owner_sig,
+            ..FileRec::default()
+        }
+    }
+
+    #[test]
+    fn only_who_is_inside_is_told() {
+        let process = |pid, pgid| ProcessRec {
+            pid,
+            pgid,
+            ..ProcessRec::default()
+        };
+        let thread = |tid, tgid, exit_state| ThreadRec {
+            tid,
+            tgid,
+            exit_state,
+            ..ThreadRec::default()
+        };
+        let tasks = Tasks {
+            // Nobody inside waits for the second one.
+            processes: vec![process(7, 5), process(9, 9)],
+            threads: vec![thread(7, 7, 0), thread(8, 7, 0), thread(9, 9, 32)],
+            ..Tasks::default()
+        };
+        let owners = Owners::of(&tasks, &Processes::of(&tasks));
+        let carried = |rec: &FileRec| owners.carried(rec).map(|owner| (owner.id, owner.signal));
+        for inside in [rec(0, 8, 10), rec(1, 7, 10), rec(2, 5, 10)] {
+            assert_eq!(owners.refusal(&inside), None);
+            let id = inside.owner_pid.cast_signed();
+            assert_eq!(carried(&inside), Some((id, 10)));
+        }
+        assert!(owners.refusal(&rec(1, 8, 0)).is_some(), "a thread's id");
+        assert_eq!(owners.refusal(&rec(1, 9, 0)), None);
+        assert_eq!(carried(&rec(1, 9, 0)), None, "a zombie");
+        assert_eq!(carried(&rec(1, 0, 10)), Some((0, 10)), "a signal alone");
+    }
+}
