@@ -16,42 +16,42 @@ pub(super) struct Owners {
     inside: Ids,
     /// Of those the ones that are made again.
     carried: Ids,
+    /// Threads that do not lead their process: a restore makes them after its descriptors.
+    followers: BTreeSet<u32>,
 }
 
 impl Owners {
     /// Reads them off a pass.
     pub fn of(tasks: &Tasks, processes: &Processes) -> Self {
         let mut this = Self::default();
-        let mut add = |kind: usize, id: u32, carried: bool| {
-            this.inside[kind].insert(id);
-            if carried {
-                this.carried[kind].insert(id);
-            }
-        };
-        for thread in &tasks.threads {
-            let leader = thread.tid == thread.tgid && processes.is_made(thread.tgid);
-            add(0, thread.tid, leader || !thread.is_zombie());
-        }
         for process in &tasks.processes {
-            let made = processes.is_made(process.pid);
-            add(1, process.pid, made);
-            add(2, process.pgid, made);
+            let ids = [process.pid, process.pid, process.pgid];
+            for (kind, id) in ids.into_iter().enumerate() {
+                this.inside[kind].insert(id);
+                if processes.is_made(process.pid) {
+                    this.carried[kind].insert(id);
+                }
+            }
         }
+        let followers = tasks.threads.iter().filter(|t| t.tid != t.tgid);
+        this.followers = followers.map(|thread| thread.tid).collect();
         this
     }
 
     /// Why a description is not carried for its owner; `None` when it is.
     pub fn refusal(&self, rec: &FileRec) -> Option<String> {
-        let whom = ["thread", "process", "process group"];
-        let kind = kind(rec);
-        let outside = rec.owner_pid != 0 && !self.inside[kind].contains(&rec.owner_pid);
-        outside.then(|| {
-            format!(
-                "its signals go to {} {}, which is outside the application; set another owner \
-                 (F_SETOWN of fcntl(2))",
-                whom[kind], rec.owner_pid
-            )
-        })
+        let (kind, id) = (kind(rec), rec.owner_pid);
+        if id == 0 || self.inside[kind].contains(&id) {
+            return None;
+        }
+        let whom = ["thread", "process", "process group"][kind];
+        let what = match kind == 0 && self.followers.contains(&id) {
+            true => "alone, which is not carried yet",
+            false => "outside the application",
+        };
+        Some(format!(
+            "its signals go to {whom} {id} {what}; set another owner (F_SETOWN of fcntl(2))"
+        ))
     }
 
     /// What a restore sets; nobody in the place of one who has ended by then.
@@ -105,12 +105,14 @@ mod tests {
         };
         let owners = Owners::of(&tasks, &Processes::of(&tasks));
         let carried = |rec: &FileRec| owners.carried(rec).map(|owner| (owner.id, owner.signal));
-        for inside in [rec(0, 8, 10), rec(1, 7, 10), rec(2, 5, 10)] {
+        for inside in [rec(0, 7, 10), rec(1, 7, 10), rec(2, 5, 10)] {
             assert_eq!(owners.refusal(&inside), None);
             let id = inside.owner_pid.cast_signed();
             assert_eq!(carried(&inside), Some((id, 10)));
         }
-        assert!(owners.refusal(&rec(1, 8, 0)).is_some(), "a thread's id");
+        let refused = |rec| owners.refusal(&rec).unwrap_or_default();
+        assert!(refused(rec(0, 8, 0)).contains("alone"));
+        assert!(refused(rec(1, 8, 0)).contains("outside"));
         assert_eq!(owners.refusal(&rec(1, 9, 0)), None);
         assert_eq!(carried(&rec(1, 9, 0)), None, "a zombie");
         assert_eq!(carried(&rec(1, 0, 10)), Some((0, 10)), "a signal alone");

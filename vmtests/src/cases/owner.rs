@@ -18,6 +18,7 @@ use crate::guest::case::{Case, Entry};
 pub const CASES: &[Entry] = &[
     Entry::carried("owner_signals", signals),
     Entry::refused("owner_outside", "outside the application", outside),
+    Entry::refused("owner_thread", "alone", thread),
 ];
 
 const F_SETSIG: i32 = 10;
@@ -113,6 +114,24 @@ fn signals(case: &Case) -> Result<()> {
         second == (Signal::SIGUSR2 as i32, nobody),
         "Told {second:?}"
     );
+    Ok(())
+}
+
+/// One that does not lead its process.
+fn thread(case: &Case) -> Result<()> {
+    let (end, _other) = UnixStream::pair()?;
+    let (tell, told_id) = std::sync::mpsc::channel();
+    let (hold, held) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        let told = tell.send(gettid());
+        told.is_ok() && held.recv().is_err()
+    });
+    let id = told_id.recv()?;
+    set_owner(end.as_raw_fd(), THREAD, id)?;
+    case.ready()?;
+    ensure!(told(end.as_raw_fd())? == (THREAD, id.as_raw(), 0), "Nobody");
+    drop(hold);
+    ensure!(thread.join().is_ok_and(|ended| ended), "The thread failed");
     Ok(())
 }
 
