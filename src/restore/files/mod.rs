@@ -116,7 +116,7 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
             .ofds
             .get(&id)
             .ok_or_else(|| FilesError::Missing(format!("{id}")))?;
-        set_status(fd, file, owner::is_held(app, id))?;
+        set_status(fd, file, || owner::is_held(app, id))?;
         lock::take_shared(fd, file)?;
     }
     opened.departed = unix.departed;
@@ -213,10 +213,17 @@ fn is_nonblocking(file: &OpenFile) -> bool {
 }
 
 /// `F_SETFL`: the status flags that open(2) or socket(2) was not asked for. `O_ASYNC` comes when
-/// the descriptor has its number, if one is to refer to it ([`owner::set`]).
-fn set_status(fd: &OwnedFd, file: &OpenFile, held: bool) -> Result<(), FilesError> {
+/// the descriptor has its number, if one is to refer to it ([`owner::set`]); to find out whether
+/// one is takes a look at all of them.
+fn set_status(
+    fd: &OwnedFd,
+    file: &OpenFile,
+    held: impl FnOnce() -> bool,
+) -> Result<(), FilesError> {
     let mut flags = OFlag::from_bits_retain(file.flags.cast_signed());
-    flags.set(OFlag::O_ASYNC, flags.contains(OFlag::O_ASYNC) && !held);
+    if flags.contains(OFlag::O_ASYNC) && held() {
+        flags.remove(OFlag::O_ASYNC);
+    }
     let asked_for = match &file.kind {
         _ if flags.contains(OFlag::O_PATH) => true,
         FileKind::Eventfd { .. } => {
@@ -300,7 +307,7 @@ pub fn install(
         let file = file.ok_or_else(|| missing(entry.fd, entry.ofd))?;
         let fd = open_one(app, file, &opened.contents)?;
         let fd = fd.ok_or_else(|| missing(entry.fd, entry.ofd))?;
-        set_status(&fd, file, true)?;
+        set_status(&fd, file, || true)?;
         // Out of the way: it may have got this number itself, or that of another one. The low
         // number must be closed before it is given to the process.
         let high = fd::duplicate_above(fd.as_fd(), base.unwrap_or(0)).map_err(call(
