@@ -66,6 +66,16 @@
 		bpf_core_read(&(rec)->cap_inheritable, 5 * sizeof(u64), &(cred)->cap_inheritable); \
 	} while (0)
 
+/* Who is told of readiness; NULL where nobody ever was. `typed` is about the file, see MEMBER. */
+static __always_inline struct fown_struct *file_owner(const bool typed, struct file *file)
+{
+	struct file___embedded *embedded = (void *)file;
+
+	if (bpf_core_field_exists(embedded->f_owner.pid))
+		return (void *)file + bpf_core_field_offset(struct file___embedded, f_owner);
+	return MEMBER(typed, file, f_owner);
+}
+
 /* The PID a struct pid has in the initial PID namespace; 0 for none. */
 static __always_inline u32 pid_nr(struct pid *pid)
 {

@@ -25,18 +25,13 @@ static __always_inline u32 owner_nr(struct fown_struct *owner)
 
 static __always_inline void fill_owner(struct file_rec *r, struct file *file)
 {
-	struct file___embedded *embedded = (void *)file;
-	struct fown_struct *owner;
+	struct fown_struct *owner = file_owner(true, file);
 
 	r->owner_pid = 0;
 	r->owner_type = 0;
 	r->owner_sig = 0;
 	r->owner_uid = 0;
 	r->owner_euid = 0;
-	if (bpf_core_field_exists(embedded->f_owner.pid))
-		owner = (void *)file + bpf_core_field_offset(struct file___embedded, f_owner);
-	else
-		owner = file->f_owner;
 	if (!owner)
 		return;
 	r->owner_pid = owner_nr(owner);

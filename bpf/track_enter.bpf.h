@@ -22,7 +22,7 @@ static long introduce_fd(u64 index, void *ctx)
 	if (!file)
 		return 0;
 	send_install(false, files, index, file, -1, false);
-	owner = file_owner(file);
+	owner = file_owner(false, file);
 	if (owner && (BPF_CORE_READ(owner, pid) || BPF_CORE_READ(owner, signum)))
 		send_ofd(file);
 	return 0;

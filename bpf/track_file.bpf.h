@@ -143,15 +143,6 @@ static __always_inline void send_fd(u32 kind, struct files_struct *files, u32 fd
 	submit(e);
 }
 
-static __always_inline struct fown_struct *file_owner(struct file *file)
-{
-	struct file___embedded *embedded = (void *)file;
-
-	if (bpf_core_field_exists(embedded->f_owner.pid))
-		return (void *)file + bpf_core_field_offset(struct file___embedded, f_owner);
-	return BPF_CORE_READ(file, f_owner);
-}
-
 /* Status flags and who is told of readiness. */
 static __always_inline void send_ofd(struct file *file)
 {
@@ -161,7 +152,7 @@ static __always_inline void send_ofd(struct file *file)
 	e = EVENT(struct ofd_event, EVENT_OFD, file, CLASS_FILES);
 	if (!e)
 		return;
-	owner = file_owner(file);
+	owner = file_owner(false, file);
 	e->file = (u64)file;
 	e->flags = BPF_CORE_READ(file, f_flags);
 	e->owner_pid = owner ? pid_nr(BPF_CORE_READ(owner, pid)) : 0;

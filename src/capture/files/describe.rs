@@ -113,7 +113,7 @@ impl<'a> Reader<'a> {
         let open = OpenFile {
             flags: rec.flags,
             pos: u64::try_from(rec.pos).unwrap_or(0),
-            owner: self.survey.owners.carried(rec),
+            owner: self.survey.owners.carried(rec, &self.survey.processes),
             locks: self.locks(file),
             lease: lease::of(self.locks.get(&rec.ino).map_or(&[], Vec::as_slice), file),
             kind,

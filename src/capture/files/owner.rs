@@ -4,18 +4,13 @@ use super::pidfd::Processes;
 use crate::bpf::events::FileRec;
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::FileOwner;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// Threads, processes and process groups: `F_OWNER_TID`, `F_OWNER_PID` and `F_OWNER_PGRP`, which
-/// the kernel's `enum pid_type` counts alike.
-type Ids = [BTreeSet<u32>; 3];
-
-/// Who there is to be told.
+/// Who there is to be told, beside the processes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Owners {
-    inside: Ids,
-    /// Of those the ones that are made again.
-    carried: Ids,
+    /// Process groups, and whether somebody of one is made again.
+    groups: BTreeMap<u32, bool>,
     /// Threads that do not lead their process: a restore makes them after its descriptors.
     followers: BTreeSet<u32>,
 }
@@ -23,25 +18,30 @@ pub(super) struct Owners {
 impl Owners {
     /// Reads them off a pass.
     pub fn of(tasks: &Tasks, processes: &Processes) -> Self {
-        let mut this = Self::default();
+        let mut groups = BTreeMap::new();
         for process in &tasks.processes {
-            let ids = [process.pid, process.pid, process.pgid];
-            for (kind, id) in ids.into_iter().enumerate() {
-                this.inside[kind].insert(id);
-                if processes.is_made(process.pid) {
-                    this.carried[kind].insert(id);
-                }
-            }
+            *groups.entry(process.pgid).or_default() |= processes.is_made(process.pid);
         }
         let followers = tasks.threads.iter().filter(|t| t.tid != t.tgid);
-        this.followers = followers.map(|thread| thread.tid).collect();
-        this
+        Self {
+            groups,
+            followers: followers.map(|thread| thread.tid).collect(),
+        }
+    }
+
+    /// Whether the owner is made again; `None` where he is not of the application.
+    fn is_made(&self, rec: &FileRec, processes: &Processes) -> Option<bool> {
+        let id = rec.owner_pid;
+        match kind(rec) {
+            GROUP => self.groups.get(&id).copied(),
+            _ => processes.has(id).then(|| processes.is_made(id)),
+        }
     }
 
     /// Why a description is not carried for its owner; `None` when it is.
-    pub fn refusal(&self, rec: &FileRec) -> Option<String> {
+    pub fn refusal(&self, rec: &FileRec, processes: &Processes) -> Option<String> {
         let (kind, id) = (kind(rec), rec.owner_pid);
-        if id == 0 || self.inside[kind].contains(&id) {
+        if id == 0 || self.is_made(rec, processes).is_some() {
             return None;
         }
         let whom = ["thread", "process", "process group"][kind];
@@ -55,8 +55,8 @@ impl Owners {
     }
 
     /// What a restore sets; nobody in the place of one who has ended by then.
-    pub fn carried(&self, rec: &FileRec) -> Option<FileOwner> {
-        let there = self.carried[kind(rec)].contains(&rec.owner_pid);
+    pub fn carried(&self, rec: &FileRec, processes: &Processes) -> Option<FileOwner> {
+        let there = self.is_made(rec, processes) == Some(true);
         let id = if there { rec.owner_pid } else { 0 };
         (id != 0 || rec.owner_sig != 0).then(|| FileOwner {
             kind: rec.owner_type.cast_signed(),
@@ -66,8 +66,12 @@ impl Owners {
     }
 }
 
+/// `F_OWNER_PGRP`.
+const GROUP: usize = 2;
+
+/// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`, which the kernel's `enum pid_type` counts alike.
 fn kind(rec: &FileRec) -> usize {
-    usize::try_from(rec.owner_type).unwrap_or(0).min(2)
+    usize::try_from(rec.owner_type).unwrap_or(0).min(GROUP)
 }
 
 #[cfg(test)]
@@ -103,17 +107,22 @@ mod tests {
             threads: vec![thread(7, 7, 0), thread(8, 7, 0), thread(9, 9, 32)],
             ..Tasks::default()
         };
-        let owners = Owners::of(&tasks, &Processes::of(&tasks));
-        let carried = |rec: &FileRec| owners.carried(rec).map(|owner| (owner.id, owner.signal));
+        let processes = Processes::of(&tasks);
+        let owners = Owners::of(&tasks, &processes);
+        let refusal = |rec: &FileRec| owners.refusal(rec, &processes);
+        let carried = |rec: &FileRec| {
+            let owner = owners.carried(rec, &processes);
+            owner.map(|owner| (owner.id, owner.signal))
+        };
         for inside in [rec(0, 7, 10), rec(1, 7, 10), rec(2, 5, 10)] {
-            assert_eq!(owners.refusal(&inside), None);
+            assert_eq!(refusal(&inside), None);
             let id = inside.owner_pid.cast_signed();
             assert_eq!(carried(&inside), Some((id, 10)));
         }
-        let refused = |rec| owners.refusal(&rec).unwrap_or_default();
+        let refused = |rec| refusal(&rec).unwrap_or_default();
         assert!(refused(rec(0, 8, 0)).contains("alone"));
         assert!(refused(rec(1, 8, 0)).contains("outside"));
-        assert_eq!(owners.refusal(&rec(1, 9, 0)), None);
+        assert_eq!(refusal(&rec(1, 9, 0)), None);
         assert_eq!(carried(&rec(1, 9, 0)), None, "a zombie");
         assert_eq!(carried(&rec(1, 0, 10)), Some((0, 10)), "a signal alone");
     }

@@ -159,7 +159,7 @@ impl Survey {
         if let Some(reason) = self.locked.get(&rec.file) {
             return Some(blocked(format!("file {}", rec.name()), reason.clone()));
         }
-        if let Some(reason) = self.owners.refusal(rec) {
+        if let Some(reason) = self.owners.refusal(rec, &self.processes) {
             return Some(blocked(format!("file {}", rec.name()), reason));
         }
         match rec.kind {
