@@ -12,6 +12,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork, getpid};
 
+use super::owner::{THREAD, set_owner, set_signal};
 use super::probe::sys;
 use crate::guest::case::{Case, Entry};
 
@@ -25,8 +26,6 @@ pub const CASES: &[Entry] = &[
     Entry::refused("lease_mapped", "a lease for writing and is mapped", mapped),
 ];
 
-const F_SETSIG: i32 = 10;
-
 fn set(fd: RawFd, lease: i32) -> Result<()> {
     // SAFETY: takes integers.
     let set = unsafe { libc::fcntl(fd, libc::F_SETLEASE, lease) };
@@ -36,12 +35,6 @@ fn set(fd: RawFd, lease: i32) -> Result<()> {
 fn get(fd: RawFd) -> i32 {
     // SAFETY: takes integers.
     unsafe { libc::fcntl(fd, libc::F_GETLEASE) }
-}
-
-fn set_signal(fd: RawFd, signal: Signal) -> Result<()> {
-    // SAFETY: takes integers.
-    let set = unsafe { libc::fcntl(fd, F_SETSIG, signal as i32) };
-    sys("F_SETSIG", set.into()).map(|_| ())
 }
 
 /// Opens as somebody else would who does not wait.
@@ -128,10 +121,7 @@ fn write(case: &Case) -> Result<()> {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).open(&path)?;
     // Nobody but this thread is to be told.
-    let owner = [0, nix::unistd::gettid().as_raw()];
-    // SAFETY: reads one struct f_owner_ex.
-    let owned = unsafe { libc::fcntl(file.as_raw_fd(), 15, owner.as_ptr()) };
-    sys("F_SETOWN_EX", owned.into())?;
+    set_owner(file.as_raw_fd(), THREAD, nix::unistd::gettid())?;
     set_signal(file.as_raw_fd(), Signal::SIGUSR2)?;
     set(file.as_raw_fd(), libc::F_WRLCK)?;
     case.ready()?;

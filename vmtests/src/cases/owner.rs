@@ -26,18 +26,20 @@ const F_GETSIG: i32 = 11;
 const F_SETOWN_EX: i32 = 15;
 const F_GETOWN_EX: i32 = 16;
 
-const THREAD: i32 = 0;
+pub(super) const THREAD: i32 = 0;
 const PROCESS: i32 = 1;
 const GROUP: i32 = 2;
 
-fn set_owner(fd: RawFd, kind: i32, id: Pid) -> Result<()> {
+/// `F_SETOWN_EX`.
+pub(super) fn set_owner(fd: RawFd, kind: i32, id: Pid) -> Result<()> {
     let owner = [kind, id.as_raw()];
     // SAFETY: reads one struct f_owner_ex.
     let set = unsafe { libc::fcntl(fd, F_SETOWN_EX, owner.as_ptr()) };
     sys("F_SETOWN_EX", set.into()).map(|_| ())
 }
 
-fn set_signal(fd: RawFd, signal: Signal) -> Result<()> {
+/// `F_SETSIG`.
+pub(super) fn set_signal(fd: RawFd, signal: Signal) -> Result<()> {
     // SAFETY: takes integers.
     let set = unsafe { libc::fcntl(fd, F_SETSIG, signal as i32) };
     sys("F_SETSIG", set.into()).map(|_| ())
