@@ -59,12 +59,54 @@ static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 	}
 }
 
+/* What no option tells, so that it cannot be carried. */
+static __always_inline void fill_untold(struct sock_rec *r, struct sock *sk)
+{
+	struct inet_connection_sock *icsk = (void *)sk;
+	struct inet_sock *inet = (void *)sk;
+	struct tcp_sock *tcp = (void *)sk;
+	struct udp_sock *udp = (void *)sk;
+	bool datagrams = r->type == SOCK_DGRAM;
+	struct ipv6_pinfo *v6 = NULL;
+	void *labels;
+
+	if (bpf_core_field_exists(sk->sk_policy) &&
+	    (BPF_CORE_READ(sk, sk_policy[0]) || BPF_CORE_READ(sk, sk_policy[1])))
+		r->flags |= SOCK_IPSEC;
+	if (r->protocol == IPPROTO_TCP) {
+		if (BPF_CORE_READ(icsk, icsk_ulp_ops))
+			r->flags |= SOCK_ULP;
+		if (bpf_core_field_exists(tcp->md5sig_info) && BPF_CORE_READ(tcp, md5sig_info))
+			r->flags |= SOCK_TCP_AUTH;
+		if (bpf_core_field_exists(tcp->ao_info) && BPF_CORE_READ(tcp, ao_info))
+			r->flags |= SOCK_TCP_AUTH;
+	}
+	/* an accepted connection has that of its handshake, which means nothing to it */
+	if (datagrams && (BPF_CORE_READ(inet, mc_index) || BPF_CORE_READ(inet, uc_index)))
+		r->flags |= SOCK_OUT_IFACE;
+	if (datagrams && r->protocol == IPPROTO_UDP && BPF_CORE_READ(udp, pending))
+		r->flags |= SOCK_CORKED;
+	if (r->family == AF_INET6)
+		v6 = BPF_CORE_READ(inet, pinet6);
+	if (!v6)
+		return;
+	if (datagrams && (BPF_CORE_READ(v6, mcast_oif) || BPF_CORE_READ(v6, ucast_oif)))
+		r->flags |= SOCK_OUT_IFACE;
+	if (bpf_core_field_exists(v6->ipv6_fl_list))
+		labels = BPF_CORE_READ(v6, ipv6_fl_list);
+	else
+		labels = BPF_CORE_READ(inet, ipv6_fl_list);
+	if (labels || BPF_CORE_READ(v6, opt) || BPF_CORE_READ(v6, frag_size))
+		r->flags |= SOCK_V6_STICKY;
+}
+
 static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 {
 	struct inet_sock *inet = (void *)sk;
 	struct inet_connection_sock *icsk = (void *)sk;
 	u16 dport = sk->__sk_common.skc_dport;
 
+	fill_untold(r, sk);
 	if (r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
 		r->syn_backlog = BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter);
 	if (BPF_CORE_READ(inet, mc_list) ||

@@ -74,6 +74,7 @@ struct sock {
 	u32 sk_lingertime;
 	struct socket *sk_socket;
 	struct sock_cgroup_data sk_cgrp_data;
+	void *sk_policy[2];
 };
 struct socket {
 	short type;
@@ -90,6 +91,11 @@ struct ipv6_pinfo {
 			u16 rxinfo : 1;
 		} bits;
 	} rxopt;
+	int ucast_oif;
+	int mcast_oif;
+	u32 frag_size;
+	void *ipv6_fl_list; /* in struct inet_sock since 6.17 */
+	void *opt;
 };
 /* until 6.5 */
 struct inet_sock___bits {
@@ -100,8 +106,11 @@ struct inet_sock___bits {
 struct inet_sock {
 	unsigned long inet_flags; /* since 6.6 */
 	struct ipv6_pinfo *pinet6;
+	void *ipv6_fl_list;
 	u8 tos;
 	s16 uc_ttl;
+	int uc_index;
+	int mc_index;
 	void *mc_list;
 };
 struct request_sock_queue {
@@ -115,6 +124,7 @@ struct inet_connection_sock {
 	struct request_sock_queue icsk_accept_queue;
 	struct tcp_congestion_ops *icsk_ca_ops;
 	u32 icsk_user_timeout;
+	void *icsk_ulp_ops;
 };
 struct tcp_sock {
 	u8 nonagle : 4;
@@ -122,8 +132,11 @@ struct tcp_sock {
 	u32 keepalive_time;
 	u32 keepalive_intvl;
 	u32 notsent_lowat;
+	void *md5sig_info;
+	void *ao_info; /* since 6.7 */
 };
 struct udp_sock {
+	int pending;
 	struct sk_buff_head reader_queue;
 };
 struct scm_stat {

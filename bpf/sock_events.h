@@ -12,6 +12,13 @@ enum sock_flag {
 	SOCK_MULTICAST = 16, /* member of a group, IPv4 or IPv6 */
 	SOCK_EBPF = 32,      /* its filter or the choice in its port's group is an eBPF program */
 	SOCK_FOREIGN = 64,   /* made outside the cgroups that are tracked; iterators only */
+	/* what getsockopt(2) does not tell, or not whole; iterators only */
+	SOCK_ULP = 128,        /* another protocol on top of TCP, as kernel TLS */
+	SOCK_TCP_AUTH = 256,   /* TCP keys: MD5 or the authentication option */
+	SOCK_IPSEC = 512,      /* an IPsec policy of its own */
+	SOCK_OUT_IFACE = 1024, /* IP_MULTICAST_IF, IP_UNICAST_IF or IPv6's */
+	SOCK_V6_STICKY = 2048, /* extension headers, a flow label, or a size of fragments */
+	SOCK_CORKED = 4096,    /* a datagram that is sent in parts has begun */
 };
 
 /* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted

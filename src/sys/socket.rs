@@ -217,16 +217,15 @@ pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, SocketError> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A new netlink socket of any protocol (netlink(7)).
+/// A new socket of any family, type and protocol.
 ///
 /// # Errors
 /// As socket(2).
-pub fn netlink(protocol: i32) -> Result<OwnedFd, SocketError> {
-    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+pub fn new(family: i32, kind: i32, protocol: i32) -> Result<OwnedFd, SocketError> {
     // SAFETY: takes three integers.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, protocol) };
+    let fd = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
-        return Err(failed(format!("socket(AF_NETLINK, {protocol})")));
+        return Err(failed(format!("socket({family}, {kind}, {protocol})")));
     }
     // SAFETY: the kernel has just handed out this descriptor to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

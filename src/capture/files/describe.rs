@@ -361,7 +361,7 @@ impl<'a> Reader<'a> {
         }
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
-            let read = socket::read(from, sock)?;
+            let read = socket::read(from, sock, self.listeners.defaults())?;
             self.repaired.0.extend(read.repaired);
             return Ok(FileKind::Socket(Box::new(read.socket)));
         }
@@ -374,13 +374,14 @@ impl<'a> Reader<'a> {
                 reason,
             })
         })?;
+        let options = self.listeners.defaults().read(&from, sock)?;
         let (unix, queue) = unix::read(&from, sock, state)?;
         if !queue.is_empty() {
             self.in_flight.push((id, queue));
         }
         Ok(FileKind::Socket(Box::new(Socket {
             inode: sock.ino,
-            options: socket::read_unix_options(&from)?,
+            options,
             filter: filter::read(&from, sock)?,
             state: SocketState::Unix(unix),
         })))

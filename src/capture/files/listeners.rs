@@ -4,8 +4,9 @@
 //! them takes longer than everything else about it. A listener that is, in the frozen window, what
 //! it was before they were read, to the last bit of the kernel's structure, has them still.
 
+use super::CollectError;
 use super::borrow::Lender;
-use super::{CollectError, socket};
+use super::options::Defaults;
 use crate::bpf::events::{SockFlag, SockRec};
 use crate::bpf::iter::{Detail, File};
 use crate::model::frozen::SockOption;
@@ -13,7 +14,10 @@ use std::collections::HashMap;
 
 /// The options of listeners, by the address of the socket.
 #[derive(Debug, Default)]
-pub struct Listeners(HashMap<u64, Listener>);
+pub struct Listeners {
+    known: HashMap<u64, Listener>,
+    defaults: Defaults,
+}
 
 #[derive(Debug)]
 struct Listener {
@@ -27,7 +31,7 @@ impl Listeners {
     /// taken before. What goes away or fails meanwhile is left out.
     pub fn read(files: &[File]) -> Self {
         let mut lender = Lender::default();
-        let mut known = HashMap::new();
+        let (mut known, mut defaults) = (HashMap::new(), Defaults::default());
         for file in files {
             let Detail::Socket(rec) = &file.detail else {
                 continue;
@@ -35,7 +39,7 @@ impl Listeners {
             if rec.fingerprint == 0 || known.contains_key(&rec.sock) {
                 continue;
             }
-            if let Ok(options) = options(&mut lender, file, rec) {
+            if let Ok(options) = options(&mut lender, &mut defaults, file, rec) {
                 let listener = Listener {
                     ino: rec.ino,
                     fingerprint: rec.fingerprint,
@@ -44,7 +48,12 @@ impl Listeners {
                 known.insert(rec.sock, listener);
             }
         }
-        Self(known)
+        Self { known, defaults }
+    }
+
+    /// What new sockets have.
+    pub fn defaults(&mut self) -> &mut Defaults {
+        &mut self.defaults
     }
 
     /// The options of a listener, if they are known and it has not changed since.
@@ -53,7 +62,7 @@ impl Listeners {
         if rec.fingerprint == 0 || rec.flags & SockFlag::HAS_FILTER != 0 {
             return None;
         }
-        let known = self.0.get_mut(&rec.sock)?;
+        let known = self.known.get_mut(&rec.sock)?;
         let same = (known.ino, known.fingerprint) == (rec.ino, rec.fingerprint);
         same.then(|| std::mem::take(&mut known.options))
     }
@@ -61,9 +70,10 @@ impl Listeners {
 
 fn options(
     lender: &mut Lender,
+    defaults: &mut Defaults,
     file: &File,
     rec: &SockRec,
 ) -> Result<Vec<SockOption>, CollectError> {
     let from = lender.borrow(file)?;
-    socket::read_tcp_options(&from, rec, false)
+    defaults.read(&from, rec)
 }

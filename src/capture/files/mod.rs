@@ -11,6 +11,7 @@ mod error;
 mod filter;
 mod lease;
 mod listeners;
+mod options;
 mod owner;
 mod pidfd;
 mod pipe;

@@ -1,11 +1,12 @@
 //! Sockets: options and addresses through a borrowed descriptor, the rest from the iterators.
 
 use super::borrow::{Borrowed, place};
+use super::options::Defaults;
 use super::{CollectError, filter};
 use crate::bpf::events::{SockFlag, SockRec};
 use crate::bpf::iter::File;
 use crate::model::frozen::{SockOption, Socket, SocketState};
-use crate::sys::socket::{int_option, option, set_int_option};
+use crate::sys::socket::{int_option, set_int_option};
 use crate::sys::tcp as repair;
 use nix::libc;
 use nix::sys::socket as ns;
@@ -22,63 +23,6 @@ pub(super) const LISTEN: u8 = 10;
 /// Connections: established, or with one or both directions closed: `FIN_WAIT1`,
 /// `FIN_WAIT2`, `CLOSE_WAIT`, `LAST_ACK`, `CLOSING`.
 const CONNECTED: &[u8] = &[ESTABLISHED, 4, 5, 8, 9, 11];
-
-/// Options that are read with their size in bytes and replayed as they are.
-/// Those that hold nothing but their default on a new socket are left out.
-const OPTIONS: &[(i32, i32, usize)] = &[
-    (libc::SOL_SOCKET, libc::SO_REUSEADDR, 4),
-    (libc::SOL_SOCKET, libc::SO_REUSEPORT, 4),
-    (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 4),
-    (libc::SOL_SOCKET, libc::SO_BROADCAST, 4),
-    (libc::SOL_SOCKET, libc::SO_OOBINLINE, 4),
-    (libc::SOL_SOCKET, libc::SO_DONTROUTE, 4),
-    (libc::SOL_SOCKET, libc::SO_TIMESTAMP, 4),
-    (libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 4),
-    (libc::SOL_SOCKET, libc::SO_PASSCRED, 4),
-    (libc::SOL_SOCKET, libc::SO_PRIORITY, 4),
-    (libc::SOL_SOCKET, libc::SO_MARK, 4),
-    (libc::SOL_SOCKET, libc::SO_RCVLOWAT, 4),
-    (libc::SOL_SOCKET, libc::SO_LINGER, 8),
-    (libc::SOL_SOCKET, libc::SO_RCVTIMEO, 16),
-    (libc::SOL_SOCKET, libc::SO_SNDTIMEO, 16),
-];
-
-const TCP_OPTIONS: &[(i32, i32, usize)] = &[
-    (libc::IPPROTO_TCP, libc::TCP_NODELAY, 4),
-    (libc::IPPROTO_TCP, libc::TCP_CORK, 4),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 4),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 4),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 4),
-    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 4),
-    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 4),
-    (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, 4),
-    (libc::IPPROTO_TCP, libc::TCP_CONGESTION, 16),
-];
-
-const IP_OPTIONS: &[(i32, i32, usize)] = &[
-    (libc::IPPROTO_IP, libc::IP_TOS, 4),
-    (libc::IPPROTO_IP, libc::IP_TTL, 4),
-    (libc::IPPROTO_IP, libc::IP_FREEBIND, 4),
-    (libc::IPPROTO_IP, libc::IP_TRANSPARENT, 4),
-    (libc::IPPROTO_IP, libc::IP_PKTINFO, 4),
-];
-
-const IPV6_OPTIONS: &[(i32, i32, usize)] = &[
-    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 4),
-    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS, 4),
-    (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, 4),
-    (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 4),
-];
-
-/// `NETLINK_PKTINFO`, `NETLINK_NO_ENOBUFS`, `NETLINK_CAP_ACK`, `NETLINK_EXT_ACK`,
-/// `NETLINK_GET_STRICT_CHK`.
-const NETLINK_OPTIONS: &[(i32, i32, usize)] = &[
-    (libc::SOL_NETLINK, 3, 4),
-    (libc::SOL_NETLINK, 5, 4),
-    (libc::SOL_NETLINK, 10, 4),
-    (libc::SOL_NETLINK, 11, 4),
-    (libc::SOL_NETLINK, 12, 4),
-];
 
 /// A socket that was borrowed and, when it is a connection, put in repair mode.
 pub struct Read {
@@ -114,20 +58,49 @@ pub fn addresses(rec: &SockRec) -> (Option<SocketAddr>, Option<SocketAddr>) {
     )
 }
 
+/// What no socket option tells, or not whole, and what to do about it.
+const UNTOLD: &[(u32, &str)] = &[
+    (
+        SockFlag::EBPF,
+        "the eBPF or reuseport program attached to it is not carried; detach it before the update",
+    ),
+    (
+        SockFlag::MULTICAST,
+        "its multicast memberships are not carried yet; leave the groups before the update",
+    ),
+    (
+        SockFlag::ULP,
+        "the protocol on top of its TCP (TCP_ULP, as kernel TLS) is not carried; close it before \
+         the update",
+    ),
+    (
+        SockFlag::TCP_AUTH,
+        "its TCP keys (TCP_MD5SIG, TCP_AO_ADD_KEY) cannot be read; close it before the update",
+    ),
+    (
+        SockFlag::IPSEC,
+        "its IPsec policy (IP_XFRM_POLICY) cannot be read; close it before the update",
+    ),
+    (
+        SockFlag::OUT_IFACE,
+        "the interface it sends by (IP_MULTICAST_IF, IP_UNICAST_IF) is not carried; use \
+         SO_BINDTODEVICE, or close it before the update",
+    ),
+    (
+        SockFlag::V6_STICKY,
+        "the IPv6 extension headers, flow label or IPV6_MTU set for all it sends are not carried; \
+         close it before the update",
+    ),
+    (
+        SockFlag::CORKED,
+        "it holds part of a datagram (MSG_MORE, UDP_CORK); try again",
+    ),
+];
+
 /// Why a socket is not carried; `None` when it is.
 pub fn refusal(rec: &SockRec) -> Option<String> {
-    if rec.flags & SockFlag::EBPF != 0 {
-        return Some(
-            "the eBPF or reuseport program attached to it is not carried; detach it before the \
-             update"
-                .into(),
-        );
-    }
-    if rec.flags & SockFlag::MULTICAST != 0 {
-        return Some(
-            "its multicast memberships are not carried yet; leave the groups before the update"
-                .into(),
-        );
+    if let Some((_, reason)) = UNTOLD.iter().find(|(flag, _)| rec.flags & flag != 0) {
+        return Some((*reason).into());
     }
     let (family, kind) = (i32::from(rec.family), i32::from(rec.type_));
     let tcp = matches!(family, libc::AF_INET | libc::AF_INET6)
@@ -169,12 +142,13 @@ const NETLINK_PROTOCOLS: &[u16] = &[0, 15, 16];
 ///
 /// # Errors
 /// A socket call fails, or a listener's accept queue is not empty.
-pub fn read(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
+pub fn read(from: Borrowed, rec: &SockRec, defaults: &mut Defaults) -> Result<Read, CollectError> {
+    let options = defaults.read(&from, rec)?;
     if i32::from(rec.family) == libc::AF_NETLINK {
-        return read_netlink(&from, rec);
+        return read_netlink(&from, rec, options);
     }
     if i32::from(rec.type_) == libc::SOCK_STREAM {
-        return read_tcp(from, rec);
+        return read_tcp(from, rec, options);
     }
     let v6 = i32::from(rec.family) == libc::AF_INET6;
     let (local, remote) = addresses(rec);
@@ -187,7 +161,7 @@ pub fn read(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
     Ok(Read {
         socket: Socket {
             inode: rec.ino,
-            options: read_options(&from, &[OPTIONS, ip_options(v6)].concat())?,
+            options,
             filter: filter::read(&from, rec)?,
             state,
         },
@@ -195,7 +169,11 @@ pub fn read(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
     })
 }
 
-fn read_netlink(from: &Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
+fn read_netlink(
+    from: &Borrowed,
+    rec: &SockRec,
+    options: Vec<SockOption>,
+) -> Result<Read, CollectError> {
     let address: ns::NetlinkAddr =
         ns::getsockname(from.fd.as_raw_fd()).map_err(from.failed("getsockname"))?;
     let state = SocketState::Netlink {
@@ -206,7 +184,7 @@ fn read_netlink(from: &Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
     Ok(Read {
         socket: Socket {
             inode: rec.ino,
-            options: read_options(from, &[OPTIONS, NETLINK_OPTIONS].concat())?,
+            options,
             filter: filter::read(from, rec)?,
             state,
         },
@@ -218,13 +196,12 @@ fn read_netlink(from: &Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
 ///
 /// # Errors
 /// A socket call fails, or a listener's accept queue is not empty.
-fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
+fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<Read, CollectError> {
     let v6 = i32::from(rec.family) == libc::AF_INET6;
     let (local, remote) = addresses(rec);
     let failed = || from.socket_failed();
     let info = repair::info(from.as_fd()).map_err(failed())?;
     let connected = CONNECTED.contains(&info.state);
-    let options = read_tcp_options(&from, rec, connected)?;
     let filter = filter::read(&from, rec)?;
     let mut repaired = None;
     let state = match (info.state, local, remote) {
@@ -273,22 +250,6 @@ fn read_tcp(from: Borrowed, rec: &SockRec) -> Result<Read, CollectError> {
     })
 }
 
-/// Options of a TCP socket.
-///
-/// # Errors
-/// A socket call fails.
-pub fn read_tcp_options(
-    from: &Borrowed,
-    rec: &SockRec,
-    connected: bool,
-) -> Result<Vec<SockOption>, CollectError> {
-    let v6 = i32::from(rec.family) == libc::AF_INET6;
-    let mut wanted = [OPTIONS, TCP_OPTIONS, ip_options(v6)].concat();
-    // A connection has an address, after which this one cannot be set and says nothing more.
-    wanted.retain(|(_, name, _)| !connected || !v6 || *name != libc::IPV6_V6ONLY);
-    read_options(from, &wanted)
-}
-
 /// A listener whose options are known, from its record alone; `None` if it has no address.
 ///
 /// # Errors
@@ -320,77 +281,6 @@ pub fn listener(
             v6: i32::from(rec.family) == libc::AF_INET6,
         },
     }))
-}
-
-fn ip_options(v6: bool) -> &'static [(i32, i32, usize)] {
-    if v6 { IPV6_OPTIONS } else { IP_OPTIONS }
-}
-
-/// Options of a Unix socket.
-///
-/// # Errors
-/// A socket call fails.
-pub fn read_unix_options(from: &Borrowed) -> Result<Vec<SockOption>, CollectError> {
-    let wanted: Vec<_> = OPTIONS
-        .iter()
-        .copied()
-        .filter(|(_, name, _)| {
-            // The others mean nothing on a Unix socket.
-            [
-                libc::SO_PASSCRED,
-                libc::SO_LINGER,
-                libc::SO_RCVTIMEO,
-                libc::SO_SNDTIMEO,
-            ]
-            .contains(name)
-        })
-        .collect();
-    read_options(from, &wanted)
-}
-
-/// Reads options; those that are all zero are the default and left out.
-fn read_options(
-    from: &Borrowed,
-    wanted: &[(i32, i32, usize)],
-) -> Result<Vec<SockOption>, CollectError> {
-    let mut options = Vec::new();
-    let mut add = |level, name, value: Vec<u8>| {
-        if value.iter().any(|byte| *byte != 0) {
-            options.push(SockOption {
-                level,
-                name,
-                value: ByteBuf::from(value),
-            });
-        }
-    };
-    for &(level, name, len) in wanted {
-        let value = option(from.as_fd(), level, name, len).map_err(from.socket_failed())?;
-        add(level, name, value);
-    }
-    // A buffer size is the application's only if it has set it; else it follows autotuning.
-    let locked = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK)
-        .map_err(from.socket_failed())?;
-    for (bit, get, set) in [
-        (1, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
-        (2, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
-    ] {
-        if locked & bit != 0 {
-            let value =
-                int_option(from.as_fd(), libc::SOL_SOCKET, get).map_err(from.socket_failed())?;
-            // The kernel stores twice what it is told (socket(7)).
-            add(libc::SOL_SOCKET, set, (value / 2).to_ne_bytes().to_vec());
-        }
-    }
-    if let Some(device) = bound_device(from)? {
-        add(libc::SOL_SOCKET, libc::SO_BINDTODEVICE, device);
-    }
-    Ok(options)
-}
-
-fn bound_device(from: &Borrowed) -> Result<Option<Vec<u8>>, CollectError> {
-    let name = option(from.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, 16)
-        .map_err(from.socket_failed())?;
-    Ok((!name.is_empty()).then_some(name))
 }
 
 /// Ends a connection's repair mode without a packet; errors are those of a socket that is gone.

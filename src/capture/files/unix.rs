@@ -5,7 +5,7 @@ use super::borrow::Borrowed;
 use crate::bpf::events::SockRec;
 use crate::model::frozen::{UnixSocket, UnixState};
 use crate::model::ids::OfdId;
-use crate::sys::socket::set_int_option;
+use crate::sys::socket::{int_option, set_int_option};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
@@ -61,6 +61,8 @@ pub fn read(
 ) -> Result<(UnixSocket, Vec<Peeked>), CollectError> {
     let queue = match state {
         UnixState::Listening { .. } => Vec::new(),
+        // Only datagrams come without a connection.
+        UnixState::Unconnected if i32::from(rec.type_) != libc::SOCK_DGRAM => Vec::new(),
         _ => peek(from, i32::from(rec.type_))?,
     };
     let unix = UnixSocket {
@@ -79,6 +81,8 @@ fn peek(from: &Borrowed, kind: i32) -> Result<Vec<Peeked>, CollectError> {
         set_int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
             .map_err(from.socket_failed())
     };
+    let own = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF)
+        .map_err(from.socket_failed())?;
     set_offset(0)?;
     let mut messages = Vec::new();
     let result = loop {
@@ -88,8 +92,8 @@ fn peek(from: &Borrowed, kind: i32) -> Result<Vec<Peeked>, CollectError> {
             Err(error) => break Err(error),
         }
     };
-    // Off again: the offset belongs to the socket, not to us.
-    set_offset(-1)?;
+    // The offset belongs to the socket, not to us.
+    set_offset(own)?;
     result.map(|()| messages)
 }
 

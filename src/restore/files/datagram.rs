@@ -83,7 +83,8 @@ pub fn netlink(described: &Socket) -> Result<OwnedFd, FilesError> {
         return Err(FilesError::Missing("A netlink socket".into()));
     };
     let object = format!("netlink socket of protocol {protocol}");
-    let owned = crate::sys::socket::netlink(*protocol).map_err(socket(&object))?;
+    let owned = crate::sys::socket::new(libc::AF_NETLINK, libc::SOCK_RAW, *protocol)
+        .map_err(socket(&object))?;
     let fd = owned.as_fd();
     replay(&object, fd, &described.options, |_| true)?;
     if *port != 0 {

@@ -18,6 +18,7 @@ mod mapping;
 mod membarrier;
 mod memory;
 mod message_queues;
+mod options;
 mod owner;
 mod pidfd;
 mod pipe;
@@ -44,6 +45,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         file::CASES,
         lease::CASES,
         owner::CASES,
+        options::CASES,
         mapping::CASES,
         memory::CASES,
         rewritten::CASES,
