@@ -217,6 +217,22 @@ pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, SocketError> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// The `struct sockaddr` a socket is bound to (getsockname(2)).
+///
+/// # Errors
+/// As the system call.
+pub fn own_address(fd: BorrowedFd<'_>) -> Result<Vec<u8>, SocketError> {
+    let mut address = vec![0_u8; size_of::<libc::sockaddr_storage>()];
+    let mut length = libc::socklen_t::try_from(address.len()).unwrap_or(0);
+    let at = address.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `length` bytes, which `address` holds.
+    if unsafe { libc::getsockname(fd.as_raw_fd(), at, &raw mut length) } < 0 {
+        return Err(failed("getsockname".to_owned()));
+    }
+    address.truncate(usize::try_from(length).unwrap_or(0));
+    Ok(address)
+}
+
 /// A new socket of any family, type and protocol.
 ///
 /// # Errors

@@ -14,10 +14,10 @@ use tracker::model::frozen::{
     AltStack, Application, ApplicationHeader, Backing, Clocks, Content, ContentId, ContentKind,
     Credentials, EpollItem, FdEntry, FileIdentity, FileKind, FileLock, FileOwner, FilesTable,
     InotifyWatch, Interface, IntervalTimer, JobStop, Lease, LockKind, Milestone, Mm, MmBounds,
-    OpenFile, Origin, PageRun, PathRef, PipeState, PosixTimer, Process, Registers, Route, Rseq,
-    Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket, SocketFilter, SocketState,
-    SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd, UnixAddress,
-    UnixMessage, UnixSocket, UnixState, Vdso, Vma,
+    OpenFile, Origin, PageRun, PathRef, PeerCredentials, PipeState, PosixTimer, Process, Registers,
+    Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket, SocketFilter,
+    SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd,
+    UnixAddress, UnixMessage, UnixSocket, UnixState, Vdso, Vma,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
@@ -511,6 +511,12 @@ fn sockets() -> Vec<SocketState> {
             timestamp: Some(9),
         },
     };
+    let someone = || PeerCredentials {
+        pid: Pid(77),
+        uid: 1000,
+        gid: 1001,
+        groups: vec![4, 27],
+    };
     let unix = |address, state| {
         SocketState::Unix(UnixSocket {
             socktype: 1,
@@ -519,8 +525,11 @@ fn sockets() -> Vec<SocketState> {
             queue: vec![UnixMessage {
                 data: b"message".to_vec().into(),
                 fds: vec![OfdId(2)],
+                sender: Some(UnixAddress::Abstract(b"sender".to_vec().into())),
+                credentials: Some(someone()),
             }],
             shutdown: 2,
+            peer: Some(someone()),
         })
     };
     let path = Some(UnixAddress::Path(b"/run/redis".to_vec().into()));

@@ -20,7 +20,6 @@ use crate::model::frozen::{
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use crate::sys::inode::Watches;
 use nix::libc;
-use serde_bytes::ByteBuf;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -465,10 +464,10 @@ impl<'a> Reader<'a> {
 
     fn message(
         &mut self,
-        message: unix::Peeked,
+        peeked: unix::Peeked,
         own: &HashMap<i32, File>,
     ) -> Result<UnixMessage, CollectError> {
-        let fds = message
+        let fds = peeked
             .fds
             .iter()
             .map(|fd: &OwnedFd| {
@@ -483,8 +482,8 @@ impl<'a> Reader<'a> {
             })
             .collect::<Result<Vec<_>, CollectError>>()?;
         Ok(UnixMessage {
-            data: ByteBuf::from(message.data),
             fds,
+            ..peeked.message
         })
     }
 }

@@ -10,7 +10,6 @@ use crate::sys::socket::{int_option, set_int_option};
 use crate::sys::tcp as repair;
 use nix::libc;
 use nix::sys::socket as ns;
-use serde_bytes::ByteBuf;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -292,23 +291,4 @@ pub fn undo(connection: &Connection) {
     if let Err(error) = result {
         tracing::error!("fd {}: leaving repair mode: {error}", fd.as_raw_fd());
     }
-}
-
-/// The name a Unix socket is bound to.
-///
-/// # Errors
-/// getsockname(2) fails.
-pub fn unix_name(
-    from: &Borrowed,
-) -> Result<Option<crate::model::frozen::UnixAddress>, CollectError> {
-    use crate::model::frozen::UnixAddress;
-    let address: ns::UnixAddr =
-        ns::getsockname(from.fd.as_raw_fd()).map_err(from.failed("getsockname"))?;
-    if let Some(name) = address.as_abstract() {
-        return Ok(Some(UnixAddress::Abstract(ByteBuf::from(name))));
-    }
-    Ok(address.path().map(|path| {
-        use std::os::unix::ffi::OsStrExt;
-        UnixAddress::Path(ByteBuf::from(path.as_os_str().as_bytes()))
-    }))
 }

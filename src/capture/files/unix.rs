@@ -3,22 +3,29 @@
 use super::CollectError;
 use super::borrow::Borrowed;
 use crate::bpf::events::SockRec;
-use crate::model::frozen::{UnixSocket, UnixState};
-use crate::model::ids::OfdId;
-use crate::sys::socket::{int_option, set_int_option};
+use crate::model::frozen::{PeerCredentials, UnixAddress, UnixMessage, UnixSocket, UnixState};
+use crate::model::ids::{OfdId, Pid};
+use crate::sys::message::Room;
+use crate::sys::socket::{int_option, option, own_address, set_int_option};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
+use serde_bytes::ByteBuf;
 use std::collections::HashMap;
-use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 
 const LISTEN: u8 = 10;
 
+/// Bytes that are read at once; datagrams are shorter (`net.core.wmem_max`).
+const LONGEST: usize = 256 << 10;
+
+/// What `SO_PASSPIDFD` brings (include/linux/socket.h).
+const SCM_PIDFD: i32 = 4;
+
 /// A message with the descriptors it carries, as duplicates of our own.
 pub struct Peeked {
-    /// Bytes.
-    pub data: Vec<u8>,
+    /// All but the descriptors.
+    pub message: UnixMessage,
     /// Duplicates of the descriptors in flight.
     pub fds: Vec<OwnedFd>,
 }
@@ -67,10 +74,11 @@ pub fn read(
     };
     let unix = UnixSocket {
         socktype: i32::from(rec.type_),
-        address: super::socket::unix_name(from)?,
+        address: own_name(from)?,
         state,
         queue: Vec::new(),
         shutdown: rec.shutdown,
+        peer: peer(from)?,
     };
     Ok((unix, queue))
 }
@@ -84,9 +92,9 @@ fn peek(from: &Borrowed, kind: i32) -> Result<Vec<Peeked>, CollectError> {
     let own = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF)
         .map_err(from.socket_failed())?;
     set_offset(0)?;
-    let mut messages = Vec::new();
+    let (mut messages, mut room) = (Vec::new(), Room::new(LONGEST));
     let result = loop {
-        match peek_one(from, kind) {
+        match peek_one(from, &mut room, kind) {
             Ok(Some(message)) => messages.push(message),
             Ok(None) => break Ok(()),
             Err(error) => break Err(error),
@@ -97,30 +105,130 @@ fn peek(from: &Borrowed, kind: i32) -> Result<Vec<Peeked>, CollectError> {
     result.map(|()| messages)
 }
 
-fn peek_one(from: &Borrowed, kind: i32) -> Result<Option<Peeked>, CollectError> {
-    let mut data = vec![0; 256 * 1024];
-    let mut control = nix::cmsg_space!([RawFd; 253], libc::ucred);
-    let flags =
-        ns::MsgFlags::MSG_PEEK | ns::MsgFlags::MSG_DONTWAIT | ns::MsgFlags::MSG_CMSG_CLOEXEC;
-    let mut parts = [IoSliceMut::new(&mut data)];
-    let received = ns::recvmsg::<()>(from.fd.as_raw_fd(), &mut parts, Some(&mut control), flags);
-    let (len, fds) = match received {
-        Ok(message) => {
-            let mut fds = Vec::new();
-            for part in message.cmsgs().map_err(from.failed("recvmsg"))? {
-                if let ns::ControlMessageOwned::ScmRights(numbers) = part {
-                    fds.extend(numbers.into_iter().map(crate::sys::fd::received));
-                }
-            }
-            (message.bytes, fds)
-        }
+/// `SO_PEERCRED` and `SO_PEERGROUPS`, if anybody was noted.
+fn peer(from: &Borrowed) -> Result<Option<PeerCredentials>, CollectError> {
+    let noted = ns::getsockopt(&from.fd, ns::sockopt::PeerCredentials)
+        .map_err(from.failed("getsockopt(SO_PEERCRED)"))?;
+    // sk_peer_cred of a socket that nobody has connected.
+    if noted.uid() == u32::MAX {
+        return Ok(None);
+    }
+    let groups = |most: usize| {
+        option(
+            from.as_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERGROUPS,
+            most * 4,
+        )
+    };
+    let groups = match groups(32) {
+        Err(error) if error.errno == Errno::ERANGE => groups(NGROUPS_MAX),
+        groups => groups,
+    }
+    .map_err(from.socket_failed())?;
+    let (groups, _) = groups.as_chunks();
+    Ok(Some(PeerCredentials {
+        pid: Pid(noted.pid()),
+        uid: noted.uid(),
+        gid: noted.gid(),
+        groups: groups.iter().copied().map(u32::from_ne_bytes).collect(),
+    }))
+}
+
+/// Supplementary groups that a process can have (include/uapi/linux/limits.h).
+const NGROUPS_MAX: usize = 65536;
+
+fn peek_one(from: &Borrowed, room: &mut Room, kind: i32) -> Result<Option<Peeked>, CollectError> {
+    let received = match room.peek(from.as_fd()) {
+        Ok(received) => received,
         Err(Errno::EAGAIN) => return Ok(None),
         Err(errno) => return Err(from.failed("recvmsg(MSG_PEEK)")(errno)),
     };
+    if received.flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
+        return Err(from.failed("recvmsg(MSG_PEEK)")(Errno::EMSGSIZE));
+    }
+    let (mut fds, mut credentials) = (Vec::new(), None);
+    for (level, name, bytes) in &received.control {
+        match (*level, *name) {
+            (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
+                fds.extend(words(bytes).map(crate::sys::fd::received));
+            }
+            (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) => credentials = sender(bytes),
+            (libc::SOL_SOCKET, SCM_PIDFD) => {
+                drop(
+                    words(bytes)
+                        .map(crate::sys::fd::received)
+                        .collect::<Vec<_>>(),
+                );
+            }
+            _ => {}
+        }
+    }
     // End of file of a stream; datagrams may be empty, but none of those is queued.
-    if len == 0 && fds.is_empty() && kind != libc::SOCK_DGRAM {
+    if received.data.is_empty() && fds.is_empty() && kind != libc::SOCK_DGRAM {
         return Ok(None);
     }
-    data.truncate(len);
-    Ok(Some(Peeked { data, fds }))
+    let message = UnixMessage {
+        data: ByteBuf::from(received.data),
+        fds: Vec::new(),
+        sender: name(&received.name),
+        credentials,
+    };
+    Ok(Some(Peeked { message, fds }))
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = i32> {
+    let (words, _) = bytes.as_chunks();
+    words.iter().copied().map(i32::from_ne_bytes)
+}
+
+/// `struct ucred`.
+fn sender(bytes: &[u8]) -> Option<PeerCredentials> {
+    let mut words = words(bytes);
+    let mut next = || words.next();
+    Some(PeerCredentials {
+        pid: Pid(next()?),
+        uid: next()?.cast_unsigned(),
+        gid: next()?.cast_unsigned(),
+        groups: Vec::new(),
+    })
+}
+
+/// The name a Unix socket is bound to.
+///
+/// # Errors
+/// getsockname(2) fails.
+fn own_name(from: &Borrowed) -> Result<Option<UnixAddress>, CollectError> {
+    let address = own_address(from.as_fd()).map_err(from.socket_failed())?;
+    Ok(name(&address))
+}
+
+/// The name in a `struct sockaddr_un`, if there is one (unix(7)).
+fn name(address: &[u8]) -> Option<UnixAddress> {
+    let name = address.get(size_of::<libc::sa_family_t>()..)?;
+    match name.split_first()? {
+        (0, name) => Some(UnixAddress::Abstract(ByteBuf::from(name))),
+        _ => {
+            let path = name.split(|byte| *byte == 0).next()?;
+            Some(UnixAddress::Path(ByteBuf::from(path)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_apart() {
+        let path = |bytes: &[u8]| Some(UnixAddress::Path(ByteBuf::from(bytes)));
+        assert_eq!(name(b""), None);
+        assert_eq!(name(b"\x01\x00"), None);
+        assert_eq!(name(b"\x01\x00/run/x\x00"), path(b"/run/x"));
+        assert_eq!(name(b"\x01\x00/run/x"), path(b"/run/x"));
+        assert_eq!(
+            name(b"\x01\x00\x00a\x00b"),
+            Some(UnixAddress::Abstract(ByteBuf::from(b"a\x00b")))
+        );
+    }
 }

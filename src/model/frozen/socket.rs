@@ -1,6 +1,6 @@
 //! Sockets.
 
-use crate::model::ids::OfdId;
+use crate::model::ids::{OfdId, Pid};
 use core::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -153,6 +153,23 @@ pub struct UnixSocket {
     pub queue: Vec<UnixMessage>,
     /// `shutdown(2)` done: bit 0 receive, bit 1 send.
     pub shutdown: u8,
+    /// `SO_PEERCRED`: of a connected socket, who made its other end; of a listener, who listens,
+    /// which those who connect to it will be told.
+    #[serde(default)]
+    pub peer: Option<PeerCredentials>,
+}
+
+/// Who called socketpair(2), listen(2) or connect(2): unix(7), `SO_PEERCRED` and `SO_PEERGROUPS`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PeerCredentials {
+    /// Process, which may have ended; 0 for one that has no number where it was asked for.
+    pub pid: Pid,
+    /// Effective user.
+    pub uid: u32,
+    /// Effective group.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
 }
 
 /// Name of a Unix socket.
@@ -190,4 +207,10 @@ pub struct UnixMessage {
     pub data: ByteBuf,
     /// Descriptors in flight (SCM_RIGHTS).
     pub fds: Vec<OfdId>,
+    /// Name of the socket it was sent from; datagrams only.
+    #[serde(default)]
+    pub sender: Option<UnixAddress>,
+    /// Who sent it (SCM_CREDENTIALS), without groups; known where the receiver asks for it.
+    #[serde(default)]
+    pub credentials: Option<PeerCredentials>,
 }

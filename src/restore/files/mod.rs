@@ -14,12 +14,14 @@ mod error;
 mod filter;
 mod lock;
 mod owner;
+mod peer;
 mod pidfd;
 mod pipe;
 mod pty;
 mod regular;
 mod tcp;
 mod unix;
+mod unix_queue;
 
 pub use error::FilesError;
 
@@ -136,7 +138,7 @@ pub fn complete(
     departed: Departed,
 ) -> Result<(), FilesError> {
     pidfd::open_all(app, &opened.ofds)?;
-    unix::fill_all(app, &opened.ofds, departed)?;
+    unix_queue::fill_all(app, &opened.ofds, departed)?;
     filter::attach_all(app, &opened.ofds)
 }
 

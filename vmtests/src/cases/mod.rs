@@ -36,6 +36,7 @@ mod tcp;
 mod threads;
 mod time;
 mod unix;
+mod unix_peers;
 
 /// Every case, in the order they run in.
 pub fn all() -> impl Iterator<Item = &'static Entry> {
@@ -64,6 +65,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         job::CASES,
         events::CASES,
         unix::CASES,
+        unix_peers::CASES,
         tcp::CASES,
         filter::CASES,
         refused::CASES,
