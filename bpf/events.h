@@ -513,6 +513,10 @@ enum lock_mode {
 	LOCK_NEW = 4,     /* of what is locked, only what brings something new in */
 };
 
+/* Mark (SO_MARK) of the packets by which a restore fills the queues of the sockets it makes. They
+ * pass; no packet has a mark that comes from elsewhere. */
+#define TRK_FILL_MARK 0x7472666c
+
 struct lock_control {
 	__u32 mode;    /* enum lock_mode */
 	__u32 cgroups; /* non-zero once a cgroup was added */

@@ -165,7 +165,7 @@ static __always_inline bool is_locked(struct __sk_buff *skb, u32 direction)
 	u8 detail = 0;
 
 	how = bpf_map_lookup_elem(&control, &zero);
-	if (!how)
+	if (!how || skb->mark == TRK_FILL_MARK)
 		return false;
 	if (how->mode & LOCK_NEW) {
 		if (direction == DIRECTION_EGRESS || !parse(skb, &key, &detail))

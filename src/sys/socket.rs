@@ -233,6 +233,22 @@ pub fn own_address(fd: BorrowedFd<'_>) -> Result<Vec<u8>, SocketError> {
     Ok(address)
 }
 
+/// Takes a datagram socket's peer away, and the port with it that bind(2) has chosen: connect(2)
+/// with `AF_UNSPEC`.
+///
+/// # Errors
+/// As the system call.
+pub fn disconnect(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
+    // SAFETY: plain data, for which zero is `AF_UNSPEC`.
+    let nobody: libc::sockaddr = unsafe { std::mem::zeroed() };
+    let length = libc::socklen_t::try_from(size_of_val(&nobody)).unwrap_or(0);
+    // SAFETY: the kernel reads `length` bytes of the address.
+    if unsafe { libc::connect(fd.as_raw_fd(), &raw const nobody, length) } < 0 {
+        return Err(failed("connect(AF_UNSPEC)".to_owned()));
+    }
+    Ok(())
+}
+
 /// A new socket of any family, type and protocol.
 ///
 /// # Errors

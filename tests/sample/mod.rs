@@ -12,12 +12,12 @@ use std::collections::BTreeMap;
 use tracker::image::{Image, Store};
 use tracker::model::frozen::{
     AltStack, Application, ApplicationHeader, Backing, Clocks, Content, ContentId, ContentKind,
-    Credentials, EpollItem, FdEntry, FileIdentity, FileKind, FileLock, FileOwner, FilesTable,
-    InotifyWatch, Interface, IntervalTimer, JobStop, Lease, LockKind, Milestone, Mm, MmBounds,
-    OpenFile, Origin, PageRun, PathRef, PeerCredentials, PipeState, PosixTimer, Process, Registers,
-    Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket, SocketFilter,
-    SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd,
-    UnixAddress, UnixMessage, UnixSocket, UnixState, Vdso, Vma,
+    Credentials, Datagram, EpollItem, FdEntry, FileIdentity, FileKind, FileLock, FileOwner,
+    FilesTable, InotifyWatch, Interface, IntervalTimer, JobStop, Lease, LockKind, Milestone, Mm,
+    MmBounds, OpenFile, Origin, PageRun, PathRef, PeerCredentials, PipeState, PosixTimer, Process,
+    Registers, Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket,
+    SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow,
+    Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState, Vdso, Vma,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
@@ -553,7 +553,13 @@ fn sockets() -> Vec<SocketState> {
             v6: true,
             local: Some(v6()),
             remote: Some(v4()),
-            queue: vec![(v4(), b"datagram".to_vec().into())],
+            queue: vec![Datagram {
+                from: v4(),
+                to: Some(v6().ip()),
+                ttl: Some(64),
+                tos: Some(2),
+                data: b"datagram".to_vec().into(),
+            }],
         },
         SocketState::Netlink {
             protocol: 15,

@@ -21,6 +21,7 @@ mod refuse;
 mod regular;
 mod socket;
 mod tcp;
+mod udp;
 mod unix;
 
 pub use error::CollectError;

@@ -2,7 +2,7 @@
 
 use super::borrow::{Borrowed, place};
 use super::options::Defaults;
-use super::{CollectError, filter};
+use super::{CollectError, filter, udp};
 use crate::bpf::events::{SockFlag, SockRec};
 use crate::bpf::iter::File;
 use crate::model::frozen::{SockOption, Socket, SocketState};
@@ -121,7 +121,10 @@ pub fn refusal(rec: &SockRec) -> Option<String> {
         && kind == libc::SOCK_DGRAM
         && i32::from(rec.protocol) == libc::IPPROTO_UDP;
     let netlink = family == libc::AF_NETLINK && NETLINK_PROTOCOLS.contains(&rec.protocol);
-    if udp || netlink {
+    if udp {
+        return None;
+    }
+    if netlink {
         return (rec.rcv_qlen > 0).then(|| {
             format!(
                 "{} messages that it has not read yet are not carried; try again",
@@ -155,7 +158,11 @@ pub fn read(from: Borrowed, rec: &SockRec, defaults: &mut Defaults) -> Result<Re
         v6,
         local,
         remote,
-        queue: Vec::new(),
+        queue: if local.is_some() {
+            udp::queue(&from)?
+        } else {
+            Vec::new()
+        },
     };
     Ok(Read {
         socket: Socket {

@@ -1,7 +1,7 @@
 //! Sockets.
 
 use crate::model::ids::{OfdId, Pid};
-use core::net::SocketAddr;
+use core::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
@@ -70,8 +70,8 @@ pub enum SocketState {
         local: Option<SocketAddr>,
         /// Connected address.
         remote: Option<SocketAddr>,
-        /// Datagrams not read yet: sender and bytes.
-        queue: Vec<(SocketAddr, ByteBuf)>,
+        /// Datagrams not read yet.
+        queue: Vec<Datagram>,
     },
     /// Netlink without anything queued.
     Netlink {
@@ -82,6 +82,21 @@ pub enum SocketState {
         /// Multicast groups.
         groups: u32,
     },
+}
+
+/// A datagram that waits to be read, with what recvmsg(2) will tell of it besides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datagram {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// The address it was sent to; known where the application asks for it (`IP_PKTINFO`).
+    pub to: Option<IpAddr>,
+    /// TTL or hop limit it arrived with; known where the application asks for it.
+    pub ttl: Option<u8>,
+    /// TOS or traffic class; known where the application asks for it.
+    pub tos: Option<u8>,
+    /// Bytes.
+    pub data: ByteBuf,
 }
 
 /// A TCP connection as TCP_REPAIR shows it (tcp(7), Documentation on TCP_REPAIR).

@@ -1,7 +1,8 @@
-//! UDP and netlink sockets, whose queues were empty.
+//! UDP sockets, whose queues `udp_queue` fills, and netlink sockets, whose queues were empty.
 
 use super::error::{FilesError, call, socket};
 use super::tcp::replay;
+use super::udp_queue;
 use crate::model::frozen::{Socket, SocketState};
 use crate::sys::socket::set_int_option;
 use nix::errno::Errno;
@@ -28,12 +29,6 @@ pub fn udp(described: &Socket) -> Result<OwnedFd, FilesError> {
         Some(local) => format!("UDP socket {local}"),
         None => "UDP socket".to_owned(),
     };
-    if !queue.is_empty() {
-        return Err(FilesError::Unsupported(format!(
-            "{object} with {} datagrams queued",
-            queue.len()
-        )));
-    }
     let family = if *v6 {
         ns::AddressFamily::Inet6
     } else {
@@ -43,7 +38,13 @@ pub fn udp(described: &Socket) -> Result<OwnedFd, FilesError> {
     let owned =
         ns::socket(family, ns::SockType::Datagram, flags, None).map_err(call(&object, "socket"))?;
     let fd = owned.as_fd();
-    replay(&object, fd, &described.options, |_| true)?;
+    let (early, late): (Vec<_>, Vec<_>) =
+        (described.options.iter().cloned()).partition(udp_queue::acts_on_arrival);
+    replay(&object, fd, &early, |_| true)?;
+    if !queue.is_empty() {
+        udp_queue::fill(&object, fd, *v6, queue)?;
+    }
+    replay(&object, fd, &late, |_| true)?;
     if let Some(local) = local {
         bind(&object, fd, *local)?;
     }

@@ -14,12 +14,14 @@ mod error;
 mod filter;
 mod lock;
 mod owner;
+mod packet;
 mod peer;
 mod pidfd;
 mod pipe;
 mod pty;
 mod regular;
 mod tcp;
+mod udp_queue;
 mod unix;
 mod unix_queue;
 

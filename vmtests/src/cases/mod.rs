@@ -35,6 +35,7 @@ mod sysv;
 mod tcp;
 mod threads;
 mod time;
+mod udp;
 mod unix;
 mod unix_peers;
 
@@ -64,6 +65,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         pty::CASES,
         job::CASES,
         events::CASES,
+        udp::CASES,
         unix::CASES,
         unix_peers::CASES,
         tcp::CASES,

@@ -37,16 +37,6 @@ pub const CASES: &[Entry] = &[
     ),
     Entry::refused("refused_traced", "traced by PID", traced),
     Entry::refused("refused_multicast", "multicast memberships", multicast),
-    Entry::refused(
-        "refused_udp_queue",
-        "2 messages that it has not read yet",
-        |case| udp_queue(case, false),
-    ),
-    Entry::refused(
-        "refused_udp_peeked",
-        "2 messages that it has not read yet",
-        |case| udp_queue(case, true),
-    ),
     Entry::refused("refused_proc_mem", "it shows an address space", proc_mem),
     Entry::refused(
         "refused_unix_outside",
@@ -236,25 +226,6 @@ fn multicast(case: &Case) -> Result<()> {
     socket.join_multicast_v4(&group, &Ipv4Addr::LOCALHOST)?;
     case.ready()?;
     socket.leave_multicast_v4(&group, &Ipv4Addr::LOCALHOST)?;
-    Ok(())
-}
-
-/// Datagrams that were not read; one may have been looked at, and then they wait elsewhere.
-fn udp_queue(case: &Case, peeked: bool) -> Result<()> {
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let from = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-    for message in [b"one", b"two"] {
-        from.send_to(message, socket.local_addr()?)?;
-    }
-    let mut buffer = [0; 8];
-    if peeked {
-        ensure!(socket.peek(&mut buffer)? == 3 && buffer.starts_with(b"one"));
-    }
-    case.ready()?;
-    for message in [b"one", b"two"] {
-        let length = socket.recv(&mut buffer)?;
-        ensure!(&buffer[..length] == message, "Received {buffer:?}");
-    }
     Ok(())
 }
 

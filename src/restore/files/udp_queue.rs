@@ -1,0 +1,182 @@
+//! What is queued in a UDP socket: it arrives once more.
+//!
+//! A raw socket can say who sent a packet, and the loopback interface brings it to whatever
+//! socket has the port. So that this is the right one, among many that share an address, or in
+//! spite of the peer it is connected to, the socket has a port of its own meanwhile, which it
+//! loses by disconnecting from nobody: udp_disconnect() gives back what bind(2) has chosen.
+
+use super::error::{FilesError, call, socket};
+use super::packet::Packet;
+use crate::bpf::events::TRK_FILL_MARK;
+use crate::model::frozen::{Datagram, SockOption};
+use crate::sys::message::Room;
+use crate::sys::socket::{disconnect, int_option, new, set_int_option, set_option};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket as ns;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// How long a packet may take over the loopback interface.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Bytes of the longest datagram.
+const LONGEST: usize = 64 << 10;
+
+/// Whether an option is to be set before anything arrives: it says what is to be kept of a
+/// packet. The others are about addresses, or about what is sent; one changes what arrives.
+pub fn acts_on_arrival(option: &SockOption) -> bool {
+    match option.level {
+        libc::SOL_SOCKET => {
+            [libc::SO_TIMESTAMP, libc::SO_TIMESTAMPNS, 63, 64].contains(&option.name)
+        }
+        libc::IPPROTO_IP => {
+            [libc::IP_PKTINFO, libc::IP_RECVTTL, libc::IP_RECVTOS].contains(&option.name)
+        }
+        libc::IPPROTO_IPV6 => [
+            libc::IPV6_V6ONLY,
+            libc::IPV6_RECVPKTINFO,
+            libc::IPV6_RECVHOPLIMIT,
+            libc::IPV6_RECVTCLASS,
+        ]
+        .contains(&option.name),
+        _ => false,
+    }
+}
+
+/// Fills the queue of a new socket, which has no address then as before. A datagram that does
+/// not arrive is lost, as datagrams may be, and named in the log.
+///
+/// # Errors
+/// The kernel refuses a step.
+pub fn fill(
+    object: &str,
+    fd: BorrowedFd<'_>,
+    v6: bool,
+    queue: &[Datagram],
+) -> Result<(), FilesError> {
+    let failed = || socket(object);
+    let any: IpAddr = if v6 {
+        Ipv6Addr::UNSPECIFIED.into()
+    } else {
+        Ipv4Addr::UNSPECIFIED.into()
+    };
+    let address = ns::SockaddrStorage::from(SocketAddr::new(any, 0));
+    ns::bind(fd.as_raw_fd(), &address).map_err(call(object, "bind"))?;
+    let bound: ns::SockaddrStorage =
+        ns::getsockname(fd.as_raw_fd()).map_err(call(object, "getsockname"))?;
+    let port = match (bound.as_sockaddr_in(), bound.as_sockaddr_in6()) {
+        (Some(v4), _) => v4.port(),
+        (_, Some(v6)) => v6.port(),
+        _ => 0,
+    };
+    let level = libc::SOL_SOCKET;
+    let size = int_option(fd, level, libc::SO_RCVBUF).map_err(failed())?;
+    let bytes: usize = queue.iter().map(|one| one.data.len() + 4096).sum();
+    let room = i32::try_from(2 * bytes).unwrap_or(i32::MAX / 2).max(size);
+    set_int_option(fd, level, libc::SO_RCVBUFFORCE, room).map_err(failed())?;
+    set_int_option(fd, level, libc::SO_PEEK_OFF, 0).map_err(failed())?;
+    let mut way = Way::new(object, fd, port);
+    for datagram in queue {
+        if !way.bring(datagram)? {
+            tracing::warn!("{object}: a datagram from {} is lost", datagram.from);
+        }
+    }
+    set_int_option(fd, level, libc::SO_PEEK_OFF, -1).map_err(failed())?;
+    set_int_option(fd, level, libc::SO_RCVBUFFORCE, size / 2).map_err(failed())?;
+    set_int_option(fd, level, libc::SO_BUF_LOCK, 0).map_err(failed())?;
+    disconnect(fd).map_err(failed())
+}
+
+/// The way to a socket.
+struct Way<'a> {
+    object: &'a str,
+    to: BorrowedFd<'a>,
+    port: u16,
+    raw: [Option<OwnedFd>; 2],
+    room: Room,
+}
+
+impl<'a> Way<'a> {
+    fn new(object: &'a str, to: BorrowedFd<'a>, port: u16) -> Self {
+        Self {
+            object,
+            to,
+            port,
+            raw: [None, None],
+            room: Room::new(LONGEST),
+        }
+    }
+
+    /// Sends a datagram and waits for it; says whether it is there.
+    fn bring(&mut self, datagram: &Datagram) -> Result<bool, FilesError> {
+        // A sender of IPv4 that an IPv6 socket has heard.
+        let from = SocketAddr::new(datagram.from.ip().to_canonical(), datagram.from.port());
+        let loopback: IpAddr = if from.is_ipv6() {
+            Ipv6Addr::LOCALHOST.into()
+        } else {
+            Ipv4Addr::LOCALHOST.into()
+        };
+        let to = datagram.to.map(|to| to.to_canonical());
+        let to = to.filter(|to| to.is_ipv6() == from.is_ipv6() && is_ours(*to));
+        let packet = Packet {
+            from,
+            to: SocketAddr::new(to.unwrap_or(loopback), self.port),
+            ttl: datagram.ttl,
+            tos: datagram.tos,
+            data: &datagram.data,
+        };
+        let Some(bytes) = packet.bytes() else {
+            return Ok(false);
+        };
+        let raw = self.raw(from.is_ipv6())?.as_raw_fd();
+        // The port is in the packet; of a raw socket's address it means something else.
+        let address = ns::SockaddrStorage::from(SocketAddr::new(packet.to.ip(), 0));
+        match ns::sendto(raw, &bytes, &address, ns::MsgFlags::empty()) {
+            Ok(_) => self.arrived(datagram),
+            Err(errno) => {
+                tracing::warn!("{}: sendto {}: {errno}", self.object, packet.to.ip());
+                Ok(false)
+            }
+        }
+    }
+
+    fn raw(&mut self, v6: bool) -> Result<&OwnedFd, FilesError> {
+        let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+        let place = &mut self.raw[usize::from(v6)];
+        if let Some(raw) = place {
+            return Ok(raw);
+        }
+        let failed = || socket(self.object);
+        let raw = new(family, libc::SOCK_RAW, libc::IPPROTO_RAW).map_err(failed())?;
+        // Whatever an address leads to, nothing leaves the machine.
+        let device = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
+        set_option(raw.as_fd(), device.0, device.1, b"lo\0").map_err(failed())?;
+        // Past the network lock, which is still there.
+        let mark = TRK_FILL_MARK.cast_signed();
+        set_int_option(raw.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, mark).map_err(failed())?;
+        Ok(place.insert(raw))
+    }
+
+    /// Whether the last of the queue is what was sent; each is looked at once. It is there as
+    /// soon as it is sent, unless another CPU is to take it in.
+    fn arrived(&mut self, datagram: &Datagram) -> Result<bool, FilesError> {
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            match self.room.peek(self.to) {
+                Ok(found) if found.data == &datagram.data[..] => return Ok(true),
+                // Somebody else has found the port.
+                Ok(_) => {}
+                Err(Errno::EAGAIN) => std::thread::sleep(Duration::from_micros(100)),
+                Err(errno) => return Err(call(self.object, "recvmsg(MSG_PEEK)")(errno)),
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Whether an address is this machine's.
+fn is_ours(ip: IpAddr) -> bool {
+    std::net::UdpSocket::bind((ip, 0)).is_ok()
+}
