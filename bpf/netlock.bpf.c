@@ -27,9 +27,10 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #define DROP 0
 #define PASS 1
 
+/* User space sets its size. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1 << 18);
+	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct lock_flow_key);
 	__type(value, u8);

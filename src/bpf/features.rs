@@ -109,7 +109,7 @@ impl Features {
             btf: Probe::of(btf),
             iterators: Probe::of(Iterators::load()),
             fentry: Probe::of(probe_fentry()),
-            network_lock: Probe::of(NetLock::load()),
+            network_lock: Probe::of(NetLock::load(0)),
             hook_functions,
             cgroup2: cgroup2_mount().ok(),
             capabilities: CAPABILITIES

@@ -26,6 +26,11 @@ use super::record::bytes_of;
 use super::skeleton::netlock::{NetlockSkel, NetlockSkelBuilder};
 
 const LINKS: [&str; 2] = ["ingress", "egress"];
+
+/// Connections that a lock has room for beyond what it is loaded for. The kernel makes a bucket
+/// for each at once, which for hundreds of thousands takes longer than all else of loading.
+pub const SPARE_FLOWS: u32 = 1 << 14;
+
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 
@@ -110,19 +115,26 @@ impl std::fmt::Debug for NetLock {
 }
 
 impl NetLock {
-    /// Loads the programs without attaching them.
+    /// Loads the programs without attaching them, with room for this many connections, as many
+    /// again and [`SPARE_FLOWS`] more: some may be made before the last are added.
     ///
     /// # Errors
     ///
     /// [`LockError::Load`].
-    pub fn load() -> Result<Self, LockError> {
+    pub fn load(connections: usize) -> Result<Self, LockError> {
         let at = |step| move |source| LockError::Load { step, source };
         super::redirect_libbpf_log();
         // See Iterators::load for why the storage is left behind.
         let storage = Box::leak(Box::new(MaybeUninit::uninit()));
-        let open = NetlockSkelBuilder::default()
+        let mut open = NetlockSkelBuilder::default()
             .open(storage)
             .map_err(at("open"))?;
+        let flows = u32::try_from(connections).unwrap_or(u32::MAX / 2);
+        let flows = flows.saturating_mul(2).saturating_add(SPARE_FLOWS);
+        open.maps
+            .flows
+            .set_max_entries(flows)
+            .map_err(at("sizing"))?;
         let skel = open.load().map_err(at("load"))?;
         let maps = Maps {
             flows: MapHandle::try_from(&skel.maps.flows).map_err(at("map"))?,

@@ -36,39 +36,47 @@ impl Capture {
         Ok(())
     }
 
-    /// Reads what listening sockets are set to, while the application runs. Returns whether it has
-    /// any sockets at all that a lock is about.
+    /// Reads what listening sockets are set to, while the application runs. Returns how
+    /// many sockets it has that a lock is about.
     ///
     /// # Errors
     /// The iterators cannot be read.
-    pub fn read_listeners(&mut self) -> Result<bool, CheckpointError> {
+    pub fn read_listeners(&mut self) -> Result<usize, CheckpointError> {
         let scope = self.scope();
         let files = self.iterators.borrow_mut().fingerprinted(scope)?;
         self.listeners = Listeners::read(&files);
-        Ok(has_sockets(&files))
+        Ok(entries(&files).count())
     }
 
-    /// Attaches a network lock that holds off nothing yet, if the application has any sockets:
-    /// attaching waits for all CPUs, and what the application writes meanwhile is to be copied.
+    /// Loads a network lock and attaches it without anything to hold off yet, if the application
+    /// has any sockets: both take their time, and what the application writes meanwhile is to be
+    /// copied.
     ///
     /// # Errors
-    /// The lock cannot be attached.
-    pub fn attach_lock(&mut self, mut lock: NetLock) -> Result<(), CheckpointError> {
-        // Before there are any entries, which it would silence.
-        lock.hold_new()?;
-        if self.read_listeners()? {
+    /// The lock cannot be loaded or attached.
+    pub fn load_lock(&mut self) -> Result<(), CheckpointError> {
+        let sockets = self.read_listeners()?;
+        if sockets > 0 {
+            let mut lock = NetLock::load(sockets)?;
+            self.timeline.done("load lock");
+            // Before there are any entries, which it would silence.
+            lock.hold_new()?;
             lock.engage()?;
+            self.lock = Some(lock);
+            self.timeline.done("attach lock");
         }
-        self.lock = Some(lock);
-        self.timeline.done("attach lock");
         Ok(())
     }
 
     /// Holds off new connections to the application, if it has any sockets.
     ///
     /// # Errors
-    /// The lock cannot be attached, or takes no more entries.
+    /// The lock cannot be loaded or attached, or takes no more entries.
     pub fn lock_network(&mut self) -> Result<(), CheckpointError> {
+        if self.lock.is_none() {
+            // It may have made its first ones since.
+            self.load_lock()?;
+        }
         if let Some(mut lock) = self.lock.take()
             && self.add_to_lock(&mut lock)? > 0
         {
@@ -126,11 +134,6 @@ fn add_sockets(lock: &mut NetLock, files: &[File]) -> Result<usize, LockError> {
         count += 1;
     }
     Ok(count)
-}
-
-/// Whether there are any such sockets.
-fn has_sockets(files: &[File]) -> bool {
-    entries(files).next().is_some()
 }
 
 fn entries(files: &[File]) -> impl Iterator<Item = Entry> {

@@ -1,6 +1,5 @@
 //! `tracker checkpoint`: freezes an application into an image directory.
 
-use crate::bpf::netlock::NetLock;
 use crate::capture::Slots;
 use crate::capture::{
     Capture, CheckpointError, Durations, Known, MemoryStats, Options, Selection, load_iterators,
@@ -110,10 +109,7 @@ fn take(
     capture.precopy(store, &mut slots)?;
     let known = Known::fetch();
     capture.reached("model");
-    // This takes its time; from here on every page that is written has to be copied again.
-    let lock = NetLock::load()?;
-    capture.reached("load lock");
-    capture.attach_lock(lock)?;
+    capture.load_lock()?;
     capture.refresh(store, &mut slots, leave_running)?;
     capture.lock_network()?;
     capture.freeze()?;

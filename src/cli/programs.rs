@@ -83,7 +83,7 @@ fn iterators() -> Outcome {
 }
 
 fn network_lock() -> Outcome {
-    let mut lock = NetLock::load()?;
+    let mut lock = NetLock::load(0)?;
     let programs = lock.programs()?;
     // Nothing was added to it, so that it lets everything pass.
     let attached = lock.engage();

@@ -202,7 +202,7 @@ fn put_identity(system: &System, warnings: &mut Vec<String>) {
 
 /// Until every connection is back, none is answered.
 fn engage_lock() -> Result<NetLock, LockError> {
-    let mut lock = NetLock::load()?;
+    let mut lock = NetLock::load(0)?;
     lock.add_all_tcp()?;
     lock.engage()?;
     Ok(lock)

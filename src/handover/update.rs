@@ -288,12 +288,15 @@ impl Update {
         self.clock.reached("model fetched");
         sys::lock_memory().map_err(UpdateError::Memory)?;
         self.abort.check()?;
-        let mut lock = NetLock::load()?;
-        // Attached without entries it holds off nothing yet, see Capture::attach_lock.
+        let mut sockets = 0;
+        for capture in &mut self.captures {
+            sockets += on(capture, Capture::read_listeners)?;
+        }
+        let mut lock = NetLock::load(sockets)?;
+        // Attached without entries it holds off nothing yet, see Capture::load_lock.
         lock.hold_new()?;
         lock.engage()?;
         for capture in &mut self.captures {
-            on(capture, Capture::read_listeners)?;
             on(capture, |capture| {
                 capture.refresh(&store, &mut slots, false)
             })?;

@@ -46,7 +46,7 @@ fn nothing_to_read(stream: &TcpStream) -> Result<bool> {
 pub fn connection() -> Result<()> {
     let (mut client, mut server, _) = connected()?;
     let (mut other, mut unlocked, _) = connected()?;
-    let mut lock = NetLock::load()?;
+    let mut lock = NetLock::load(0)?;
     lock.add_connection(server.local_addr()?, server.peer_addr()?)?;
     ensure!(!lock.is_engaged(), "engaged by itself");
     client.write_all(b"before")?;
@@ -82,7 +82,7 @@ pub fn connection() -> Result<()> {
 pub fn listener() -> Result<()> {
     let listener = TcpListener::bind("0.0.0.0:0")?;
     let port = listener.local_addr()?.port();
-    let mut lock = NetLock::load()?;
+    let mut lock = NetLock::load(0)?;
     lock.add_listener(listener.local_addr()?)?;
     lock.engage()?;
     let start = lock.drops()?;
@@ -115,7 +115,7 @@ pub fn new_only() -> Result<()> {
     let mut client = TcpStream::connect(address)?;
     let (mut server, _) = listener.accept()?;
     server.set_read_timeout(Some(PATIENCE))?;
-    let mut lock = NetLock::load()?;
+    let mut lock = NetLock::load(0)?;
     lock.add_listener(address)?;
     lock.add_connection(server.local_addr()?, server.peer_addr()?)?;
     lock.hold_new()?;
@@ -160,7 +160,7 @@ pub fn addresses() -> Result<()> {
     udp.set_read_timeout(Some(PATIENCE))?;
     let sender = UdpSocket::bind("127.0.0.1:0")?;
 
-    let mut lock = NetLock::load()?;
+    let mut lock = NetLock::load(0)?;
     lock.add_connection(server.local_addr()?, server.peer_addr()?)?;
     lock.add_udp(SocketAddr::from(([0; 8], udp.local_addr()?.port())))?;
     lock.engage()?;
@@ -201,7 +201,7 @@ pub fn cgroup() -> Result<()> {
     let inside = connected();
     fs::write(home.join("cgroup.procs"), &pid)?;
     let result = inside.and_then(|(mut near, mut far, _)| {
-        let mut lock = NetLock::load()?;
+        let mut lock = NetLock::load(0)?;
         lock.add_cgroup(fs::metadata(&outer)?.ino())?;
         lock.engage()?;
         let start = lock.drops()?;
@@ -250,7 +250,7 @@ pub fn pinned() -> Result<()> {
     }
     let (mut client, mut server, _) = connected()?;
     let dir = PinDir::new();
-    let mut lock = NetLock::load()?;
+    let mut lock = NetLock::load(0)?;
     lock.add_connection(server.local_addr()?, server.peer_addr()?)?;
     lock.engage()?;
     lock.pin(&dir.0)?;
@@ -271,7 +271,7 @@ pub fn pinned() -> Result<()> {
 
 pub fn all_tcp() -> Result<()> {
     let (mut client, mut server, address) = connected()?;
-    let mut lock = NetLock::load()?;
+    let mut lock = NetLock::load(0)?;
     lock.add_all_tcp()?;
     lock.engage()?;
     let start = lock.drops()?;
