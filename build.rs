@@ -3,6 +3,7 @@
 use std::env;
 use std::error::Error;
 use std::fs;
+use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 
 use bindgen::callbacks::{EnumVariantValue, ItemInfo, ParseCallbacks};
@@ -23,6 +24,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for object in OBJECTS {
         build_object(&bpf, &out, object)?;
     }
+    let iterators = fingerprint(&out.join("iter.skel.rs"))?;
+    println!("cargo::rustc-env=TRACKER_ITERATORS={iterators:016x}");
     generate_types(&bpf.join("events.h"), &out.join("events.rs"))
 }
 
@@ -51,6 +54,13 @@ fn build_object(bpf: &Path, out: &Path, name: &str) -> Result<(), Box<dyn Error>
     }
     builder.build_and_generate(out.join(format!("{name}.skel.rs")))?;
     Ok(())
+}
+
+/// Of a skeleton, which has the object's bytes and the layout of its variables in it.
+fn fingerprint(skeleton: &Path) -> Result<u64, Box<dyn Error>> {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(&fs::read(skeleton)?);
+    Ok(hasher.finish())
 }
 
 fn generate_types(header: &Path, output: &Path) -> Result<(), Box<dyn Error>> {

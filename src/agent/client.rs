@@ -2,10 +2,12 @@
 
 use super::protocol::{Answer, Request, receive, send};
 use super::status::Status;
+use crate::bpf::iter::{Iterators, LoanError};
 use crate::error::{ExitCode, HasExitCode};
 use crate::model::diff::patch;
 use crate::model::state::State;
 use crate::track::audit::Report;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -167,6 +169,53 @@ impl Follower {
     }
 }
 
+/// The agent lends no iterators.
+#[derive(Debug, thiserror::Error)]
+pub enum BorrowError {
+    /// It could not be asked, or has none to lend.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// Who answers is not to be trusted with ids of the kernel's objects.
+    #[error("The agent at {socket} runs as user {uid}, not as root")]
+    NotRoot {
+        /// Its control socket.
+        socket: PathBuf,
+        /// Whose it is.
+        uid: u32,
+    },
+    /// What it lends is of no use here.
+    #[error(transparent)]
+    Loan(#[from] LoanError),
+}
+
+/// How long a loan may take: loading is the alternative.
+const LOAN: Duration = Duration::from_secs(1);
+
+/// Borrows the agent's spare iterators. They are given back when they are dropped, or this
+/// process ends.
+///
+/// # Errors
+///
+/// There is no agent, or none that has some to lend and says so within a second.
+pub fn borrow_iterators(socket: &Path) -> Result<Iterators, BorrowError> {
+    let mut stream = UnixStream::connect(socket).map_err(failed(socket))?;
+    let limited = stream.set_read_timeout(Some(LOAN));
+    let limited = limited.and_then(|()| stream.set_write_timeout(Some(LOAN)));
+    limited.map_err(failed(socket))?;
+    let lender = getsockopt(&stream, PeerCredentials);
+    let lender = lender.map_err(|errno| failed(socket)(errno.into()))?;
+    if lender.uid() != 0 {
+        return Err(BorrowError::NotRoot {
+            socket: socket.to_owned(),
+            uid: lender.uid(),
+        });
+    }
+    match ask_over(&mut stream, socket, Request::Iterators)? {
+        Answer::Iterators(loan) => Ok(Iterators::borrowed(&loan, stream)?),
+        _ => Err(unexpected(socket).into()),
+    }
+}
+
 /// Ends the agent.
 ///
 /// # Errors
@@ -174,4 +223,62 @@ impl Follower {
 /// There is no agent.
 pub fn shutdown(socket: &Path) -> Result<(), ClientError> {
     ask(socket, Request::Shutdown).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bpf::iter::Loan;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+    use std::time::Instant;
+
+    /// What comes of borrowing from somebody who answers like this, or not at all.
+    fn borrowed(answer: Option<Answer>) -> BorrowError {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut borrower, _) = listener.accept().unwrap();
+                if let (Ok(Request::Iterators), Some(answer)) = (receive(&mut borrower), answer) {
+                    send(&mut borrower, &answer).unwrap();
+                }
+                // Until it hangs up.
+                let _ = receive::<Request>(&mut borrower);
+            });
+            borrow_iterators(&socket).unwrap_err()
+        })
+    }
+
+    fn is_root() -> bool {
+        nix::unistd::geteuid().is_root()
+    }
+
+    #[test]
+    fn only_roots_iterators_are_borrowed() {
+        let refused = borrowed(Some(Answer::Error("None".to_owned())));
+        match is_root() {
+            true => assert!(matches!(refused, BorrowError::Client(_)), "{refused}"),
+            false => assert!(matches!(refused, BorrowError::NotRoot { .. }), "{refused}"),
+        }
+    }
+
+    #[test]
+    fn who_does_not_answer_costs_a_second() {
+        let begun = Instant::now();
+        let refused = borrowed(None);
+        assert!(begun.elapsed() < 5 * LOAN, "{:?}", begun.elapsed());
+        if is_root() {
+            assert!(matches!(refused, BorrowError::Client(_)), "{refused}");
+        }
+    }
+
+    #[test]
+    fn iterators_that_are_gone_are_not_borrowed() {
+        let refused = borrowed(Some(Answer::Iterators(Loan::ours([0; 3], 0, 0))));
+        if is_root() {
+            assert!(matches!(refused, BorrowError::Loan(_)), "{refused}");
+        }
+    }
 }

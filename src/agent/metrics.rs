@@ -173,6 +173,10 @@ fn agent(registry: &mut Registry, status: &Status) {
         help,
         status.agent.start_time,
     );
+    let lent = Counter::<u64, AtomicU64>::default();
+    lent.inc_by(status.spare_iterators.lent);
+    let help = "Commands that got the spare iterators";
+    registry.register("iterators_lent", help, lent);
     let rings = |value: fn(&RingFill) -> u64| {
         let rings = status.rings.iter().enumerate();
         let rings = rings.map(|(shard, ring)| (vec![("shard", shard.to_string())], value(ring)));

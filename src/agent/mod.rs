@@ -1,6 +1,7 @@
 //! The daemon: keeps the model, answers on a control socket, shows metrics.
 
 pub mod client;
+pub mod lender;
 mod metrics;
 pub mod protocol;
 mod server;
@@ -171,6 +172,9 @@ pub fn run(config: &Config) -> Result<(), AgentError> {
         .map_err(thread("Starting a thread"))?;
 
     notify(&[NotifyState::Ready]);
+    if let Err(error) = shared.lender.load() {
+        tracing::warn!(%error, "there are no spare iterators");
+    }
     let ended = until_stopped(&stopped, &shared.tracking);
     notify(&[NotifyState::Stopping]);
     // It may have been removed by hand.

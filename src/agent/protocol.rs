@@ -1,6 +1,7 @@
 //! What goes over the control socket: framed CBOR requests, each with a framed CBOR answer.
 
 use super::status::Status;
+use crate::bpf::lent::Loan;
 use crate::model::diff::Diff;
 use crate::model::state::State;
 use crate::track::audit::Report;
@@ -20,6 +21,8 @@ pub enum Request {
     /// What has changed in the model since it was last sent over this connection, by
     /// everything up to now; suspects are not read.
     Delta,
+    /// Lend the spare iterators, until this connection ends.
+    Iterators,
     /// End the agent.
     Shutdown,
 }
@@ -35,6 +38,8 @@ pub enum Answer {
     Model(Box<State>),
     /// To `Delta`.
     Delta(Box<Diff>),
+    /// To `Iterators`.
+    Iterators(Loan),
     /// To `Shutdown`.
     Done,
     /// The request could not be served.
@@ -105,6 +110,21 @@ mod tests {
             panic!("another answer");
         };
         assert_eq!(*read, state);
+    }
+
+    #[test]
+    fn a_loan_survives_the_socket() {
+        let mut wire = Vec::new();
+        send(&mut wire, &Request::Iterators).unwrap();
+        let request: Request = receive(&mut wire.as_slice()).unwrap();
+        assert_eq!(request, Request::Iterators);
+        let loan = Loan::ours([7, 8, u32::MAX], 9, 10);
+        let mut wire = Vec::new();
+        send(&mut wire, &Answer::Iterators(loan.clone())).unwrap();
+        let Answer::Iterators(read) = receive(&mut wire.as_slice()).unwrap() else {
+            panic!("another answer");
+        };
+        assert_eq!(read, loan);
     }
 
     #[test]

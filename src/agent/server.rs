@@ -1,5 +1,6 @@
 //! The control socket's side of the agent.
 
+use super::lender::Lease;
 use super::protocol::{Answer, Request, receive, send};
 use super::shared::Shared;
 use super::{AgentError, share};
@@ -63,13 +64,15 @@ pub(super) fn serve(listener: &UnixListener, shared: &Arc<Shared>, stop: &Sender
 }
 
 /// Whether the process that connected may do this. Whoever could connect may ask: that is for
-/// the socket's mode to say. Only root may end the agent.
+/// the socket's mode to say. Only root may end the agent, and have what others would lack.
 fn may(client: &UnixStream, request: Request) -> io::Result<bool> {
-    if request != Request::Shutdown {
-        return Ok(true);
+    match request {
+        Request::Status | Request::Audit | Request::Model | Request::Delta => Ok(true),
+        Request::Iterators | Request::Shutdown => {
+            let peer = getsockopt(client, PeerCredentials)?;
+            Ok(peer.uid() == 0)
+        }
     }
-    let peer = getsockopt(client, PeerCredentials)?;
-    Ok(peer.uid() == 0)
 }
 
 /// Answers one client until it goes away.
@@ -78,13 +81,14 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
     client.set_write_timeout(Some(CLIENT_PATIENCE))?;
     // The model as this client has it.
     let mut sent = State::default();
+    let mut lease = None;
     loop {
         let request = match receive(&mut client) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             request => request?,
         };
         if !may(&client, request)? {
-            let refusal = "Only root may end the agent".to_owned();
+            let refusal = "Only root may ask for that".to_owned();
             send(&mut client, &Answer::Error(refusal))?;
             continue;
         }
@@ -108,6 +112,7 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
                         Answer::Delta(Box::new(delta))
                     })
             }
+            Request::Iterators => Ok(lend(&client, shared, &mut lease)?),
             Request::Shutdown => Ok(Answer::Done),
         };
         let reply = reply.unwrap_or_else(|error| Answer::Error(error.to_string()));
@@ -120,15 +125,30 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
     }
 }
 
+/// Lends the spare iterators for as long as the lease lives.
+fn lend(client: &UnixStream, shared: &Shared, lease: &mut Option<Lease>) -> io::Result<Answer> {
+    Ok(match shared.lender.lend() {
+        Ok((loan, lent)) => {
+            // A borrower has nothing to say, for however long its checkpoint takes.
+            client.set_read_timeout(None)?;
+            *lease = Some(lent);
+            Answer::Iterators(loan)
+        }
+        Err(reason) => Answer::Error(reason.to_string()),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn only_root_may_end_the_agent() {
+    fn only_root_may_end_the_agent_and_borrow() {
         let (here, _there) = UnixStream::pair().unwrap();
         let root = nix::unistd::geteuid().is_root();
-        assert_eq!(may(&here, Request::Shutdown).unwrap(), root);
+        for request in [Request::Shutdown, Request::Iterators] {
+            assert_eq!(may(&here, request).unwrap(), root);
+        }
         for request in [
             Request::Status,
             Request::Audit,

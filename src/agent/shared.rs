@@ -1,5 +1,6 @@
 //! What the agent's threads share: tracking, and the agent's account of itself.
 
+use super::lender::Lender;
 use super::status::{AgentStatus, LastAudit, Status, names};
 use crate::sys::clock;
 use crate::track::audit::{Report, audit};
@@ -8,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 pub(super) struct Shared {
     pub(super) tracking: Tracking,
+    pub(super) lender: Lender,
     /// `CLOCK_REALTIME` when the agent started.
     started: u64,
     last_audit: Mutex<Option<LastAudit>>,
@@ -17,6 +19,7 @@ impl Shared {
     pub(super) fn new(tracking: Tracking, started: u64) -> Self {
         Self {
             tracking,
+            lender: Lender::default(),
             started,
             last_audit: Mutex::default(),
         }
@@ -30,7 +33,10 @@ impl Shared {
         let last_audit = self.last_audit.lock();
         let last_audit = *last_audit.unwrap_or_else(PoisonError::into_inner);
         let agent = AgentStatus::now(self.started);
-        Ok(Status::now(model, &self.tracking, agent, last_audit))
+        Ok(Status {
+            spare_iterators: self.lender.status(),
+            ..Status::now(model, &self.tracking, agent, last_audit)
+        })
     }
 
     /// An audit, the outcome of which is kept for the status.

@@ -1,5 +1,6 @@
 //! What `tracker status` and the metrics show.
 
+use super::lender::SpareStatus;
 use crate::bpf::fill::RingFill;
 use crate::bpf::programs::ProgramStats;
 use crate::bpf::track::HookSet;
@@ -39,6 +40,9 @@ pub struct Status {
     pub programs: Vec<ProgramStats>,
     /// The event rings, by shard.
     pub rings: Vec<RingFill>,
+    /// Iterators for who makes a checkpoint.
+    #[serde(default)]
+    pub spare_iterators: SpareStatus,
     /// The last audit since the agent started, if there was one.
     pub last_audit: Option<LastAudit>,
     /// The update that started this kernel, if one did.
@@ -191,6 +195,7 @@ impl Status {
             agent: AgentStatus::default(),
             programs: Vec::new(),
             rings: Vec::new(),
+            spare_iterators: SpareStatus::default(),
             last_audit: None,
             last_update: None,
         }

@@ -140,7 +140,7 @@ pub fn cgroup2_mount() -> io::Result<PathBuf> {
 }
 
 fn probe_fentry() -> Result<(), libbpf_rs::Error> {
-    // See Iterators::load for why the storage is left behind.
+    // See Instance::load for why the storage is left behind.
     let storage = Box::leak(Box::new(MaybeUninit::uninit()));
     let mut skel = ProbeSkelBuilder::default().open(storage)?.load()?;
     libbpf_rs::skel::Skel::attach(&mut skel)

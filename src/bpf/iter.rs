@@ -1,42 +1,30 @@
 //! One-pass readers of kernel state: tasks, descriptors and mappings, by BPF iterators.
 //!
 //! They need no agent and leave no trace in what they read. Loading takes the verifier a while
-//! (a quarter of a second under emulation) and is done before anything is frozen; a pass in the
-//! frozen window costs about as much as copying the records.
+//! (more than a second under emulation) and is done before anything is frozen, or was done by
+//! somebody who lends them; a pass in the frozen window costs about as much as copying the records.
 
-use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
-
-use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
-use libbpf_rs::{ProgramInput, RingBuffer, RingBufferBuilder};
-
-use super::events::{
-    self, AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessRec,
-    RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec,
-    TtyRec, VmaRec, WatchRec,
-};
+use super::events::{RecKind, VmaRec};
+pub use super::found::{Detail, File, Files, Tasks, user_dev};
+pub use super::instance::LoadError;
+use super::instance::{Instance, Pass};
+use super::lent::Lent;
+pub use super::lent::{Loan, LoanError};
 use super::pass::{self, Buffer, Target};
 use super::programs::Programs;
-use super::record::{Malformed, Raw, records};
-use super::skeleton::iter::{IterSkel, IterSkelBuilder};
+use super::record::{Malformed, records};
+use libbpf_rs::{RingBuffer, RingBufferBuilder};
+use serde::Serialize;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
         AIO, EPOLL, FINGERPRINTS, LOCKS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
     };
-}
-
-/// Why the iterators could not be loaded.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "Loading the BPF iterators failed at {step}; they need Linux 6.1 or newer with BTF, and CAP_BPF with CAP_PERFMON or root"
-)]
-pub struct LoadError {
-    step: &'static str,
-    source: libbpf_rs::Error,
 }
 
 /// Why a pass failed. Nothing was changed, and another pass may be tried.
@@ -84,81 +72,30 @@ pub enum Scope {
     Process(u32),
 }
 
-/// What a pass over the tasks found. Zombies are included.
-#[derive(Clone, Debug, Default)]
-pub struct Tasks {
-    /// Every thread.
-    pub threads: Vec<ThreadRec>,
-    /// Every process.
-    pub processes: Vec<ProcessRec>,
-    /// Every address space; one shared by several processes (`CLONE_VM`) is repeated.
-    pub mms: Vec<MmRec>,
-    /// The signal actions of every process that still has any (zombies do not).
-    pub sigactions: Vec<SigactionsRec>,
-    /// Every POSIX timer.
-    pub timers: Vec<TimerRec>,
-    /// Every AIO context.
-    pub aio: Vec<AioRec>,
-}
-
-/// An open descriptor.
-#[derive(Clone, Copy, Debug)]
-pub struct File {
-    /// What all descriptors have.
-    pub rec: FileRec,
-    /// What its kind has besides.
-    pub detail: Detail,
-}
-
-/// The state of some kinds of files, read in the same pass.
-#[derive(Clone, Copy, Debug)]
-pub enum Detail {
-    /// Nothing beyond the [`FileRec`].
-    None,
-    /// An eventfd.
-    Eventfd(EventfdRec),
-    /// A pipe or an open FIFO.
-    Pipe(PipeRec),
-    /// A timerfd.
-    Timerfd(TimerfdRec),
-    /// A signalfd.
-    Signalfd(SignalfdRec),
-    /// A pidfd.
-    Pidfd(PidfdRec),
-    /// A socket.
-    Socket(SockRec),
-    /// Either end of a pseudo-terminal.
-    Tty(TtyRec),
-}
-
-/// What a pass over the descriptors found.
-#[derive(Clone, Debug, Default)]
-pub struct Files {
-    /// Every descriptor of every descriptor table. A table shared by several processes
-    /// (`CLONE_FILES`) is reported once per process: [`FileRec::files`] tells.
-    pub files: Vec<File>,
-    /// What the epoll instances among them watch.
-    pub epoll_items: Vec<EpollItemRec>,
-    /// What the inotify instances among them watch.
-    pub watches: Vec<WatchRec>,
-    /// Locks and leases on the files among them, whoever holds them.
-    pub locks: Vec<LockRec>,
-    /// What is queued in the pseudo-terminals among them, in order for each.
-    pub tty_data: Vec<TtyDataRec>,
+/// Who loaded iterators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// This process.
+    Loaded,
+    /// Another one, which lends them.
+    Lent,
 }
 
 /// The loaded iterators.
 pub struct Iterators {
-    // before the skeleton, whose map it reads
+    // before the instance, whose map it reads
     ring: RingBuffer<'static>,
     side: Arc<Mutex<Vec<u8>>>,
     buffer: Buffer,
-    skel: IterSkel<'static>,
+    instance: Instance,
 }
 
 impl std::fmt::Debug for Iterators {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Iterators").finish_non_exhaustive()
+        f.debug_struct("Iterators")
+            .field("origin", &self.origin())
+            .finish_non_exhaustive()
     }
 }
 
@@ -169,56 +106,50 @@ impl Iterators {
     ///
     /// The kernel lacks BTF or refuses a program, or a capability is missing.
     pub fn load() -> Result<Self, LoadError> {
-        let at = |step| move |source| LoadError { step, source };
-        super::redirect_libbpf_log();
-        // The skeleton borrows this storage. A few words stay behind per load, of which there is
-        // one in the life of a process; what it points at is freed with the skeleton.
-        let storage = Box::leak(Box::new(MaybeUninit::uninit()));
-        let open = IterSkelBuilder::default()
-            .open(storage)
-            .map_err(at("open"))?;
-        let mut skel = open.load().map_err(at("load"))?;
-        let found = skel.progs.find_symbols.test_run(ProgramInput::default());
-        found.map_err(at("looking for symbols"))?;
-        let cpus = libbpf_rs::num_possible_cpus().map_err(at("counting the CPUs"))?;
-        if let Some(vars) = skel.maps.bss_data.as_deref_mut() {
-            vars.possible_cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
-        }
+        Self::of(Instance::load()?).map_err(LoadError::at("ring"))
+    }
 
-        // a kernel may accept a program and refuse to attach it: better learnt now
-        for program in [
-            &skel.progs.iter_tasks,
-            &skel.progs.iter_files,
-            &skel.progs.iter_vmas,
-        ] {
-            pass::link(program.as_fd(), Target::Process(std::process::id()))
-                .map_err(|source| at("attach")(source.into()))?;
-        }
+    /// Those that were lent over this connection, which is held as long as they are used.
+    ///
+    /// # Errors
+    ///
+    /// They are of another build, gone, or cannot be opened by this process.
+    pub fn borrowed(loan: &Loan, lease: UnixStream) -> Result<Self, LoanError> {
+        Self::of(Instance::Lent(Lent::open(loan, lease)?)).map_err(LoanError::Ring)
+    }
 
+    fn of(instance: Instance) -> libbpf_rs::Result<Self> {
         let side = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&side);
         let mut builder = RingBufferBuilder::new();
-        builder
-            .add(&skel.maps.side, move |bytes| {
-                sink.lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .extend_from_slice(bytes);
-                0
-            })
-            .map_err(at("ring"))?;
-        let ring = builder.build().map_err(at("ring"))?;
+        builder.add(instance.side(), move |bytes| {
+            sink.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .extend_from_slice(bytes);
+            0
+        })?;
+        let ring = builder.build()?;
         Ok(Self {
             ring,
             side,
             buffer: Buffer::default(),
-            skel,
+            instance,
         })
+    }
+
+    /// Who loaded them.
+    #[must_use]
+    pub fn origin(&self) -> Origin {
+        match self.instance {
+            Instance::Own(_) => Origin::Loaded,
+            Instance::Lent(_) => Origin::Lent,
+        }
     }
 
     /// Has passes tell the sockets that were made outside these cgroups and what is below them
     /// ([`SockFlag::FOREIGN`](super::events)): cgroup id and depth below the root cgroup.
     pub fn tell_foreign(&mut self, roots: &[(u64, u32)]) {
-        if let Some(vars) = self.skel.maps.bss_data.as_deref_mut() {
+        if let Some(vars) = self.instance.vars() {
             vars.root_count = 0;
             for (slot, (id, level)) in vars.roots.iter_mut().zip(roots) {
                 slot.id = *id;
@@ -234,7 +165,7 @@ impl Iterators {
     ///
     /// This process has no descriptors left.
     pub fn programs(&self) -> io::Result<Programs> {
-        Programs::of(self.skel.object())
+        self.instance.programs()
     }
 
     /// Threads, processes and address spaces, without the dearer parts.
@@ -320,12 +251,7 @@ impl Iterators {
         };
         self.prepare(what, scope, 0)?;
         for target in targets {
-            run(
-                self.skel.progs.iter_vmas.as_fd(),
-                target,
-                what,
-                &mut self.buffer,
-            )?;
+            self.run(Pass::Vmas, target, what)?;
         }
         records(self.buffer.filled())
             .map(|raw| Ok(raw?.decode()?))
@@ -335,12 +261,7 @@ impl Iterators {
     fn read_tasks(&mut self, scope: Scope, want: u32) -> Result<Tasks, ReadError> {
         let what = "tasks";
         self.prepare(what, scope, want)?;
-        run(
-            self.skel.progs.iter_tasks.as_fd(),
-            scope.target(),
-            what,
-            &mut self.buffer,
-        )?;
+        self.run(Pass::Tasks, scope.target(), what)?;
         let mut found = Tasks::default();
         for raw in records(self.buffer.filled()) {
             let raw = raw?;
@@ -364,12 +285,7 @@ impl Iterators {
     fn read_files(&mut self, scope: Scope, want: u32) -> Result<Files, ReadError> {
         let what = "descriptors";
         self.prepare(what, scope, want)?;
-        run(
-            self.skel.progs.iter_files.as_fd(),
-            scope.target(),
-            what,
-            &mut self.buffer,
-        )?;
+        self.run(Pass::Files, scope.target(), what)?;
         let mut found = Files::default();
         for raw in records(self.buffer.filled()) {
             let raw = raw?;
@@ -381,7 +297,7 @@ impl Iterators {
                     });
                 }
                 _ => {
-                    let detail = decode_detail(&raw)?;
+                    let detail = Detail::decode(&raw)?;
                     // a detail always follows its file
                     if let Some(file) = found.files.last_mut() {
                         file.detail = detail;
@@ -409,7 +325,7 @@ impl Iterators {
             other => Err(other),
         })?;
         self.buffer.clear();
-        if let Some(vars) = self.skel.maps.bss_data.as_deref_mut() {
+        if let Some(vars) = self.instance.vars() {
             (vars.scope_cgroup, vars.scope_pid) = match scope {
                 Scope::System => (0, 0),
                 Scope::Cgroup(id) => (id, 0),
@@ -423,17 +339,20 @@ impl Iterators {
         Ok(())
     }
 
+    /// Attaches a program, runs it once and detaches it.
+    fn run(&mut self, pass: Pass, target: Target, what: &'static str) -> Result<(), ReadError> {
+        pass::link(self.instance.program(pass), target)
+            .and_then(|link| pass::run(link.as_fd(), &mut self.buffer))
+            .map_err(|source| ReadError::Run { what, source })
+    }
+
     fn take_side(&mut self, what: &'static str) -> Result<Vec<u8>, ReadError> {
         self.ring
             .consume()
             .map_err(|source| ReadError::Ring { what, source })?;
         let bytes = std::mem::take(&mut *self.side.lock().unwrap_or_else(PoisonError::into_inner));
-        let lost = self
-            .skel
-            .maps
-            .bss_data
-            .as_deref_mut()
-            .map_or(0, |vars| std::mem::take(&mut vars.side_lost));
+        let vars = self.instance.vars();
+        let lost = vars.map_or(0, |vars| std::mem::take(&mut vars.side_lost));
         if lost > 0 {
             return Err(ReadError::Overflow { what, lost });
         }
@@ -448,104 +367,6 @@ impl Scope {
             Self::System | Self::Cgroup(_) => Target::System,
             Self::Process(pid) => Target::Process(pid),
         }
-    }
-}
-
-/// Attaches an iterator program, runs it once and detaches it.
-fn run(
-    program: BorrowedFd<'_>,
-    target: Target,
-    what: &'static str,
-    buffer: &mut Buffer,
-) -> Result<(), ReadError> {
-    pass::link(program, target)
-        .and_then(|link| pass::run(link.as_fd(), buffer))
-        .map_err(|source| ReadError::Run { what, source })
-}
-
-fn decode_detail(raw: &Raw<'_>) -> Result<Detail, Malformed> {
-    Ok(match raw.kind {
-        RecKind::EVENTFD => Detail::Eventfd(raw.decode()?),
-        RecKind::PIPE => Detail::Pipe(raw.decode()?),
-        RecKind::TIMERFD => Detail::Timerfd(raw.decode()?),
-        RecKind::SIGNALFD => Detail::Signalfd(raw.decode()?),
-        RecKind::PIDFD => Detail::Pidfd(raw.decode()?),
-        RecKind::TTY => Detail::Tty(raw.decode()?),
-        _ => Detail::Socket(raw.decode()?),
-    })
-}
-
-impl ThreadRec {
-    /// The thread's name.
-    #[must_use]
-    pub fn comm(&self) -> String {
-        super::record::c_text(&self.comm)
-    }
-
-    /// Whether the thread has exited and waits to be reaped.
-    #[must_use]
-    pub fn is_zombie(&self) -> bool {
-        self.exit_state != 0
-    }
-}
-
-impl FileRec {
-    /// The start of the name the file has in its directory, or the kernel's name for its kind.
-    #[must_use]
-    pub fn name(&self) -> String {
-        super::record::c_text(&self.name)
-    }
-
-    /// Device number of the filesystem as stat(2) encodes it.
-    #[must_use]
-    pub fn st_dev(&self) -> u64 {
-        user_dev(self.dev)
-    }
-
-    /// Number of the device, for device files, as stat(2) encodes it.
-    #[must_use]
-    pub fn st_rdev(&self) -> u64 {
-        user_dev(self.rdev)
-    }
-}
-
-impl VmaRec {
-    /// The name of a special or named anonymous mapping, or the start of the file's name.
-    #[must_use]
-    pub fn name(&self) -> String {
-        super::record::c_text(&self.name)
-    }
-
-    /// Device number of the file as stat(2) encodes it.
-    #[must_use]
-    pub fn st_dev(&self) -> u64 {
-        user_dev(self.dev)
-    }
-}
-
-impl SockRec {
-    /// The address of a Unix socket: empty if unnamed, starting with NUL if abstract.
-    #[must_use]
-    pub fn unix_path(&self) -> Vec<u8> {
-        let len = (self.path_len as usize).min(self.path.len());
-        self.path[..len]
-            .iter()
-            .map(|c| c.to_ne_bytes()[0])
-            .collect()
-    }
-}
-
-/// Turns the kernel's own device number (major << 20 | minor) into the one user space sees.
-#[must_use]
-pub fn user_dev(dev: u32) -> u64 {
-    nix::sys::stat::makedev(u64::from(dev >> 20), u64::from(dev & 0xf_ffff))
-}
-
-impl events::ProcessRec {
-    /// Whether this process leads its session.
-    #[must_use]
-    pub fn is_session_leader(&self) -> bool {
-        self.flags & events::ProcessFlag::SESSION_LEADER != 0
     }
 }
 

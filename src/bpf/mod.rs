@@ -5,8 +5,11 @@
 pub mod adopted;
 pub mod features;
 pub mod fill;
+mod found;
 mod hooks;
+mod instance;
 pub mod iter;
+pub mod lent;
 pub mod netlock;
 mod pass;
 pub mod programs;

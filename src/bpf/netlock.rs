@@ -124,7 +124,7 @@ impl NetLock {
     pub fn load(connections: usize) -> Result<Self, LockError> {
         let at = |step| move |source| LockError::Load { step, source };
         super::redirect_libbpf_log();
-        // See Iterators::load for why the storage is left behind.
+        // See Instance::load for why the storage is left behind.
         let storage = Box::leak(Box::new(MaybeUninit::uninit()));
         let mut open = NetlockSkelBuilder::default()
             .open(storage)

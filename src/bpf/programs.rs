@@ -76,6 +76,26 @@ impl Programs {
         })
     }
 
+    /// These, by their names in their BPF object, which has no stand-in.
+    ///
+    /// # Errors
+    ///
+    /// This process has no descriptors left.
+    pub(super) fn named<'a>(
+        programs: impl IntoIterator<Item = (&'static str, BorrowedFd<'a>)>,
+    ) -> io::Result<Self> {
+        let loaded = programs.into_iter().map(|(name, fd)| {
+            Ok(Loaded {
+                name: name.to_owned(),
+                fd: fd.try_clone_to_owned()?,
+            })
+        });
+        Ok(Self {
+            loaded: loaded.collect::<io::Result<_>>()?,
+            stood_in: None,
+        })
+    }
+
     /// What the kernel says of each.
     ///
     /// # Errors
@@ -141,7 +161,7 @@ impl Loaded {
 
 /// As `libbpf_rs::query::ProgramInfo`, which is to be had only for all programs of the machine
 /// and copies their code to tell its length.
-fn info(fd: BorrowedFd<'_>) -> io::Result<libbpf_sys::bpf_prog_info> {
+pub(super) fn info(fd: BorrowedFd<'_>) -> io::Result<libbpf_sys::bpf_prog_info> {
     let mut info = libbpf_sys::bpf_prog_info::default();
     let mut len = u32::try_from(size_of_val(&info)).unwrap_or(u32::MAX);
     // SAFETY: the structure outlives the call and its size is told; all of its pointers and the

@@ -34,7 +34,8 @@ pub use known::Known;
 pub use target::Selection;
 pub use timeline::{Durations, Timeline};
 
-use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
+use crate::agent::client::{SOCKET, borrow_iterators};
+use crate::bpf::iter::{Files, Iterators, LoadError, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
 use crate::image::Store;
@@ -62,15 +63,26 @@ use wakeups::Wakeups;
 /// Where network locks wait for a restore, on the bpf filesystem.
 pub const PIN_DIR: &str = "/sys/fs/bpf/tracker";
 
-/// The iterators, loaded once for all captures of a command: loading is what takes time.
+/// The iterators, the same for all captures of a command: loading is what takes time.
 pub type SharedIterators = Rc<RefCell<Iterators>>;
 
-/// Loads the iterators.
+/// Iterators for captures: the agent's spare ones, or loaded for want of these.
 ///
 /// # Errors
 /// The kernel lacks something, or a capability is missing.
-pub fn load_iterators() -> Result<SharedIterators, CheckpointError> {
-    Ok(Rc::new(RefCell::new(Iterators::load()?)))
+pub fn shared_iterators() -> Result<SharedIterators, CheckpointError> {
+    Ok(Rc::new(RefCell::new(iterators()?)))
+}
+
+fn iterators() -> Result<Iterators, LoadError> {
+    match borrow_iterators(Path::new(SOCKET)) {
+        Ok(iterators) => Ok(iterators),
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::debug!(error, "iterators are loaded, not borrowed");
+            Iterators::load()
+        }
+    }
 }
 
 /// What of the processes in a cgroup cannot be carried, named files on these devices
@@ -79,7 +91,7 @@ pub fn load_iterators() -> Result<SharedIterators, CheckpointError> {
 /// # Errors
 /// The kernel lacks something, or there is no such cgroup.
 pub fn survey(cgroup: &Path, devices: &BTreeSet<u32>) -> Result<Vec<Blocker>, CheckpointError> {
-    let mut iterators = Iterators::load()?;
+    let mut iterators = iterators()?;
     let cgroup = Cgroup::open(cgroup)?;
     let mut found = eligibility::survey(&mut iterators, &cgroup, &Namespaces::ours())?;
     found.extend(eligibility::on_devices(&mut iterators, &cgroup, devices)?);

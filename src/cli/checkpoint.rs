@@ -1,8 +1,9 @@
 //! `tracker checkpoint`: freezes an application into an image directory.
 
+use crate::bpf::iter::Origin;
 use crate::capture::Slots;
 use crate::capture::{
-    Capture, CheckpointError, Durations, Known, MemoryStats, Options, Selection, load_iterators,
+    Capture, CheckpointError, Durations, Known, MemoryStats, Options, Selection, shared_iterators,
 };
 use crate::error::ExitCode;
 use crate::fault::Fault;
@@ -62,6 +63,7 @@ struct Outcome<'a> {
     descriptors: usize,
     mappings: usize,
     memory: MemoryStats,
+    iterators: Origin,
     verification: Option<&'a Verification>,
     network_locked: bool,
     left_running: bool,
@@ -82,7 +84,9 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode, CheckpointError> {
         deadline: Duration::from_millis(args.deadline),
         max_freeze: args.max_freeze.map(Duration::from_millis),
     };
-    let mut capture = Capture::prepare(&selection, options, load_iterators()?)?;
+    let iterators = shared_iterators()?;
+    let origin = iterators.borrow().origin();
+    let mut capture = Capture::prepare(&selection, options, iterators)?;
     if !capture.blockers().is_empty() {
         return Err(CheckpointError::Blocked(capture.blockers().to_vec()));
     }
@@ -96,7 +100,7 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode, CheckpointError> {
             return Err(error);
         }
     };
-    report(args, &capture, &application, verification.as_ref());
+    report(args, &capture, &application, origin, verification.as_ref());
     Ok(ExitCode::Done)
 }
 
@@ -143,6 +147,7 @@ fn report(
     args: &CheckpointArgs,
     capture: &Capture,
     application: &Application,
+    iterators: Origin,
     verification: Option<&Verification>,
 ) {
     let durations = capture.timeline().durations();
@@ -154,6 +159,7 @@ fn report(
         descriptors: application.files.values().map(|t| t.fds.len()).sum(),
         mappings: application.mms.values().map(|mm| mm.vmas.len()).sum(),
         memory: capture.memory(),
+        iterators,
         verification,
         network_locked: capture.is_locked(),
         left_running: args.leave_running,

@@ -98,6 +98,11 @@ fn print(status: &Status) {
         agent.cpu_seconds,
         agent.resident_bytes >> 20
     );
+    let spare = &status.spare_iterators;
+    println!(
+        "Spare iterators: {}, lent {} times",
+        spare.state, spare.lent
+    );
     println!("Lost: {}", list(&counters.lost));
     println!("Suspect: {}", list(&status.suspects));
     if counters.malformed + counters.gaps > 0 {

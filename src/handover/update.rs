@@ -14,7 +14,9 @@ use super::report::{TscRate, step};
 use super::sysctl;
 use crate::applications::{ApplicationError, NamedApplication};
 use crate::bpf::netlock::{LockError, NetLock};
-use crate::capture::{Capture, CheckpointError, Known, Options, Selection, Slots, load_iterators};
+use crate::capture::{
+    Capture, CheckpointError, Known, Options, Selection, Slots, shared_iterators,
+};
 use crate::error::{ExitCode, HasExitCode};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
@@ -407,7 +409,7 @@ fn prepare_captures(applications: &[NamedApplication]) -> Result<Vec<Capture>, U
     let Some(first) = applications.first() else {
         return Ok(Vec::new());
     };
-    let iterators = load_iterators().map_err(failed(first))?;
+    let iterators = shared_iterators().map_err(failed(first))?;
     let prepare = |application: &NamedApplication| {
         let selection = Selection::Name(application.name().to_owned());
         Capture::prepare(&selection, Options::default(), Rc::clone(&iterators))

@@ -73,6 +73,23 @@ pub fn raise_priority(nice: i32) -> io::Result<()> {
     }
 }
 
+/// Lowers the calling thread's share of the CPU to that of this nice(2) value, if it has more.
+///
+/// # Errors
+/// Those of setpriority(2).
+pub fn lower_priority(nice: i32) -> io::Result<()> {
+    // SAFETY: takes integers; 0 is the calling thread.
+    let now = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    if now >= nice {
+        return Ok(());
+    }
+    // SAFETY: as above.
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// A duplicate of descriptor `fd` of another process (pidfd_getfd(2)); it has `FD_CLOEXEC`.
 ///
 /// # Errors

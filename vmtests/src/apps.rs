@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use crate::load::{Connection, Protocol, Target};
 use crate::vm::{Exec, Vm, VmBuilder};
@@ -41,6 +42,25 @@ pub fn start_agent(vm: &Vm) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Waits until the agent has iterators to lend, as it has most of the time.
+///
+/// # Errors
+/// If it never has, or there is no agent.
+pub fn await_spare(vm: &Vm) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let status = Exec::new(["tracker", "status", "--json"]);
+        let status = vm.exec(status)?.check()?.text();
+        let status: Value = serde_json::from_str(&status)?;
+        let spare = &status["spare_iterators"];
+        if spare["state"] == "ready" {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < START, "Spare iterators: {spare}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }
 
 /// Starts redis as application `redis`, with about that many megabytes of data

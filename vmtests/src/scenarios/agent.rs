@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::Scenario;
 use super::tracked::{
-    PATIENCE, PAUSE, SOCKET, audit, await_agent, end, log, start, start_beside, status,
+    PATIENCE, PAUSE, SOCKET, audit, await_agent, await_status, end, log, start, start_beside,
+    status,
 };
 use crate::image::Kernel;
 use crate::protocol::Status;
@@ -190,6 +191,9 @@ fn service(vm: &Vm) -> Result<()> {
     audit(vm, "under the unit's hardening", 6)?;
     let now = status(vm)?;
     ensure!(now["hooks"] == "fentry", "The better hooks: {now:#}");
+    await_status(vm, "Spare iterators", |now| {
+        now["spare_iterators"]["state"] == "ready"
+    })?;
     ensure!(
         now["programs"] != serde_json::json!([]),
         "Programs: {now:#}"

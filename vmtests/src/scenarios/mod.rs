@@ -12,6 +12,7 @@ mod faults;
 mod handover;
 mod harness;
 mod kernel;
+mod lending;
 mod message_queues;
 mod programs;
 mod services;
@@ -45,6 +46,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         handover::SCENARIOS,
         harness::SCENARIOS,
         kernel::SCENARIOS,
+        lending::SCENARIOS,
         message_queues::SCENARIOS,
         programs::SCENARIOS,
         services::SCENARIOS,

@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use clap::Args;
+use vmtests::apps;
 use vmtests::image::Kernel;
+use vmtests::vm::Vm;
 
 use self::tools::Tool;
 use crate::setup;
@@ -39,6 +41,15 @@ pub struct Arguments {
 }
 
 impl Arguments {
+    /// The agent runs beside tracker, as it does in production, and has iterators to lend.
+    fn start_agent(&self, vm: &Vm) -> Result<()> {
+        if !self.wants(Tool::Tracker) {
+            return Ok(());
+        }
+        apps::start_agent(vm)?;
+        apps::await_spare(vm)
+    }
+
     fn wants(&self, tool: Tool) -> bool {
         self.only.is_none_or(|only| only == tool)
     }

@@ -81,6 +81,7 @@ pub fn run(arguments: &Arguments, wanted: &str) -> Result<()> {
     let vm = builder.start()?;
     // Closed connections must not be in the way of the same ones restored.
     vm.sh("sysctl -qw net.ipv4.tcp_max_tw_buckets=0")?.check()?;
+    arguments.start_agent(&vm)?;
     let rows = ROWS.iter().flat_map(|(kind, counts)| {
         let row = |count: &usize| (*kind, *count, format!("{count} {kind}"));
         counts.iter().map(row).collect::<Vec<_>>()

@@ -50,6 +50,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         .profile(Profile::Release)
         .quiet(arguments.json);
     let vm = apps::forwarded(builder).start()?;
+    arguments.start_agent(&vm)?;
     apps::start_redis(&vm, arguments.data)?;
     let load = Load::start(&apps::targets(&vm, arguments.clients, 0))?;
     load.progress(20, PATIENCE)?;

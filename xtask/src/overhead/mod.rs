@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use vmtests::apps;
 use vmtests::image::Kernel;
 use vmtests::overhead::{Cost, NAMES};
 use vmtests::payload::{Profile, TESTS_DIR};
@@ -294,6 +295,8 @@ impl Bench<'_> {
                 let said = self.vm.read_file(log).unwrap_or_default();
                 format!("tracker agent: {}", String::from_utf8_lossy(&said))
             })?;
+        // What it does once is not what tracking costs.
+        apps::await_spare(self.vm)?;
         let status = self
             .vm
             .exec(Exec::new(["tracker", "status", "--json"]))?

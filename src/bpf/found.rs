@@ -1,0 +1,160 @@
+//! What the passes of the iterators find, and what their records say in words.
+
+use super::events::{
+    AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessFlag,
+    ProcessRec, RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec,
+    TtyDataRec, TtyRec, VmaRec, WatchRec,
+};
+use super::record::{Malformed, Raw, c_text};
+
+/// What a pass over the tasks found. Zombies are included.
+#[derive(Clone, Debug, Default)]
+pub struct Tasks {
+    /// Every thread.
+    pub threads: Vec<ThreadRec>,
+    /// Every process.
+    pub processes: Vec<ProcessRec>,
+    /// Every address space; one shared by several processes (`CLONE_VM`) is repeated.
+    pub mms: Vec<MmRec>,
+    /// The signal actions of every process that still has any (zombies do not).
+    pub sigactions: Vec<SigactionsRec>,
+    /// Every POSIX timer.
+    pub timers: Vec<TimerRec>,
+    /// Every AIO context.
+    pub aio: Vec<AioRec>,
+}
+
+/// An open descriptor.
+#[derive(Clone, Copy, Debug)]
+pub struct File {
+    /// What all descriptors have.
+    pub rec: FileRec,
+    /// What its kind has besides.
+    pub detail: Detail,
+}
+
+/// The state of some kinds of files, read in the same pass.
+#[derive(Clone, Copy, Debug)]
+pub enum Detail {
+    /// Nothing beyond the [`FileRec`].
+    None,
+    /// An eventfd.
+    Eventfd(EventfdRec),
+    /// A pipe or an open FIFO.
+    Pipe(PipeRec),
+    /// A timerfd.
+    Timerfd(TimerfdRec),
+    /// A signalfd.
+    Signalfd(SignalfdRec),
+    /// A pidfd.
+    Pidfd(PidfdRec),
+    /// A socket.
+    Socket(SockRec),
+    /// Either end of a pseudo-terminal.
+    Tty(TtyRec),
+}
+
+/// What a pass over the descriptors found.
+#[derive(Clone, Debug, Default)]
+pub struct Files {
+    /// Every descriptor of every descriptor table. A table shared by several processes
+    /// (`CLONE_FILES`) is reported once per process: [`FileRec::files`] tells.
+    pub files: Vec<File>,
+    /// What the epoll instances among them watch.
+    pub epoll_items: Vec<EpollItemRec>,
+    /// What the inotify instances among them watch.
+    pub watches: Vec<WatchRec>,
+    /// Locks and leases on the files among them, whoever holds them.
+    pub locks: Vec<LockRec>,
+    /// What is queued in the pseudo-terminals among them, in order for each.
+    pub tty_data: Vec<TtyDataRec>,
+}
+
+impl Detail {
+    /// What a record says that follows that of a file.
+    pub(super) fn decode(raw: &Raw<'_>) -> Result<Self, Malformed> {
+        Ok(match raw.kind {
+            RecKind::EVENTFD => Self::Eventfd(raw.decode()?),
+            RecKind::PIPE => Self::Pipe(raw.decode()?),
+            RecKind::TIMERFD => Self::Timerfd(raw.decode()?),
+            RecKind::SIGNALFD => Self::Signalfd(raw.decode()?),
+            RecKind::PIDFD => Self::Pidfd(raw.decode()?),
+            RecKind::TTY => Self::Tty(raw.decode()?),
+            _ => Self::Socket(raw.decode()?),
+        })
+    }
+}
+
+impl ThreadRec {
+    /// The thread's name.
+    #[must_use]
+    pub fn comm(&self) -> String {
+        c_text(&self.comm)
+    }
+
+    /// Whether the thread has exited and waits to be reaped.
+    #[must_use]
+    pub fn is_zombie(&self) -> bool {
+        self.exit_state != 0
+    }
+}
+
+impl FileRec {
+    /// The start of the name the file has in its directory, or the kernel's name for its kind.
+    #[must_use]
+    pub fn name(&self) -> String {
+        c_text(&self.name)
+    }
+
+    /// Device number of the filesystem as stat(2) encodes it.
+    #[must_use]
+    pub fn st_dev(&self) -> u64 {
+        user_dev(self.dev)
+    }
+
+    /// Number of the device, for device files, as stat(2) encodes it.
+    #[must_use]
+    pub fn st_rdev(&self) -> u64 {
+        user_dev(self.rdev)
+    }
+}
+
+impl VmaRec {
+    /// The name of a special or named anonymous mapping, or the start of the file's name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        c_text(&self.name)
+    }
+
+    /// Device number of the file as stat(2) encodes it.
+    #[must_use]
+    pub fn st_dev(&self) -> u64 {
+        user_dev(self.dev)
+    }
+}
+
+impl SockRec {
+    /// The address of a Unix socket: empty if unnamed, starting with NUL if abstract.
+    #[must_use]
+    pub fn unix_path(&self) -> Vec<u8> {
+        let len = (self.path_len as usize).min(self.path.len());
+        self.path[..len]
+            .iter()
+            .map(|c| c.to_ne_bytes()[0])
+            .collect()
+    }
+}
+
+/// Turns the kernel's own device number (major << 20 | minor) into the one user space sees.
+#[must_use]
+pub fn user_dev(dev: u32) -> u64 {
+    nix::sys::stat::makedev(u64::from(dev >> 20), u64::from(dev & 0xf_ffff))
+}
+
+impl ProcessRec {
+    /// Whether this process leads its session.
+    #[must_use]
+    pub fn is_session_leader(&self) -> bool {
+        self.flags & ProcessFlag::SESSION_LEADER != 0
+    }
+}
