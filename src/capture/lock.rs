@@ -56,6 +56,10 @@ impl Capture {
     /// The lock cannot be loaded or attached.
     pub fn load_lock(&mut self) -> Result<(), CheckpointError> {
         let sockets = self.read_listeners()?;
+        self.load_lock_for(sockets)
+    }
+
+    fn load_lock_for(&mut self, sockets: usize) -> Result<(), CheckpointError> {
         if sockets > 0 {
             let mut lock = NetLock::load(sockets)?;
             self.timeline.done("load lock");
@@ -91,8 +95,14 @@ impl Capture {
     /// From here on nothing of the frozen application sends or receives.
     ///
     /// # Errors
-    /// The lock takes no more entries.
+    /// The lock takes no more entries, or cannot be loaded or attached.
     pub fn silence(&mut self) -> Result<(), CheckpointError> {
+        if self.lock.is_none()
+            && let Some(frozen) = &self.frozen
+        {
+            // It has made its first ones just before it stopped.
+            self.load_lock_for(entries(&frozen.open.files).count())?;
+        }
         if let Some(mut lock) = self.lock.take() {
             let silenced = self
                 .add_frozen_to_lock(&mut lock)

@@ -1,7 +1,6 @@
 //! UDP datagrams as packets, for a raw socket that may say who sent them.
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use nix::libc;
 
 /// What stands in a packet's header where nothing else is known (`IPDEFTTL`).
 const TTL: u8 = 64;
@@ -78,7 +77,7 @@ impl Packet<'_> {
 }
 
 /// `IPPROTO_UDP`.
-const PROTOCOL: u8 = libc::IPPROTO_UDP as u8;
+const PROTOCOL: u8 = 17;
 
 /// RFC 1071 over parts of even length but the last; 0 is sent as all ones (RFC 768).
 fn checksum(parts: &[&[u8]]) -> u16 {
