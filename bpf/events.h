@@ -43,6 +43,7 @@ enum rec_kind {
 	REC_TTY = 17,
 	REC_TTY_DATA = 18,
 	REC_AIO = 19,
+	REC_MEMBER = 20,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -56,6 +57,7 @@ enum iter_want {
 	WANT_TTY_DATA = 64,
 	WANT_FINGERPRINTS = 128, /* of listening TCP sockets */
 	WANT_AIO = 256,
+	WANT_MEMBERS = 512,
 };
 
 /* What every record starts with; size counts the header itself. */

@@ -6,6 +6,11 @@
 #define SOCK_DGRAM 2
 
 struct sock_rec out_sock;
+struct member_rec out_member;
+
+#define MAX_MEMBERS (1 << 16)
+/* include/uapi/linux/in.h: all senders but those on the list */
+#define MCAST_EXCLUDE 0
 
 /* As long as a TCP socket of any kernel, and longer. */
 #define SOCK_WORDS 512
@@ -59,7 +64,7 @@ static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 	}
 }
 
-/* What no option tells, so that it cannot be carried. */
+/* What no option tells. */
 static __always_inline void fill_untold(struct sock_rec *r, struct sock *sk)
 {
 	struct inet_connection_sock *icsk = (void *)sk;
@@ -82,16 +87,20 @@ static __always_inline void fill_untold(struct sock_rec *r, struct sock *sk)
 			r->flags |= SOCK_TCP_AUTH;
 	}
 	/* an accepted connection has that of its handshake, which means nothing to it */
-	if (datagrams && (BPF_CORE_READ(inet, mc_index) || BPF_CORE_READ(inet, uc_index)))
-		r->flags |= SOCK_OUT_IFACE;
+	if (datagrams) {
+		r->out_multicast = BPF_CORE_READ(inet, mc_index);
+		r->out_unicast = BPF_CORE_READ(inet, uc_index);
+	}
 	if (datagrams && r->protocol == IPPROTO_UDP && BPF_CORE_READ(udp, pending))
 		r->flags |= SOCK_CORKED;
 	if (r->family == AF_INET6)
 		v6 = BPF_CORE_READ(inet, pinet6);
 	if (!v6)
 		return;
-	if (datagrams && (BPF_CORE_READ(v6, mcast_oif) || BPF_CORE_READ(v6, ucast_oif)))
-		r->flags |= SOCK_OUT_IFACE;
+	if (datagrams) {
+		r->out_multicast6 = BPF_CORE_READ(v6, mcast_oif);
+		r->out_unicast6 = BPF_CORE_READ(v6, ucast_oif);
+	}
 	if (bpf_core_field_exists(v6->ipv6_fl_list))
 		labels = BPF_CORE_READ(v6, ipv6_fl_list);
 	else
@@ -100,19 +109,74 @@ static __always_inline void fill_untold(struct sock_rec *r, struct sock *sk)
 		r->flags |= SOCK_V6_STICKY;
 }
 
-static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
+struct {
+	u64 v4;
+	u64 v6;
+	u64 sock;
+	bool emit;
+	bool sources; /* one of them is for some senders only */
+} member_walk;
+
+static long member_step(u64 index, void *ctx)
+{
+	struct ip_mc_socklist *v4 = (void *)member_walk.v4;
+	struct ipv6_mc_socklist *v6 = (void *)member_walk.v6;
+	struct member_rec *r = &out_member;
+	u64 sources, mode;
+
+	__builtin_memset(r, 0, sizeof(*r));
+	r->hdr.kind = REC_MEMBER;
+	r->hdr.size = sizeof(*r);
+	r->sock = member_walk.sock;
+	if (v4) {
+		r->family = AF_INET;
+		bpf_core_read(r->group, 4, &v4->multi.imr_multiaddr);
+		r->ifindex = BPF_CORE_READ(v4, multi.imr_ifindex);
+		mode = BPF_CORE_READ(v4, sfmode);
+		sources = (u64)BPF_CORE_READ(v4, sflist);
+		member_walk.v4 = (u64)BPF_CORE_READ(v4, next_rcu);
+	} else if (v6) {
+		r->family = AF_INET6;
+		bpf_core_read(r->group, 16, &v6->addr);
+		r->ifindex = BPF_CORE_READ(v6, ifindex);
+		mode = BPF_CORE_READ(v6, sfmode);
+		sources = (u64)BPF_CORE_READ(v6, sflist);
+		member_walk.v6 = (u64)BPF_CORE_READ(v6, next);
+	} else {
+		return 1;
+	}
+	if (sources || mode != MCAST_EXCLUDE)
+		member_walk.sources = true;
+	return member_walk.emit && !side_write(r, sizeof(*r));
+}
+
+/* The newest membership comes first. */
+static __always_inline void walk_members(struct sock_rec *r, struct sock *sk)
 {
 	struct inet_sock *inet = (void *)sk;
+
+	member_walk.v4 = (u64)BPF_CORE_READ(inet, mc_list);
+	member_walk.v6 = 0;
+	if (r->family == AF_INET6)
+		member_walk.v6 = (u64)BPF_CORE_READ(inet, pinet6, ipv6_mc_list);
+	if (!member_walk.v4 && !member_walk.v6)
+		return;
+	member_walk.sock = r->sock;
+	member_walk.sources = false;
+	member_walk.emit = (want & WANT_MEMBERS) && first_visit(r->sock);
+	bpf_loop(MAX_MEMBERS, member_step, NULL, 0);
+	if (member_walk.sources)
+		r->flags |= SOCK_SOURCES;
+}
+
+static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
+{
 	struct inet_connection_sock *icsk = (void *)sk;
 	u16 dport = sk->__sk_common.skc_dport;
 
 	fill_untold(r, sk);
 	if (r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
 		r->syn_backlog = BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter);
-	if (BPF_CORE_READ(inet, mc_list) ||
-	    (r->family == AF_INET6 && BPF_CORE_READ(inet, pinet6, ipv6_mc_list)))
-		r->flags |= SOCK_MULTICAST;
-
 	r->local_port = sk->__sk_common.skc_num;
 	r->remote_port = dport >> 8 | dport << 8;
 	if (r->family == AF_INET) {
@@ -196,5 +260,7 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 		fill_inet(r, sk);
 	if ((want & WANT_FINGERPRINTS) && r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
 		r->fingerprint = fingerprint(sk);
+	if (r->family == AF_INET || r->family == AF_INET6)
+		walk_members(r, sk);
 	return bpf_seq_write(seq, r, sizeof(*r));
 }

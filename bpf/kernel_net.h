@@ -82,8 +82,28 @@ struct socket {
 	struct file *file;
 	struct sock *sk;
 };
+struct in_addr {
+	u32 s_addr;
+};
+struct ip_mreqn {
+	struct in_addr imr_multiaddr;
+	int imr_ifindex;
+};
+struct ip_mc_socklist {
+	struct ip_mc_socklist *next_rcu;
+	struct ip_mreqn multi;
+	unsigned int sfmode;
+	void *sflist;
+};
+struct ipv6_mc_socklist {
+	struct in6_addr addr;
+	int ifindex;
+	unsigned int sfmode;
+	struct ipv6_mc_socklist *next;
+	void *sflist;
+};
 struct ipv6_pinfo {
-	void *ipv6_mc_list;
+	struct ipv6_mc_socklist *ipv6_mc_list;
 	s16 hop_limit : 9; /* a member of its own since 6.9 */
 	u8 tclass;
 	union {
@@ -111,7 +131,7 @@ struct inet_sock {
 	s16 uc_ttl;
 	int uc_index;
 	int mc_index;
-	void *mc_list;
+	struct ip_mc_socklist *mc_list;
 };
 struct request_sock_queue {
 	atomic_t qlen;

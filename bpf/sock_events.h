@@ -9,16 +9,15 @@ enum sock_flag {
 	SOCK_REUSEPORT = 2,
 	SOCK_V6ONLY = 4,
 	SOCK_HAS_FILTER = 8,
-	SOCK_MULTICAST = 16, /* member of a group, IPv4 or IPv6 */
-	SOCK_EBPF = 32,      /* its filter or the choice in its port's group is an eBPF program */
-	SOCK_FOREIGN = 64,   /* made outside the cgroups that are tracked; iterators only */
+	SOCK_SOURCES = 16, /* member of a group for some senders only, IPv4 or IPv6 */
+	SOCK_EBPF = 32,    /* its filter or the choice in its port's group is an eBPF program */
+	SOCK_FOREIGN = 64, /* made outside the cgroups that are tracked; iterators only */
 	/* what getsockopt(2) does not tell, or not whole; iterators only */
 	SOCK_ULP = 128,        /* another protocol on top of TCP, as kernel TLS */
 	SOCK_TCP_AUTH = 256,   /* TCP keys: MD5 or the authentication option */
 	SOCK_IPSEC = 512,      /* an IPsec policy of its own */
-	SOCK_OUT_IFACE = 1024, /* IP_MULTICAST_IF, IP_UNICAST_IF or IPv6's */
-	SOCK_V6_STICKY = 2048, /* extension headers, a flow label, or a size of fragments */
-	SOCK_CORKED = 4096,    /* a datagram that is sent in parts has begun */
+	SOCK_V6_STICKY = 1024, /* extension headers, a flow label, or a size of fragments */
+	SOCK_CORKED = 2048,    /* a datagram that is sent in parts has begun */
 };
 
 /* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted
@@ -68,6 +67,17 @@ struct sock_opts {
 };
 TRK_ASSERT_SIZE(struct sock_opts, 96);
 
+/* Membership of a socket in a multicast group, by IP_ADD_MEMBERSHIP or IPV6_ADD_MEMBERSHIP. */
+struct member_rec {
+	struct rec_hdr hdr;
+	__u64 sock;
+	__u8 group[16]; /* network order; IPv4 in the first four bytes */
+	__u16 family;
+	__u16 pad;
+	__s32 ifindex;
+};
+TRK_ASSERT_SIZE(struct member_rec, 40);
+
 struct sock_rec {
 	struct rec_hdr hdr;
 	__u64 sock; /* struct sock */
@@ -104,8 +114,13 @@ struct sock_rec {
 	char path[TRK_SUN_PATH_LEN];
 	__u32 syn_backlog; /* handshakes of a TCP listener that are under way */
 	struct sock_opts opts;
+	/* interfaces that datagrams leave by (IP_MULTICAST_IF and so on), or 0 */
+	__s32 out_multicast;
+	__s32 out_unicast;
+	__s32 out_multicast6;
+	__s32 out_unicast6;
 	__u64 fingerprint; /* of all the kernel keeps of a TCP listener; 0 if it was not taken */
 };
-TRK_ASSERT_SIZE(struct sock_rec, 376);
+TRK_ASSERT_SIZE(struct sock_rec, 392);
 
 #endif

@@ -1,9 +1,9 @@
 //! What the passes of the iterators find, and what their records say in words.
 
 use super::events::{
-    AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MmRec, PidfdRec, PipeRec, ProcessFlag,
-    ProcessRec, RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec,
-    TtyDataRec, TtyRec, VmaRec, WatchRec,
+    AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, PidfdRec, PipeRec,
+    ProcessFlag, ProcessRec, RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec,
+    TimerfdRec, TtyDataRec, TtyRec, VmaRec, WatchRec,
 };
 use super::record::{Malformed, Raw, c_text};
 
@@ -66,6 +66,8 @@ pub struct Files {
     pub watches: Vec<WatchRec>,
     /// Locks and leases on the files among them, whoever holds them.
     pub locks: Vec<LockRec>,
+    /// Multicast groups that the sockets among them are members of, the newest first for each.
+    pub members: Vec<MemberRec>,
     /// What is queued in the pseudo-terminals among them, in order for each.
     pub tty_data: Vec<TtyDataRec>,
 }

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
-        AIO, EPOLL, FINGERPRINTS, LOCKS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
+        AIO, EPOLL, FINGERPRINTS, LOCKS, MEMBERS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
     };
 }
 
@@ -221,10 +221,8 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn files(&mut self, scope: Scope) -> Result<Files, ReadError> {
-        self.read_files(
-            scope,
-            want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::FINGERPRINTS,
-        )
+        let sets = want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::MEMBERS;
+        self.read_files(scope, sets | want::FINGERPRINTS)
     }
 
     /// Every mapping, in ascending order per process. One address space shared by several
@@ -311,6 +309,7 @@ impl Iterators {
                 RecKind::EPOLL_ITEM => found.epoll_items.push(raw.decode()?),
                 RecKind::WATCH => found.watches.push(raw.decode()?),
                 RecKind::TTY_DATA => found.tty_data.push(raw.decode()?),
+                RecKind::MEMBER => found.members.push(raw.decode()?),
                 _ => found.locks.push(raw.decode()?),
             }
         }

@@ -44,6 +44,7 @@ impl_record! {
     events::TtyRec => RecKind::TTY,
     events::TtyDataRec => RecKind::TTY_DATA,
     events::AioRec => RecKind::AIO,
+    events::MemberRec => RecKind::MEMBER,
 }
 
 /// A record whose bytes do not fit its kind.

@@ -13,11 +13,12 @@ use tracker::image::{Image, Store};
 use tracker::model::frozen::{
     AltStack, Application, ApplicationHeader, Backing, Clocks, Content, ContentId, ContentKind,
     Credentials, Datagram, EpollItem, FdEntry, FileIdentity, FileKind, FileLock, FileOwner,
-    FilesTable, InotifyWatch, Interface, IntervalTimer, JobStop, Lease, LockKind, Milestone, Mm,
-    MmBounds, OpenFile, Origin, PageRun, PathRef, PeerCredentials, PipeState, PosixTimer, Process,
-    Registers, Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket,
-    SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow,
-    Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState, Vdso, Vma,
+    FilesTable, InotifyWatch, Interface, Interfaces, IntervalTimer, JobStop, Lease, LockKind,
+    Membership, Milestone, Mm, MmBounds, OpenFile, Origin, Outgoing, PageRun, PathRef,
+    PeerCredentials, PipeState, PosixTimer, Process, Registers, Route, Rseq, Scheduling,
+    SeccompFilter, SigAction, SigInfo, SockOption, Socket, SocketFilter, SocketState,
+    SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd, UnixAddress,
+    UnixMessage, UnixSocket, UnixState, Vdso, Vma,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
@@ -459,6 +460,18 @@ fn open_files() -> Vec<OpenFile> {
                 program: vec![6, 0, 0, 0, 0xff, 0xff, 0, 0].into(),
                 locked: true,
             }),
+            interfaces: Interfaces {
+                joined: vec![Membership {
+                    group: core::net::Ipv4Addr::new(239, 1, 2, 3).into(),
+                    interface: b"eth0".to_vec().into(),
+                }],
+                outgoing: vec![Outgoing {
+                    v6: false,
+                    multicast: true,
+                    interface: b"eth0".to_vec().into(),
+                    address: Some(core::net::Ipv4Addr::LOCALHOST),
+                }],
+            },
             state,
         }))
     }));

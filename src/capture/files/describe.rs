@@ -8,14 +8,15 @@ use super::{
     unix,
 };
 use crate::bpf::events::{
-    EpollItemRec, FileKind as Kind, LockClass, LockRec, SockRec, TtyDataRec, TtyRec, WatchRec,
+    EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, SockRec, TtyDataRec, TtyRec,
+    WatchRec,
 };
 use crate::bpf::iter::{Detail, File, Files, Iterators, Scope, Tasks};
 use crate::capture::restart::Now;
 use crate::image::Store;
 use crate::model::frozen::{
     Blocker, Content, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch,
-    LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
+    Interfaces, LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use crate::sys::inode::Watches;
@@ -36,6 +37,7 @@ pub(super) struct Reader<'a> {
     items: HashMap<u64, Vec<&'a EpollItemRec>>,
     watches: HashMap<u64, Vec<&'a WatchRec>>,
     locks: HashMap<u64, Vec<&'a LockRec>>,
+    members: HashMap<u64, Vec<&'a MemberRec>>,
     listeners: Listeners,
     lender: Lender,
     ofds: BTreeMap<OfdId, OpenFile>,
@@ -76,6 +78,7 @@ impl<'a> Reader<'a> {
             items: grouped(&found.epoll_items, |item| item.epoll),
             watches: grouped(&found.watches, |watch| watch.group),
             locks: grouped(&found.locks, |lock| lock.ino),
+            members: grouped(&found.members, |member| member.sock),
             listeners,
             lender: Lender::default(),
             ofds: BTreeMap::new(),
@@ -360,7 +363,8 @@ impl<'a> Reader<'a> {
         }
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
-            let read = socket::read(from, sock, self.listeners.defaults())?;
+            let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
+            let read = socket::read(from, sock, self.listeners.defaults(), members)?;
             self.repaired.0.extend(read.repaired);
             return Ok(FileKind::Socket(Box::new(read.socket)));
         }
@@ -382,6 +386,7 @@ impl<'a> Reader<'a> {
             inode: sock.ino,
             options,
             filter: filter::read(&from, sock)?,
+            interfaces: Interfaces::default(),
             state: SocketState::Unix(unix),
         })))
     }

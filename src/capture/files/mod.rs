@@ -9,6 +9,7 @@ mod content;
 mod describe;
 mod error;
 mod filter;
+mod interfaces;
 mod lease;
 mod listeners;
 mod options;

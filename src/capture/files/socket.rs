@@ -2,10 +2,10 @@
 
 use super::borrow::{Borrowed, place};
 use super::options::Defaults;
-use super::{CollectError, filter, udp};
-use crate::bpf::events::{SockFlag, SockRec};
+use super::{CollectError, filter, interfaces, udp};
+use crate::bpf::events::{MemberRec, SockFlag, SockRec};
 use crate::bpf::iter::File;
-use crate::model::frozen::{SockOption, Socket, SocketState};
+use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
 use crate::sys::socket::{int_option, set_int_option};
 use crate::sys::tcp as repair;
 use nix::libc;
@@ -64,8 +64,9 @@ const UNTOLD: &[(u32, &str)] = &[
         "the eBPF or reuseport program attached to it is not carried; detach it before the update",
     ),
     (
-        SockFlag::MULTICAST,
-        "its multicast memberships are not carried yet; leave the groups before the update",
+        SockFlag::SOURCES,
+        "a multicast membership for some senders only is not carried; leave the group before the \
+         update",
     ),
     (
         SockFlag::ULP,
@@ -79,11 +80,6 @@ const UNTOLD: &[(u32, &str)] = &[
     (
         SockFlag::IPSEC,
         "its IPsec policy (IP_XFRM_POLICY) cannot be read; close it before the update",
-    ),
-    (
-        SockFlag::OUT_IFACE,
-        "the interface it sends by (IP_MULTICAST_IF, IP_UNICAST_IF) is not carried; use \
-         SO_BINDTODEVICE, or close it before the update",
     ),
     (
         SockFlag::V6_STICKY,
@@ -144,8 +140,24 @@ const NETLINK_PROTOCOLS: &[u16] = &[0, 15, 16];
 ///
 /// # Errors
 /// A socket call fails, or a listener's accept queue is not empty.
-pub fn read(from: Borrowed, rec: &SockRec, defaults: &mut Defaults) -> Result<Read, CollectError> {
+pub fn read(
+    from: Borrowed,
+    rec: &SockRec,
+    defaults: &mut Defaults,
+    members: &[&MemberRec],
+) -> Result<Read, CollectError> {
     let options = defaults.read(&from, rec)?;
+    let interfaces = interfaces::read(&from, rec, members)?;
+    let mut read = read_state(from, rec, options)?;
+    read.socket.interfaces = interfaces;
+    Ok(read)
+}
+
+fn read_state(
+    from: Borrowed,
+    rec: &SockRec,
+    options: Vec<SockOption>,
+) -> Result<Read, CollectError> {
     if i32::from(rec.family) == libc::AF_NETLINK {
         return read_netlink(&from, rec, options);
     }
@@ -169,6 +181,7 @@ pub fn read(from: Borrowed, rec: &SockRec, defaults: &mut Defaults) -> Result<Re
             inode: rec.ino,
             options,
             filter: filter::read(&from, rec)?,
+            interfaces: Interfaces::default(),
             state,
         },
         repaired: None,
@@ -192,6 +205,7 @@ fn read_netlink(
             inode: rec.ino,
             options,
             filter: filter::read(from, rec)?,
+            interfaces: Interfaces::default(),
             state,
         },
         repaired: None,
@@ -250,6 +264,7 @@ fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<R
             inode: rec.ino,
             options,
             filter,
+            interfaces: Interfaces::default(),
             state,
         },
         repaired,
@@ -281,6 +296,7 @@ pub fn listener(
         inode: rec.ino,
         options,
         filter: None,
+        interfaces: Interfaces::default(),
         state: SocketState::TcpListen {
             local,
             backlog: rec.max_ack_backlog,

@@ -2,7 +2,7 @@
 
 use super::CollectError;
 use super::borrow::Borrowed;
-use crate::model::frozen::Datagram;
+use crate::model::frozen::{Blocker, Datagram};
 use crate::sys::message::{Received, Room};
 use crate::sys::socket::{int_option, set_int_option};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -19,7 +19,7 @@ const LONGEST: usize = 64 << 10;
 /// Reads all that is queued and leaves it where it is.
 ///
 /// # Errors
-/// A socket call fails; `ENOTSUP`: something tells of a datagram's way what cannot be had again.
+/// A socket call fails, or something is told of a datagram's way that cannot be had again.
 pub fn queue(from: &Borrowed) -> Result<Vec<Datagram>, CollectError> {
     let set_offset = |offset| {
         set_int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
@@ -33,6 +33,7 @@ pub fn queue(from: &Borrowed) -> Result<Vec<Datagram>, CollectError> {
         match room.peek(from.as_fd()).and_then(|found| datagrams(&found)) {
             Ok(found) => queue.extend(found),
             Err(Errno::EAGAIN) => break Ok(()),
+            Err(Errno::ENOTSUP) => break Err(CollectError::Blocked(untold(from))),
             Err(errno) => break Err(from.failed("recvmsg(MSG_PEEK)")(errno)),
         }
     };
@@ -41,7 +42,18 @@ pub fn queue(from: &Borrowed) -> Result<Vec<Datagram>, CollectError> {
     result.map(|()| queue)
 }
 
-/// One datagram, or those that came in one (`UDP_GRO`).
+fn untold(from: &Borrowed) -> Blocker {
+    Blocker {
+        pid: from.pid,
+        fd: Some(from.number),
+        object: "UDP socket".into(),
+        reason: "a datagram that it has not read yet is from a link-local address, or tells more \
+                 of its way (IP_RECVORIGDSTADDR and the like) than is carried; try again"
+            .into(),
+    }
+}
+
+/// One datagram, or those that came in one (`UDP_GRO`). `ENOTSUP`: see [`untold`].
 fn datagrams(found: &Received<'_>) -> Result<Vec<Datagram>, Errno> {
     if found.flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
         return Err(Errno::EMSGSIZE);

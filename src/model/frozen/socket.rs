@@ -1,7 +1,7 @@
 //! Sockets.
 
 use crate::model::ids::{OfdId, Pid};
-use core::net::{IpAddr, SocketAddr};
+use core::net::{IpAddr, Ipv4Addr, SocketAddr};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
@@ -15,8 +15,42 @@ pub struct Socket {
     /// Its classic filter.
     #[serde(default)]
     pub filter: Option<SocketFilter>,
+    /// Interfaces that it names.
+    #[serde(default)]
+    pub interfaces: Interfaces,
     /// What kind it is and where it stands.
     pub state: SocketState,
+}
+
+/// What a socket has to do with network interfaces, which have other numbers in another kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interfaces {
+    /// Multicast groups that it is a member of, the oldest membership first.
+    pub joined: Vec<Membership>,
+    /// Those that its datagrams leave by.
+    pub outgoing: Vec<Outgoing>,
+}
+
+/// `IP_ADD_MEMBERSHIP`, or `IPV6_ADD_MEMBERSHIP`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// The group.
+    pub group: IpAddr,
+    /// Name of the interface.
+    pub interface: ByteBuf,
+}
+
+/// `IP_MULTICAST_IF`, `IP_UNICAST_IF`, or those of IPv6.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outgoing {
+    /// An option of IPv6 rather than IPv4.
+    pub v6: bool,
+    /// For multicast rather than all else.
+    pub multicast: bool,
+    /// Name of the interface.
+    pub interface: ByteBuf,
+    /// The address to send from; multicast over IPv4 only.
+    pub address: Option<Ipv4Addr>,
 }
 
 /// A classic BPF program attached by `SO_ATTACH_FILTER`.

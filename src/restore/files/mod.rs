@@ -12,6 +12,7 @@ mod datagram;
 mod epoll;
 mod error;
 mod filter;
+mod interfaces;
 mod lock;
 mod owner;
 mod packet;
@@ -193,7 +194,10 @@ fn open_one(
         FileKind::Inotify { watches } => anonymous::inotify(watches)?,
         FileKind::Pidfd { .. } => pidfd::reserve()?,
         FileKind::Socket(socket) => match open_socket(socket)? {
-            Some(fd) => fd,
+            Some(fd) => {
+                interfaces::restore(fd.as_fd(), &socket.interfaces)?;
+                fd
+            }
             None => return Ok(None),
         },
         FileKind::Pipe { .. } | FileKind::Fifo { .. } | FileKind::Pty { .. } => return Ok(None),

@@ -18,6 +18,7 @@ mod mapping;
 mod membarrier;
 mod memory;
 mod message_queues;
+mod multicast;
 mod options;
 mod owner;
 mod pidfd;
@@ -48,6 +49,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         lease::CASES,
         owner::CASES,
         options::CASES,
+        multicast::CASES,
         mapping::CASES,
         memory::CASES,
         rewritten::CASES,

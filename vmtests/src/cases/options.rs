@@ -16,7 +16,6 @@ pub const CASES: &[Entry] = &[
     Entry::carried("options_together", together),
     Entry::refused("refused_ulp", "TCP_ULP", ulp),
     Entry::refused("refused_tcp_md5", "TCP keys", md5),
-    Entry::refused("refused_unicast_if", "interface it sends by", unicast_if),
     Entry::refused("refused_udp_corked", "part of a datagram", corked),
 ];
 
@@ -367,15 +366,6 @@ fn md5(case: &Case) -> Result<()> {
     sys("TCP_MD5SIG", done.into())?;
     case.ready()?;
     drop(socket);
-    Ok(())
-}
-
-fn unicast_if(case: &Case) -> Result<()> {
-    let option: Set = (IP, libc::IP_UNICAST_IF, &[0, 0, 0, 1]);
-    let socket: OwnedFd = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?.into();
-    set(&socket, option)?;
-    case.ready()?;
-    ensure!(get(&socket, option)? == option.2, "It is lost");
     Ok(())
 }
 

@@ -3,7 +3,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
@@ -36,7 +35,6 @@ pub const CASES: &[Entry] = &[
         stopped_outside,
     ),
     Entry::refused("refused_traced", "traced by PID", traced),
-    Entry::refused("refused_multicast", "multicast memberships", multicast),
     Entry::refused("refused_proc_mem", "it shows an address space", proc_mem),
     Entry::refused(
         "refused_unix_outside",
@@ -217,16 +215,6 @@ fn traced(case: &Case) -> Result<()> {
     ptrace::detach(child.pid, None)?;
     child.waits()?;
     child.finish()
-}
-
-/// A member of a group on the loopback device.
-fn multicast(case: &Case) -> Result<()> {
-    let group = Ipv4Addr::new(239, 1, 2, 3);
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
-    socket.join_multicast_v4(&group, &Ipv4Addr::LOCALHOST)?;
-    case.ready()?;
-    socket.leave_multicast_v4(&group, &Ipv4Addr::LOCALHOST)?;
-    Ok(())
 }
 
 /// The process's own memory as a file, which stays that of the old address space.
