@@ -25,6 +25,7 @@ mod target;
 mod tasks;
 mod threads;
 mod timeline;
+mod tracked;
 mod vdso;
 mod wakeups;
 

@@ -3,6 +3,7 @@
 use super::error::CheckpointError;
 use super::mm::vm;
 use super::pending::{Pending, write_summed};
+use super::tracked::{Tracked, is_plain};
 use crate::bpf::events::{VmaKind, VmaRec};
 use crate::fault::Fault;
 use crate::image::Store;
@@ -10,7 +11,6 @@ use crate::model::frozen::{PAGE_SIZE, PageRun};
 use crate::model::ids::Pid;
 use crate::sys::memory::{MAX_RANGES, Pagemap, read_ranges};
 use crate::sys::process::ProcMem;
-use std::collections::HashMap;
 
 /// Adjacent pages an image needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,47 +91,8 @@ pub fn joined(runs: impl IntoIterator<Item = PageRun>) -> Vec<PageRun> {
     out
 }
 
-/// What makes a mapping the same one as at an earlier moment. Anonymous memory that is moved
-/// keeps the page offset of where it was first touched, so two anonymous mappings that were
-/// exchanged differ; of files this cannot be told, so their private pages are copied anew.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
-    end: u64,
-    pgoff: u64,
-    flags: u64,
-}
-
-/// The mappings at the moment dirty tracking began, by first address.
-#[derive(Clone, Debug, Default)]
-pub struct Tracked(HashMap<u64, Identity>);
-
-fn is_plain(vma: &VmaRec) -> bool {
-    vma.file == 0 && vma.kind == VmaKind::ANON
-}
-
-fn identity_of(vma: &VmaRec) -> Identity {
-    Identity {
-        end: vma.end,
-        pgoff: vma.pgoff,
-        flags: vma.flags & !vm::SOFTDIRTY,
-    }
-}
-
-impl Tracked {
-    /// Notes the mappings of one address space.
-    #[must_use]
-    pub fn new(vmas: &[VmaRec]) -> Self {
-        let plain = vmas.iter().filter(|vma| is_plain(vma));
-        Self(plain.map(|vma| (vma.start, identity_of(vma))).collect())
-    }
-
-    fn holds(&self, vma: &VmaRec) -> bool {
-        is_plain(vma) && self.0.get(&vma.start) == Some(&identity_of(vma))
-    }
-}
-
 /// Finds the private pages of one address space. With `tracked`, pages of unchanged
-/// anonymous mappings that were not written since count as clean.
+/// mappings that were not written since count as clean.
 ///
 /// # Errors
 /// The pagemap cannot be read.
@@ -526,24 +487,5 @@ mod tests {
         // What comes behind a hole does not count.
         let ranges = [(start, 200 * 4096), (4096, 50 * 4096), (start, 100 * 4096)];
         assert_eq!(read_shared(this, &ranges, &mut buffer, 4), 200 * 4096);
-    }
-
-    #[test]
-    fn an_exchanged_mapping_is_not_trusted() {
-        let vma = |start: u64, pgoff: u64| VmaRec {
-            start,
-            end: start + P,
-            pgoff,
-            ..VmaRec::default()
-        };
-        let tracked = Tracked::new(&[vma(P, 1), vma(4 * P, 4)]);
-        assert!(tracked.holds(&vma(P, 1)));
-        assert!(!tracked.holds(&vma(P, 4)));
-        assert!(!tracked.holds(&vma(2 * P, 2)));
-        let file = VmaRec {
-            file: 1,
-            ..vma(P, 1)
-        };
-        assert!(!Tracked::new(&[file]).holds(&file));
     }
 }
