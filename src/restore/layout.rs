@@ -90,7 +90,10 @@ impl Layout {
             }
             at = range.end;
         }
-        holes.push(at..USER_END);
+        // The kernel may have put the vDSO at the very end.
+        if at < USER_END {
+            holes.push(at..USER_END);
+        }
         holes
     }
 
@@ -157,6 +160,23 @@ mod tests {
             [0..0x1000, 0x3000..0x5000, 0x6000..USER_END]
         );
         assert_eq!(layout.vdso_code_aside(), 0x8000);
+    }
+
+    #[test]
+    fn nothing_lies_behind_a_vdso_at_the_end() {
+        let layout = Layout {
+            tapes: 0x5000,
+            vdso_aside: 0x7000,
+            vdso: vec![
+                USER_END - 0x3000..USER_END - 0x1000,
+                USER_END - 0x1000..USER_END,
+            ],
+            vdso_code: Vec::new(),
+        };
+        assert_eq!(
+            layout.all_but(0x5000..0x6000),
+            [0..0x5000, 0x6000..USER_END - 0x3000]
+        );
     }
 
     #[test]

@@ -171,7 +171,7 @@ fn read_state(
         local,
         remote,
         queue: if local.is_some() {
-            udp::queue(&from)?
+            udp::queue(&from, rec)?
         } else {
             Vec::new()
         },

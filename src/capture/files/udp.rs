@@ -2,6 +2,7 @@
 
 use super::CollectError;
 use super::borrow::Borrowed;
+use crate::bpf::events::SockRec;
 use crate::model::frozen::{Blocker, Datagram};
 use crate::sys::message::{Received, Room};
 use crate::sys::socket::{int_option, set_int_option};
@@ -20,7 +21,7 @@ const LONGEST: usize = 64 << 10;
 ///
 /// # Errors
 /// A socket call fails, or something is told of a datagram's way that cannot be had again.
-pub fn queue(from: &Borrowed) -> Result<Vec<Datagram>, CollectError> {
+pub fn queue(from: &Borrowed, rec: &SockRec) -> Result<Vec<Datagram>, CollectError> {
     let set_offset = |offset| {
         set_int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
             .map_err(from.socket_failed())
@@ -28,32 +29,45 @@ pub fn queue(from: &Borrowed) -> Result<Vec<Datagram>, CollectError> {
     let own = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF)
         .map_err(from.socket_failed())?;
     set_offset(0)?;
-    let (mut queue, mut room) = (Vec::new(), Room::new(LONGEST));
+    let (mut queue, mut seen, mut room) = (Vec::new(), 0, Room::new(LONGEST));
     let result = loop {
         match room.peek(from.as_fd()).and_then(|found| datagrams(&found)) {
-            Ok(found) => queue.extend(found),
+            Ok(found) => {
+                queue.extend(found);
+                seen += 1;
+            }
             Err(Errno::EAGAIN) => break Ok(()),
-            Err(Errno::ENOTSUP) => break Err(CollectError::Blocked(untold(from))),
+            Err(Errno::ENOTSUP) => break Err(blocked(from, UNTOLD)),
             Err(errno) => break Err(from.failed("recvmsg(MSG_PEEK)")(errno)),
         }
     };
     // The offset belongs to the socket, not to us.
     set_offset(own)?;
-    result.map(|()| queue)
+    result?;
+    if seen < rec.rcv_qlen {
+        return Err(blocked(from, EMPTY));
+    }
+    Ok(queue)
 }
 
-fn untold(from: &Borrowed) -> Blocker {
-    Blocker {
+/// Why a datagram is not carried.
+const UNTOLD: &str = "a datagram that it has not read yet is from a link-local address, or tells \
+                      more of its way (IP_RECVORIGDSTADDR and the like) than is carried; try again";
+
+/// __skb_try_recv_from_queue() passes over it.
+const EMPTY: &str = "an empty datagram waits that was looked at before (MSG_PEEK, or an earlier \
+                     checkpoint), which the kernel does not show again; try again";
+
+fn blocked(from: &Borrowed, reason: &str) -> CollectError {
+    CollectError::Blocked(Blocker {
         pid: from.pid,
         fd: Some(from.number),
         object: "UDP socket".into(),
-        reason: "a datagram that it has not read yet is from a link-local address, or tells more \
-                 of its way (IP_RECVORIGDSTADDR and the like) than is carried; try again"
-            .into(),
-    }
+        reason: reason.into(),
+    })
 }
 
-/// One datagram, or those that came in one (`UDP_GRO`). `ENOTSUP`: see [`untold`].
+/// One datagram, or those that came in one (`UDP_GRO`). `ENOTSUP`: see [`UNTOLD`].
 fn datagrams(found: &Received<'_>) -> Result<Vec<Datagram>, Errno> {
     if found.flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
         return Err(Errno::EMSGSIZE);

@@ -9,10 +9,8 @@ use super::error::{FilesError, call, socket};
 use super::packet::Packet;
 use crate::bpf::events::TRK_FILL_MARK;
 use crate::model::frozen::{Datagram, SockOption};
-use crate::sys::message::Room;
-use crate::sys::socket::{disconnect, int_option, new, set_int_option, set_option};
+use crate::sys::socket::{disconnect, int_option, new, option, set_int_option, set_option};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -20,9 +18,6 @@ use std::time::{Duration, Instant};
 
 /// How long a packet may take over the loopback interface.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// Bytes of the longest datagram.
-const LONGEST: usize = 64 << 10;
 
 /// Whether an option is to be set before anything arrives: it says what is to be kept of a
 /// packet. The others are about addresses, or about what is sent; one changes what arrives.
@@ -76,14 +71,12 @@ pub fn fill(
     let bytes: usize = queue.iter().map(|one| one.data.len() + 4096).sum();
     let room = i32::try_from(2 * bytes).unwrap_or(i32::MAX / 2).max(size);
     set_int_option(fd, level, libc::SO_RCVBUFFORCE, room).map_err(failed())?;
-    set_int_option(fd, level, libc::SO_PEEK_OFF, 0).map_err(failed())?;
     let mut way = Way::new(object, fd, port);
     for datagram in queue {
         if !way.bring(datagram)? {
             tracing::warn!("{object}: a datagram from {} is lost", datagram.from);
         }
     }
-    set_int_option(fd, level, libc::SO_PEEK_OFF, -1).map_err(failed())?;
     set_int_option(fd, level, libc::SO_RCVBUFFORCE, size / 2).map_err(failed())?;
     set_int_option(fd, level, libc::SO_BUF_LOCK, 0).map_err(failed())?;
     disconnect(fd).map_err(failed())
@@ -95,7 +88,6 @@ struct Way<'a> {
     to: BorrowedFd<'a>,
     port: u16,
     raw: [Option<OwnedFd>; 2],
-    room: Room,
 }
 
 impl<'a> Way<'a> {
@@ -105,7 +97,6 @@ impl<'a> Way<'a> {
             to,
             port,
             raw: [None, None],
-            room: Room::new(LONGEST),
         }
     }
 
@@ -130,11 +121,12 @@ impl<'a> Way<'a> {
         let Some(bytes) = packet.bytes() else {
             return Ok(false);
         };
+        let before = self.queued()?;
         let raw = self.raw(from.is_ipv6())?.as_raw_fd();
         // The port is in the packet; of a raw socket's address it means something else.
         let address = ns::SockaddrStorage::from(SocketAddr::new(packet.to.ip(), 0));
         match ns::sendto(raw, &bytes, &address, ns::MsgFlags::empty()) {
-            Ok(_) => self.arrived(datagram),
+            Ok(_) => self.arrived(before),
             Err(errno) => {
                 tracing::warn!("{}: sendto {}: {errno}", self.object, packet.to.ip());
                 Ok(false)
@@ -159,20 +151,28 @@ impl<'a> Way<'a> {
         Ok(place.insert(raw))
     }
 
-    /// Whether the last of the queue is what was sent; each is looked at once. It is there as
-    /// soon as it is sent, unless another CPU is to take it in.
-    fn arrived(&mut self, datagram: &Datagram) -> Result<bool, FilesError> {
+    /// Whether more is queued than before. It is there as soon as it is sent, unless another CPU
+    /// is to take it in. Nobody looks at the queue itself: of an empty datagram the kernel tells
+    /// only once where it is (`skb->peeked`), which the next checkpoint has to know.
+    fn arrived(&self, before: u32) -> Result<bool, FilesError> {
         let begun = Instant::now();
         while begun.elapsed() < PATIENCE {
-            match self.room.peek(self.to) {
-                Ok(found) if found.data == &datagram.data[..] => return Ok(true),
-                // Somebody else has found the port.
-                Ok(_) => {}
-                Err(Errno::EAGAIN) => std::thread::sleep(Duration::from_micros(100)),
-                Err(errno) => return Err(call(self.object, "recvmsg(MSG_PEEK)")(errno)),
+            if self.queued()? > before {
+                return Ok(true);
             }
+            std::thread::sleep(Duration::from_micros(100));
         }
         Ok(false)
+    }
+
+    /// Memory that is charged to the queue.
+    fn queued(&self) -> Result<u32, FilesError> {
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_MEMINFO);
+        // SK_MEMINFO_RMEM_ALLOC is the first of several words (include/uapi/linux/sock_diag.h).
+        let words = option(self.to, level, name, 4).map_err(socket(self.object))?;
+        Ok(words
+            .first_chunk()
+            .map_or(0, |word| u32::from_ne_bytes(*word)))
     }
 }
 
