@@ -4,6 +4,8 @@ use super::CollectError;
 use crate::bpf::iter::File;
 use crate::model::ids::{Fd, Pid};
 use crate::sys::pidfds::Pidfds;
+use crate::sys::socket::{int_option, set_int_option};
+use nix::libc;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -51,6 +53,26 @@ impl Borrowed {
     /// A path that opens another description of the same file.
     pub fn reopen_path(&self) -> String {
         format!("/proc/self/fd/{}", self.fd.as_raw_fd())
+    }
+
+    /// Runs `look` while `MSG_PEEK` goes on from message to message, beginning with the first.
+    /// `SO_PEEK_OFF` belongs to the socket, not to us, and is as before afterwards.
+    ///
+    /// # Errors
+    /// A socket call fails, or `look` does.
+    pub fn peeking<T>(
+        &self,
+        look: impl FnOnce() -> Result<T, CollectError>,
+    ) -> Result<T, CollectError> {
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_PEEK_OFF);
+        let set = |offset| {
+            set_int_option(self.as_fd(), level, name, offset).map_err(self.socket_failed())
+        };
+        let own = int_option(self.as_fd(), level, name).map_err(self.socket_failed())?;
+        set(0)?;
+        let result = look();
+        set(own)?;
+        result
     }
 
     /// Names the descriptor in an error of `call`.

@@ -5,7 +5,6 @@ use super::borrow::Borrowed;
 use crate::bpf::events::SockRec;
 use crate::model::frozen::{Blocker, Datagram};
 use crate::sys::message::{Received, Room};
-use crate::sys::socket::{int_option, set_int_option};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use nix::errno::Errno;
 use nix::libc;
@@ -22,28 +21,21 @@ const LONGEST: usize = 64 << 10;
 /// # Errors
 /// A socket call fails, or something is told of a datagram's way that cannot be had again.
 pub fn queue(from: &Borrowed, rec: &SockRec) -> Result<Vec<Datagram>, CollectError> {
-    let set_offset = |offset| {
-        set_int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
-            .map_err(from.socket_failed())
-    };
-    let own = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF)
-        .map_err(from.socket_failed())?;
-    set_offset(0)?;
-    let (mut queue, mut seen, mut room) = (Vec::new(), 0, Room::new(LONGEST));
-    let result = loop {
-        match room.peek(from.as_fd()).and_then(|found| datagrams(&found)) {
-            Ok(found) => {
-                queue.extend(found);
-                seen += 1;
+    let (mut queue, mut seen) = (Vec::new(), 0);
+    from.peeking(|| {
+        let mut room = Room::new(LONGEST);
+        loop {
+            match room.peek(from.as_fd()).and_then(|found| datagrams(&found)) {
+                Ok(found) => {
+                    queue.extend(found);
+                    seen += 1;
+                }
+                Err(Errno::EAGAIN) => return Ok(()),
+                Err(Errno::ENOTSUP) => return Err(blocked(from, UNTOLD)),
+                Err(errno) => return Err(from.failed("recvmsg(MSG_PEEK)")(errno)),
             }
-            Err(Errno::EAGAIN) => break Ok(()),
-            Err(Errno::ENOTSUP) => break Err(blocked(from, UNTOLD)),
-            Err(errno) => break Err(from.failed("recvmsg(MSG_PEEK)")(errno)),
         }
-    };
-    // The offset belongs to the socket, not to us.
-    set_offset(own)?;
-    result?;
+    })?;
     if seen < rec.rcv_qlen {
         return Err(blocked(from, EMPTY));
     }

@@ -6,7 +6,7 @@ use crate::bpf::events::SockRec;
 use crate::model::frozen::{PeerCredentials, UnixAddress, UnixMessage, UnixSocket, UnixState};
 use crate::model::ids::{OfdId, Pid};
 use crate::sys::message::Room;
-use crate::sys::socket::{int_option, option, own_address, set_int_option};
+use crate::sys::socket::{option, own_address};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
@@ -85,24 +85,13 @@ pub fn read(
 
 /// Peeks at everything queued; a stream is read up to each group of descriptors at a time.
 fn peek(from: &Borrowed, kind: i32) -> Result<Vec<Peeked>, CollectError> {
-    let set_offset = |offset| {
-        set_int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
-            .map_err(from.socket_failed())
-    };
-    let own = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF)
-        .map_err(from.socket_failed())?;
-    set_offset(0)?;
-    let (mut messages, mut room) = (Vec::new(), Room::new(LONGEST));
-    let result = loop {
-        match peek_one(from, &mut room, kind) {
-            Ok(Some(message)) => messages.push(message),
-            Ok(None) => break Ok(()),
-            Err(error) => break Err(error),
+    from.peeking(|| {
+        let (mut messages, mut room) = (Vec::new(), Room::new(LONGEST));
+        while let Some(message) = peek_one(from, &mut room, kind)? {
+            messages.push(message);
         }
-    };
-    // The offset belongs to the socket, not to us.
-    set_offset(own)?;
-    result.map(|()| messages)
+        Ok(messages)
+    })
 }
 
 /// `SO_PEERCRED` and `SO_PEERGROUPS`, if anybody was noted.

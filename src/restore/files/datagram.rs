@@ -38,13 +38,13 @@ pub fn udp(described: &Socket) -> Result<OwnedFd, FilesError> {
     let owned =
         ns::socket(family, ns::SockType::Datagram, flags, None).map_err(call(&object, "socket"))?;
     let fd = owned.as_fd();
-    let (early, late): (Vec<_>, Vec<_>) =
-        (described.options.iter().cloned()).partition(udp_queue::acts_on_arrival);
-    replay(&object, fd, &early, |_| true)?;
+    replay(&object, fd, &described.options, udp_queue::acts_on_arrival)?;
     if !queue.is_empty() {
         udp_queue::fill(&object, fd, *v6, queue)?;
     }
-    replay(&object, fd, &late, |_| true)?;
+    replay(&object, fd, &described.options, |option| {
+        !udp_queue::acts_on_arrival(option)
+    })?;
     if let Some(local) = local {
         bind(&object, fd, *local)?;
     }

@@ -285,7 +285,7 @@ pub(super) fn with_name<T>(
     address: &UnixAddress,
     act: impl FnOnce() -> Result<T, FilesError>,
 ) -> Result<T, FilesError> {
-    let object = title(address);
+    let (object, name) = (title(address), encode(address)?);
     let path = match address {
         UnixAddress::Path(path) => Some(Path::new(OsStr::from_bytes(path))),
         UnixAddress::Abstract(_) => None,
@@ -295,7 +295,7 @@ pub(super) fn with_name<T>(
         (Some(path), Some(aside)) => std::fs::rename(path, aside).is_ok(),
         _ => false,
     };
-    let bound = ns::bind(fd.as_raw_fd(), &encode(address)?).map_err(call(&object, "bind"));
+    let bound = ns::bind(fd.as_raw_fd(), &name).map_err(call(&object, "bind"));
     let is_bound = bound.is_ok();
     let done = bound.and_then(|()| act());
     if let (Some(path), Some(aside)) = (path, &aside) {
