@@ -1,13 +1,12 @@
 //! Multicast groups that sockets are members of, and the interfaces that datagrams leave by.
 
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
-use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 
-use super::probe::{PATIENCE, sys};
+use super::probe::{PATIENCE, option, set_option};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -17,24 +16,6 @@ pub const CASES: &[Entry] = &[
     Entry::carried("multicast_unicast_if", unicast),
     Entry::refused("refused_multicast_source", "some senders only", source),
 ];
-
-fn set(socket: &UdpSocket, level: i32, name: i32, value: &[u8]) -> Result<()> {
-    let length = libc::socklen_t::try_from(value.len())?;
-    let at = value.as_ptr().cast();
-    // SAFETY: the kernel reads so many bytes.
-    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, at, length) };
-    sys("setsockopt", done.into()).map(drop)
-}
-
-fn get(socket: &UdpSocket, level: i32, name: i32) -> Result<[u8; 4]> {
-    let mut value = [0; 4];
-    let mut length: libc::socklen_t = 4;
-    let at = value.as_mut_ptr().cast();
-    // SAFETY: the kernel writes at most four bytes.
-    let done = unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, at, &raw mut length) };
-    sys("getsockopt", done.into())?;
-    Ok(value)
-}
 
 fn receives(socket: &UdpSocket, text: &[u8]) -> Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
@@ -55,7 +36,7 @@ fn v4(case: &Case) -> Result<()> {
     let sender = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let lo = if_nametoindex("lo")?.to_ne_bytes();
     let by = [[0; 4], [127, 0, 0, 1], lo].concat();
-    set(&sender, libc::IPPROTO_IP, libc::IP_MULTICAST_IF, &by)?;
+    set_option(&sender, libc::IPPROTO_IP, libc::IP_MULTICAST_IF, &by)?;
     sender.send_to(b"before", (groups[0], port))?;
     case.ready()?;
     receives(&socket, b"before")?;
@@ -63,7 +44,7 @@ fn v4(case: &Case) -> Result<()> {
         sender.send_to(b"after", (*group, port))?;
         receives(&socket, b"after")?;
     }
-    let address = get(&sender, libc::IPPROTO_IP, libc::IP_MULTICAST_IF)?;
+    let address = option(&sender, libc::IPPROTO_IP, libc::IP_MULTICAST_IF)?;
     ensure!(address == [127, 0, 0, 1], "It sends from {address:?}");
     for group in &groups {
         let twice = socket.join_multicast_v4(group, &Ipv4Addr::LOCALHOST);
@@ -91,9 +72,9 @@ fn v6(case: &Case) -> Result<()> {
     ensure!(listed()?, "The group is not listed");
     let sender = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?;
     let (level, name) = (libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_IF);
-    set(&sender, level, name, &lo.to_ne_bytes())?;
+    set_option(&sender, level, name, &lo.to_ne_bytes())?;
     case.ready()?;
-    ensure!(get(&sender, level, name)? == lo.to_ne_bytes(), "Not lo");
+    ensure!(option(&sender, level, name)? == lo.to_ne_bytes(), "Not lo");
     ensure!(listed()?, "The group is lost");
     socket.leave_multicast_v6(&group, lo)?;
     ensure!(!listed()?, "Somebody else is a member, too");
@@ -111,11 +92,11 @@ fn unicast(case: &Case) -> Result<()> {
         (&six, libc::IPPROTO_IPV6, IPV6_UNICAST_IF),
     ];
     for (socket, level, name) in options {
-        set(socket, level, name, &lo)?;
+        set_option(socket, level, name, &lo)?;
     }
     case.ready()?;
     for (socket, level, name) in options {
-        let now = get(socket, level, name)?;
+        let now = option(socket, level, name)?;
         ensure!(now == lo, "Option {level}, {name} is {now:?}");
     }
     four.send_to(b"on", four.local_addr()?)?;
@@ -127,7 +108,12 @@ fn source(case: &Case) -> Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let one = [[239, 1, 2, 5], [127, 0, 0, 1], [127, 0, 0, 9]].concat();
     let (level, join) = (libc::IPPROTO_IP, libc::IP_ADD_SOURCE_MEMBERSHIP);
-    set(&socket, level, join, &one)?;
+    set_option(&socket, level, join, &one)?;
     case.ready()?;
-    set(&socket, level, libc::IP_DROP_SOURCE_MEMBERSHIP, &one)
+    Ok(set_option(
+        &socket,
+        level,
+        libc::IP_DROP_SOURCE_MEMBERSHIP,
+        &one,
+    )?)
 }

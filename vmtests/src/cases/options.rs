@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 
-use super::probe::sys;
+use super::probe::{option, set_option, sys};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -198,21 +198,11 @@ fn socket(family: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
 }
 
 fn set(fd: &OwnedFd, (level, name, value): Set) -> nix::Result<()> {
-    let length = libc::socklen_t::try_from(value.len()).unwrap_or(0);
-    let at = value.as_ptr().cast();
-    // SAFETY: the kernel reads so many bytes.
-    Errno::result(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, at, length) }).map(drop)
+    set_option(fd, level, name, value)
 }
 
 fn get(fd: &OwnedFd, (level, name, _): Set) -> Result<Vec<u8>> {
-    let mut value = vec![0; 64];
-    let mut length: libc::socklen_t = 64;
-    let at = value.as_mut_ptr().cast();
-    // SAFETY: the kernel writes at most so many bytes.
-    let got = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, at, &raw mut length) };
-    sys("getsockopt", got.into()).with_context(|| format!("Option {level}, {name}"))?;
-    value.truncate(usize::try_from(length)?);
-    Ok(value)
+    option(fd, level, name).with_context(|| format!("Option {level}, {name}"))
 }
 
 /// A socket with one option set.
@@ -359,11 +349,7 @@ fn md5(case: &Case) -> Result<()> {
     wanted[ADDRESS + 2] = 3;
     wanted[ADDRESS + 8..ADDRESS + 11].copy_from_slice(b"key");
     let socket = socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
-    let length = libc::socklen_t::try_from(wanted.len())?;
-    let at = wanted.as_ptr().cast();
-    // SAFETY: the kernel reads so many bytes.
-    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), TCP, libc::TCP_MD5SIG, at, length) };
-    sys("TCP_MD5SIG", done.into())?;
+    set_option(&socket, TCP, libc::TCP_MD5SIG, &wanted).context("TCP_MD5SIG")?;
     case.ready()?;
     drop(socket);
     Ok(())

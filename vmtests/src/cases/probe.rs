@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,25 @@ use nix::unistd::{Pid, gettid};
 
 /// Longest time anything may take on a loaded machine under emulation.
 pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// setsockopt(2) of any value.
+pub fn set_option(socket: &impl AsFd, level: i32, name: i32, value: &[u8]) -> nix::Result<()> {
+    let length = libc::socklen_t::try_from(value.len()).unwrap_or(0);
+    let (fd, at) = (socket.as_fd().as_raw_fd(), value.as_ptr().cast());
+    // SAFETY: the kernel reads so many bytes.
+    Errno::result(unsafe { libc::setsockopt(fd, level, name, at, length) }).map(drop)
+}
+
+/// getsockopt(2) of a value of at most 256 bytes.
+pub fn option(socket: &impl AsFd, level: i32, name: i32) -> nix::Result<Vec<u8>> {
+    let mut value = vec![0; 256];
+    let mut length: libc::socklen_t = 256;
+    let (fd, at) = (socket.as_fd().as_raw_fd(), value.as_mut_ptr().cast());
+    // SAFETY: the kernel writes at most so many bytes.
+    Errno::result(unsafe { libc::getsockopt(fd, level, name, at, &raw mut length) })?;
+    value.truncate(usize::try_from(length).unwrap_or(0));
+    Ok(value)
+}
 
 /// Waits until the condition holds.
 pub fn eventually(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {

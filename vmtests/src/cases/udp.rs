@@ -10,7 +10,7 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt,
 };
 
-use super::probe::{PATIENCE, pattern, sys};
+use super::probe::{PATIENCE, pattern, set_option, sys};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -29,11 +29,8 @@ pub const CASES: &[Entry] = &[
     ),
 ];
 
-fn set(socket: &impl AsRawFd, level: i32, name: i32, value: i32) -> Result<()> {
-    let at = (&raw const value).cast();
-    // SAFETY: the kernel reads an int.
-    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, at, 4) };
-    sys("setsockopt", done.into()).map(drop)
+fn set(socket: &UdpSocket, level: i32, name: i32, value: i32) -> Result<()> {
+    Ok(set_option(socket, level, name, &value.to_ne_bytes())?)
 }
 
 fn expect(socket: &UdpSocket, data: &[u8], from: SocketAddr) -> Result<()> {

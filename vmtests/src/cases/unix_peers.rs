@@ -13,6 +13,7 @@ use nix::sys::socket::{
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 use super::child::Child;
+use super::probe::option;
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -38,25 +39,14 @@ struct Peer {
 
 fn peer(socket: &impl AsFd) -> Result<Peer> {
     let told = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
-    let mut groups = vec![0_u32; 64];
-    let mut length: libc::socklen_t = 256;
-    // SAFETY: the kernel writes at most so many bytes.
-    let got = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERGROUPS,
-            groups.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    let length = if got < 0 { 0 } else { length };
-    groups.truncate(usize::try_from(length)? / 4);
+    // Nobody has none.
+    let groups = option(socket, libc::SOL_SOCKET, libc::SO_PEERGROUPS).unwrap_or_default();
+    let (groups, _) = groups.as_chunks();
     Ok(Peer {
         pid: told.pid(),
         uid: told.uid(),
         gid: told.gid(),
-        groups,
+        groups: groups.iter().copied().map(u32::from_ne_bytes).collect(),
     })
 }
 
