@@ -112,7 +112,8 @@ impl Case {
     /// # Errors
     /// As [`Case::ready`].
     pub fn ready_polling(&self, interval: Duration, mut work: impl FnMut()) -> Result<()> {
-        const PATIENCE: Duration = Duration::from_secs(900);
+        /// Ends with the VM anyway; a loaded machine may take long over a batch.
+        const PATIENCE: Duration = Duration::from_secs(7200);
         let pid = std::process::id();
         publish(&self.path(READY), &pid.to_string())?;
         let (go, begun) = (self.path(GO), Instant::now());

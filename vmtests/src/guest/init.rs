@@ -9,7 +9,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 
 use super::reaper::Reaper;
-use super::{agent, cgroup_bpf};
+use super::{agent, cgroup_bpf, waker};
 
 /// PIDs of tests start above those that the next kernel's threads will hold.
 const FIRST_PID: u32 = 20_000;
@@ -49,6 +49,9 @@ pub fn main() -> ! {
         if let Err(error) = cgroup_bpf::keep_enabled() {
             say(&format!("Keep cgroup BPF enabled: {error:#}"));
         }
+    }
+    if let Err(error) = waker::start() {
+        say(&format!("Wake the CPUs: {error}"));
     }
     let reaper = Reaper::start();
     if fs::read_to_string("/proc/cmdline")

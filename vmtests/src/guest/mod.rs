@@ -6,3 +6,4 @@ mod cgroup_bpf;
 pub mod init;
 pub mod kexec;
 pub mod reaper;
+mod waker;

@@ -1,8 +1,10 @@
 //! All cases at the same time: alone, or through one `tracker update`.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use super::life::Life;
 use super::{Mode, Report};
@@ -51,14 +53,17 @@ pub(crate) fn run(
             }
         }
     }
-    if let Fate::Update(to) = fate {
-        update(vm, to)?;
-    }
+    let update = match fate {
+        Fate::Nothing => None,
+        Fate::Update(to) => Some(update(vm, to)?),
+    };
     let gone_on: Vec<_> = batch
         .iter()
-        .map(|(_, life)| match fate {
-            Fate::Nothing => life.go(vm),
-            Fate::Update(_) => life.go_after_kexec(vm),
+        .map(|(_, life)| match &update {
+            None => life.go(vm),
+            Some(update) => life
+                .go_after_kexec(vm)
+                .with_context(|| update.about(life.name())),
         })
         .collect();
     for ((name, life), gone_on) in batch.iter().zip(gone_on) {
@@ -69,7 +74,46 @@ pub(crate) fn run(
     Ok(())
 }
 
-fn update(vm: &Vm, to: Kernel) -> Result<()> {
+/// What the next kernel tells of an update.
+struct Update {
+    /// `/run/tracker/update.json`, or null where there is none.
+    report: Value,
+    /// What the early-boot stage has said.
+    console: Vec<String>,
+}
+
+impl Update {
+    /// What became of an application, and of all.
+    fn about(&self, name: &str) -> String {
+        let applications = self.report["applications"].as_array();
+        let found = applications.and_then(|all| all.iter().find(|app| app["name"] == name));
+        let about = found.map_or("not in the report".to_owned(), |app| {
+            format!("{}, {}", app["status"], app["error"])
+        });
+        format!(
+            "{about}; the update: {}, {}; its last words: {}",
+            self.report["status"],
+            self.report["warnings"],
+            self.console[self.console.len().saturating_sub(3)..].join(" / ")
+        )
+    }
+}
+
+impl fmt::Display for Update {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = |what: &str| self.report[what].as_f64().unwrap_or_default() / 1e9;
+        write!(
+            f,
+            "{}; frozen {:.1} s, boot {:.1} s, restore {:.1} s",
+            self.report["status"],
+            seconds("frozen_until_kexec"),
+            seconds("boot"),
+            seconds("restore")
+        )
+    }
+}
+
+fn update(vm: &Vm, to: Kernel) -> Result<Update> {
     let begun = Instant::now();
     let (kernel, initrd) = (to.guest_vmlinuz()?, to.guest_initrd()?);
     let update = Exec::new([
@@ -91,9 +135,16 @@ fn update(vm: &Vm, to: Kernel) -> Result<()> {
             );
         }
     }
-    eprintln!(
-        "vm: updated to {to} in {:.1} s",
-        begun.elapsed().as_secs_f32()
-    );
-    Ok(())
+    let report = vm.read_file("/run/tracker/update.json").unwrap_or_default();
+    let update = Update {
+        report: serde_json::from_slice(&report).unwrap_or_default(),
+        console: vm
+            .console()
+            .into_iter()
+            .filter(|line| line.starts_with("tracker: "))
+            .collect(),
+    };
+    let seconds = begun.elapsed().as_secs_f32();
+    eprintln!("vm: updated to {to} in {seconds:.1} s: {update}");
+    Ok(update)
 }
