@@ -103,7 +103,10 @@ impl Case {
     /// If the marker cannot be written, nobody says go, or the PID is another
     /// one afterwards.
     pub fn ready(&self) -> Result<()> {
-        self.ready_polling(Duration::from_millis(20), || ())
+        /// Of the time that it has waited; a hundred cases that look often are a load of their own.
+        const SHARE: u32 = 50;
+        let (least, most) = (Duration::from_millis(20), Duration::from_millis(500));
+        self.wait(|waited| (waited / SHARE).clamp(least, most), || ())
     }
 
     /// As [`Case::ready`], calling `work` after each sleep of `interval`: for
@@ -111,7 +114,12 @@ impl Case {
     ///
     /// # Errors
     /// As [`Case::ready`].
-    pub fn ready_polling(&self, interval: Duration, mut work: impl FnMut()) -> Result<()> {
+    pub fn ready_polling(&self, interval: Duration, work: impl FnMut()) -> Result<()> {
+        self.wait(|_| interval, work)
+    }
+
+    /// Sleeps for as long as `interval` makes of the time waited so far, until told to go on.
+    fn wait(&self, interval: impl Fn(Duration) -> Duration, mut work: impl FnMut()) -> Result<()> {
         /// Ends with the VM anyway; a loaded machine may take long over a batch.
         const PATIENCE: Duration = Duration::from_secs(7200);
         let pid = std::process::id();
@@ -119,11 +127,12 @@ impl Case {
         let (go, begun) = (self.path(GO), Instant::now());
         // access(2) and nanosleep(2): no descriptor is ever held here.
         while nix::unistd::access(&go, nix::unistd::AccessFlags::F_OK).is_err() {
-            std::thread::sleep(interval);
-            work();
-            if begun.elapsed() > PATIENCE {
+            let waited = begun.elapsed();
+            if waited > PATIENCE {
                 bail!("Nobody said go within {PATIENCE:?}");
             }
+            std::thread::sleep(interval(waited));
+            work();
         }
         if std::process::id() != pid {
             bail!("The PID was {pid} and is {} now", std::process::id());
