@@ -6,9 +6,11 @@ use super::mm::path_ref;
 use super::sysv::Segment;
 use crate::image::Store;
 use crate::model::frozen::{self, Content, ContentId, ContentKind, PAGE_SIZE, PageRun};
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use crate::model::ids::InodeId;
+use nix::fcntl::{FcntlArg, fcntl};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -17,25 +19,31 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Default)]
 pub struct Contents {
     found: BTreeMap<ContentId, (File, Content)>,
+    /// Inode numbers alone name nothing: every filesystem has its own.
+    numbers: HashMap<InodeId, ContentId>,
 }
 
 /// What the kernel puts behind the name of a file that has none any more.
 const DELETED: &str = " (deleted)";
 
 impl Contents {
-    /// Notes the content behind `link` (a link of `/proc/PID/map_files` or `/proc/PID/fd`),
-    /// which leads to `path`.
+    /// The content of this inode, if it was noted.
+    #[must_use]
+    pub fn known(&self, inode: InodeId) -> Option<ContentId> {
+        self.numbers.get(&inode).copied()
+    }
+
+    /// Notes the content behind `link` (a link of `/proc/PID/map_files`), which leads to `path`.
     ///
     /// # Errors
     /// It cannot be opened.
-    pub fn add(
+    pub fn add_mapped(
         &mut self,
-        inode: u64,
+        inode: InodeId,
         link: &Path,
         path: &Path,
     ) -> Result<ContentId, CheckpointError> {
-        let id = ContentId(inode);
-        if self.found.contains_key(&id) {
+        if let Some(id) = self.known(inode) {
             return Ok(id);
         }
         let file = File::open(link).map_err(CheckpointError::io("open", link))?;
@@ -47,7 +55,7 @@ impl Contents {
         } else if let Some(name) = name.strip_prefix(b"/memfd:") {
             ContentKind::Memfd {
                 name: String::from_utf8_lossy(name).into_owned(),
-                seals: seals(&file),
+                seals: 0,
             }
         } else {
             let path = PathBuf::from(std::ffi::OsStr::from_bytes(name));
@@ -55,6 +63,28 @@ impl Contents {
                 at: path_ref(&path, &stat),
             }
         };
+        self.add(inode, file, kind)
+            .map_err(CheckpointError::io("stat", link))
+    }
+
+    /// Notes the content of this inode, which `file` is a description of; the seals of a memfd
+    /// are read from it.
+    ///
+    /// # Errors
+    /// fstat(2) or fcntl(2) fails.
+    pub fn add(
+        &mut self,
+        inode: InodeId,
+        file: File,
+        mut kind: ContentKind,
+    ) -> io::Result<ContentId> {
+        if let Some(id) = self.known(inode) {
+            return Ok(id);
+        }
+        let stat = file.metadata()?;
+        if let ContentKind::Memfd { seals, .. } = &mut kind {
+            *seals = fcntl(&file, FcntlArg::F_GET_SEALS)?.cast_unsigned();
+        }
         let content = Content {
             kind,
             size: stat.size(),
@@ -63,6 +93,8 @@ impl Contents {
             gid: stat.gid(),
             pages: Vec::new(),
         };
+        let id = ContentId(self.numbers.len() as u64);
+        self.numbers.insert(inode, id);
         self.found.insert(id, (file, content));
         Ok(id)
     }
@@ -99,8 +131,7 @@ impl Contents {
         Ok(id)
     }
 
-    /// Copies all of them to the image and adds them to `done`, but those that are there
-    /// already: a memfd may be mapped and open.
+    /// Copies all of them to the image.
     ///
     /// # Errors
     /// One cannot be read, or the carrier is full.
@@ -108,20 +139,14 @@ impl Contents {
         self,
         store: &dyn Store,
         slots: &mut Slots,
-        done: &mut BTreeMap<ContentId, Content>,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<BTreeMap<ContentId, Content>, CheckpointError> {
+        let mut copied = BTreeMap::new();
         for (id, (file, mut content)) in self.found {
-            if let Entry::Vacant(place) = done.entry(id) {
-                content.pages = copy_pages(&file, content.size, store, slots)?;
-                place.insert(content);
-            }
+            content.pages = copy_pages(&file, content.size, store, slots)?;
+            copied.insert(id, content);
         }
-        Ok(())
+        Ok(copied)
     }
-}
-
-fn seals(file: &File) -> u32 {
-    nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_GET_SEALS).map_or(0, i32::cast_unsigned)
 }
 
 /// Copies the pages of a file that are not all zeroes.

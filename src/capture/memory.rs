@@ -50,8 +50,8 @@ fn to_copy(needs: &[Need], have: &[PageRun]) -> u64 {
 pub struct Memory {
     precopied: HashMap<Key, Precopied>,
     zero_frame: Option<u64>,
-    /// What frozen processes map that only memory keeps.
-    shown: Contents,
+    /// What only memory keeps of what the frozen application has.
+    contents: Contents,
     /// What was read and is written once the application runs again.
     pending: Pending,
     /// What pages are copied through.
@@ -67,7 +67,7 @@ impl Memory {
         Self {
             precopied: HashMap::new(),
             zero_frame: zero_frame(),
-            shown: Contents::default(),
+            contents: Contents::default(),
             pending: Pending::default(),
             buffer: Vec::new(),
             readers: available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_READERS)),
@@ -231,8 +231,8 @@ impl Memory {
         std::mem::take(&mut self.pending).write(store)
     }
 
-    /// Reads all address spaces of the frozen application; [`Memory::copy_shown`] follows once
-    /// it is known what is open as well.
+    /// Reads all address spaces of the frozen application; [`Memory::copy_contents`] follows
+    /// once it is known what is open as well.
     pub fn collect(
         &mut self,
         tasks: &Tasks,
@@ -246,7 +246,7 @@ impl Memory {
         let mut copier = self.copier(store);
         copier.pending = std::mem::take(&mut self.pending);
         let mut mapper = Mapper::new(segments, tasks.aio.clone());
-        self.shown = Contents::default();
+        self.contents = Contents::default();
         let mut found = BTreeMap::new();
         for rec in address_spaces(tasks) {
             wakeups.check()?;
@@ -263,7 +263,7 @@ impl Memory {
             self.stats.pages += copied.runs.iter().map(|run| run.pages).sum::<u64>();
             let vmas = vmas
                 .iter()
-                .map(|vma| mapper.convert(vma, &mut self.shown))
+                .map(|vma| mapper.convert(vma, &mut self.contents))
                 .collect::<Result<Vec<_>, _>>()?;
             let mm = Mm {
                 bounds: mm::bounds(rec),
@@ -281,14 +281,19 @@ impl Memory {
         Ok(found)
     }
 
-    /// Copies what is mapped and exists only in memory, but for what is in `contents` already.
-    pub fn copy_shown(
+    /// What the frozen application maps that only memory keeps; what it has open besides is to
+    /// be added before [`Memory::copy_contents`].
+    pub fn contents(&mut self) -> &mut Contents {
+        &mut self.contents
+    }
+
+    /// Copies what only memory keeps.
+    pub fn copy_contents(
         &mut self,
         store: &dyn Store,
         slots: &mut Slots,
-        contents: &mut BTreeMap<ContentId, Content>,
-    ) -> Result<(), CheckpointError> {
-        std::mem::take(&mut self.shown).copy(store, slots, contents)
+    ) -> Result<BTreeMap<ContentId, Content>, CheckpointError> {
+        std::mem::take(&mut self.contents).copy(store, slots)
     }
 }
 

@@ -291,7 +291,11 @@ fn look_at(rec: &VmaRec, contents: &mut Contents) -> Result<Known, CheckpointErr
     if let Some(file) = named(rec, &path, &mapped)? {
         return Ok(Known::File(file));
     }
-    contents.add(rec.ino, &link, &path).map(Known::Content)
+    let inode = InodeId {
+        dev: rec.dev,
+        ino: rec.ino,
+    };
+    contents.add_mapped(inode, &link, &path).map(Known::Content)
 }
 
 /// The file's identity if its path still leads to it.

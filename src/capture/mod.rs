@@ -375,8 +375,7 @@ impl Capture {
             &frozen.tasks,
             &mut self.iterators.borrow_mut(),
             &frozen.now,
-            store,
-            slots,
+            self.memory.contents(),
             std::mem::take(&mut self.listeners),
         )
         .map_err(|e| CheckpointError::Files(e.to_string()))?;
@@ -386,8 +385,7 @@ impl Capture {
         self.wakeups.check()?;
         self.timeline.within(self.options.max_freeze)?;
 
-        let mut contents = read.contents;
-        self.memory.copy_shown(store, slots, &mut contents)?;
+        let contents = self.memory.copy_contents(store, slots)?;
         self.timeline.done("contents");
 
         let release = nix::sys::utsname::uname().map(|u| u.release().to_owned());

@@ -3,24 +3,23 @@
 use super::borrow::{Lender, place};
 use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
-use super::{
-    CollectError, FrozenFiles, Repaired, Slots, content, filter, lease, pipe, pty, regular, socket,
-    unix,
-};
+use super::{CollectError, FrozenFiles, Repaired, filter, lease, pipe, pty, regular, socket, unix};
 use crate::bpf::events::{
     EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, SockRec, TtyDataRec, TtyRec,
     WatchRec,
 };
 use crate::bpf::iter::{Detail, File, Files, Iterators, Scope, Tasks};
+use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
-use crate::image::Store;
 use crate::model::frozen::{
-    Blocker, Content, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch,
-    Interfaces, LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
+    Blocker, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch, Interfaces,
+    LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use crate::sys::inode::Watches;
+use nix::fcntl::{OFlag, open};
 use nix::libc;
+use nix::sys::stat::Mode;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -31,8 +30,7 @@ type InFlight = (OfdId, Vec<unix::Peeked>);
 pub(super) struct Reader<'a> {
     /// The clocks as the image shows them, whatever time reading takes.
     now: &'a Now,
-    store: &'a dyn Store,
-    slots: &'a mut Slots,
+    contents: &'a mut Contents,
     survey: Survey,
     items: HashMap<u64, Vec<&'a EpollItemRec>>,
     watches: HashMap<u64, Vec<&'a WatchRec>>,
@@ -41,7 +39,6 @@ pub(super) struct Reader<'a> {
     listeners: Listeners,
     lender: Lender,
     ofds: BTreeMap<OfdId, OpenFile>,
-    contents: BTreeMap<ContentId, Content>,
     repaired: Repaired,
     /// Pipes whose content some end carries already.
     pipes: HashMap<u64, OfdId>,
@@ -66,14 +63,12 @@ impl<'a> Reader<'a> {
         found: &'a Files,
         tasks: &Tasks,
         now: &'a Now,
-        store: &'a dyn Store,
-        slots: &'a mut Slots,
+        contents: &'a mut Contents,
         listeners: Listeners,
     ) -> Self {
         Self {
             now,
-            store,
-            slots,
+            contents,
             survey: Survey::of(found, tasks),
             items: grouped(&found.epoll_items, |item| item.epoll),
             watches: grouped(&found.watches, |watch| watch.group),
@@ -82,7 +77,6 @@ impl<'a> Reader<'a> {
             listeners,
             lender: Lender::default(),
             ofds: BTreeMap::new(),
-            contents: BTreeMap::new(),
             repaired: Repaired::default(),
             pipes: HashMap::new(),
             ends: BTreeMap::new(),
@@ -96,7 +90,6 @@ impl<'a> Reader<'a> {
         FrozenFiles {
             files: BTreeMap::new(),
             ofds: self.ofds,
-            contents: self.contents,
             repaired: self.repaired,
         }
     }
@@ -189,8 +182,11 @@ impl<'a> Reader<'a> {
     }
 
     fn content(&mut self, file: &File) -> Result<ContentId, CollectError> {
-        let id = ContentId(file.rec.ino);
-        if self.contents.contains_key(&id) {
+        let inode = InodeId {
+            dev: file.rec.dev,
+            ino: file.rec.ino,
+        };
+        if let Some(id) = self.contents.known(inode) {
             return Ok(id);
         }
         let at = regular::path(file)?;
@@ -202,9 +198,13 @@ impl<'a> Reader<'a> {
             ContentKind::Deleted { at }
         };
         let from = self.lender.borrow(file)?;
-        let content = content::read(&from, kind, self.store, self.slots)?;
-        self.contents.insert(id, content);
-        Ok(id)
+        // A description of our own: the borrowed one may be write-only, and its offset is the
+        // owner's.
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let own =
+            open(from.reopen_path().as_str(), flags, Mode::empty()).map_err(from.failed("open"))?;
+        let added = self.contents.add(inode, own.into(), kind);
+        added.map_err(from.failed("fstat"))
     }
 
     fn pipe_state(

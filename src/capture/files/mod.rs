@@ -5,7 +5,6 @@
 //! and memfds, socket options. Borrowed descriptors are dropped before the thaw.
 
 mod borrow;
-mod content;
 mod describe;
 mod error;
 mod filter;
@@ -32,9 +31,9 @@ pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{blockers, handshakes, unaccepted};
 
 use crate::bpf::iter::{Files, Iterators, Tasks};
+use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
-use crate::image::Store;
-use crate::model::frozen::{Content, ContentId, FdEntry, FilesTable, OpenFile};
+use crate::model::frozen::{FdEntry, FilesTable, OpenFile};
 use crate::model::ids::{Fd, FilesId, OfdId};
 use describe::Reader;
 use std::collections::BTreeMap;
@@ -103,8 +102,6 @@ pub struct FrozenFiles {
     pub files: BTreeMap<FilesId, FilesTable>,
     /// Open file descriptions, those in flight over Unix sockets included.
     pub ofds: BTreeMap<OfdId, OpenFile>,
-    /// Bytes that no filesystem keeps.
-    pub contents: BTreeMap<ContentId, Content>,
     /// TCP connections, silent until this is dropped.
     pub repaired: Repaired,
 }
@@ -112,7 +109,8 @@ pub struct FrozenFiles {
 /// Reads the open files of frozen processes.
 ///
 /// `found` and `tasks` are the iterators' passes over them, `now` what the clocks showed when they
-/// stopped, `listeners` what is known from before. On an error everything borrowed is given back
+/// stopped, `listeners` what is known from before. Bytes that no filesystem keeps are noted in
+/// `contents`. On an error everything borrowed is given back
 /// and every connection left as it was.
 ///
 /// # Errors
@@ -122,11 +120,10 @@ pub(in crate::capture) fn collect(
     tasks: &Tasks,
     iterators: &mut Iterators,
     now: &Now,
-    store: &dyn Store,
-    slots: &mut Slots,
+    contents: &mut Contents,
     listeners: Listeners,
 ) -> Result<FrozenFiles, CollectError> {
-    let mut reader = Reader::new(found, tasks, now, store, slots, listeners);
+    let mut reader = Reader::new(found, tasks, now, contents, listeners);
     for file in &found.files {
         reader.describe(file)?;
     }

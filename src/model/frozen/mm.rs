@@ -192,8 +192,8 @@ pub struct PageRun {
     pub slot: u64,
 }
 
-/// Names one [`Content`]: the inode number of the shmem file it was; of a System V segment its
-/// id with bit 62 set.
+/// Names one [`Content`] of an application: a number that the checkpoint gives it; of a System V
+/// segment its id with bit 62 set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ContentId(pub u64);

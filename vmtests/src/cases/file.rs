@@ -5,11 +5,13 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, OFlag, fcntl};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::child::Child;
 use super::probe::{pattern, sys};
@@ -20,6 +22,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("file_regular", regular),
     Entry::carried("file_shared_offset", shared_offset),
     Entry::carried("file_deleted", deleted),
+    Entry::carried("file_deleted_twins", deleted_twins),
     Entry::carried("file_directory", directory),
     Entry::carried("file_locks", locks),
     Entry::carried("file_devices", devices),
@@ -196,6 +199,43 @@ fn deleted(case: &Case) -> Result<()> {
         fs::read(&path)? == b"another file of the same name",
         "The other file was changed"
     );
+    Ok(())
+}
+
+/// Files without a name on two filesystems, with the same inode number.
+fn deleted_twins(case: &Case) -> Result<()> {
+    let contents = [1, 2].map(|seed| pattern(seed, 5000));
+    let twin = |name: &str, content: &[u8]| -> Result<(PathBuf, File)> {
+        let dir = case.path(name);
+        fs::create_dir(&dir)?;
+        let none = None::<&str>;
+        mount(none, &dir, Some("tmpfs"), MsFlags::empty(), none).context("Mount a tmpfs")?;
+        let path = dir.join("file");
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)?;
+        file.write_all(content)?;
+        fs::remove_file(&path)?;
+        Ok((dir, file))
+    };
+    let (dir, first) = twin("one", &contents[0])?;
+    let (other_dir, second) = twin("other", &contents[1])?;
+    let numbers = [first.metadata()?.ino(), second.metadata()?.ino()];
+    ensure!(numbers[0] == numbers[1], "They are no twins: {numbers:?}");
+
+    case.ready()?;
+
+    for (file, content) in [(first, &contents[0]), (second, &contents[1])] {
+        let mut found = vec![0; content.len()];
+        file.read_exact_at(&mut found, 0)?;
+        ensure!(found == *content, "It has its twin's bytes");
+    }
+    for dir in [dir, other_dir] {
+        // Not there after a kexec.
+        let _ = umount2(&dir, MntFlags::MNT_DETACH);
+    }
     Ok(())
 }
 
