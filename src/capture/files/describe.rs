@@ -5,15 +5,15 @@ use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{CollectError, FrozenFiles, Repaired, filter, lease, pipe, pty, regular, socket, unix};
 use crate::bpf::events::{
-    EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, SockRec, TtyDataRec, TtyRec,
-    WatchRec,
+    EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, PipeRec, SockRec, TtyDataRec,
+    TtyRec, WatchRec,
 };
 use crate::bpf::iter::{Detail, File, Files, Iterators, Scope, Tasks};
 use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
 use crate::model::frozen::{
     Blocker, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch, Interfaces,
-    LockKind, OpenFile, PathRef, Socket, SocketState, Timerfd, UnixMessage,
+    LockKind, OpenFile, PathRef, PipeId, PipeState, Socket, SocketState, Timerfd, UnixMessage,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use crate::sys::inode::Watches;
@@ -42,8 +42,8 @@ pub(super) struct Reader<'a> {
     repaired: Repaired,
     /// Pipes whose content some end carries already.
     pipes: HashMap<u64, OfdId>,
-    /// By inode number of a pipe: where one end is, and how many readers and writers it has.
-    ends: BTreeMap<u64, (Pid, Fd, u32, u32)>,
+    /// Of each pipe, where one end is, and how many readers and writers it has.
+    ends: BTreeMap<PipeId, (Pid, Fd, u32, u32)>,
     in_flight: Vec<InFlight>,
     tty_data: HashMap<u64, Vec<&'a TtyDataRec>>,
     /// By the address of a pseudo-terminal: where an end is, and what ends there are.
@@ -128,14 +128,15 @@ impl<'a> Reader<'a> {
                 at: regular::path(file)?,
                 rdev: rec.rdev,
             },
-            (Kind::PIPE, Detail::Pipe(_)) => FileKind::Pipe {
+            (Kind::PIPE, Detail::Pipe(pipe)) => FileKind::Pipe {
                 id: rec.ino,
-                state: self.pipe_state(id, file)?,
+                state: self.pipe_state(id, file, pipe, PipeId::Anonymous(rec.ino))?,
             },
-            (Kind::FIFO, Detail::Pipe(_)) => FileKind::Fifo {
-                at: regular::path(file)?,
-                state: self.pipe_state(id, file)?,
-            },
+            (Kind::FIFO, Detail::Pipe(pipe)) => {
+                let at = regular::path(file)?;
+                let state = self.pipe_state(id, file, pipe, PipeId::Fifo(at.inode))?;
+                FileKind::Fifo { at, state }
+            }
             (Kind::EVENTFD, Detail::Eventfd(eventfd)) => FileKind::Eventfd {
                 count: eventfd.count,
                 semaphore: eventfd.flags & 1 != 0,
@@ -211,13 +212,12 @@ impl<'a> Reader<'a> {
         &mut self,
         id: OfdId,
         file: &File,
-    ) -> Result<Option<crate::model::frozen::PipeState>, CollectError> {
-        let Detail::Pipe(rec) = &file.detail else {
-            return Ok(None);
-        };
+        rec: &PipeRec,
+        pipe: PipeId,
+    ) -> Result<Option<PipeState>, CollectError> {
         let (pid, fd) = place(file);
         self.ends
-            .entry(file.rec.ino)
+            .entry(pipe)
             .or_insert((pid, fd, rec.readers, rec.writers));
         if *self.pipes.entry(rec.pipe).or_insert(id) != id {
             return Ok(None);
@@ -393,19 +393,17 @@ impl<'a> Reader<'a> {
 
     /// Every end of every pipe must be among what was described, those in flight included.
     pub(super) fn check_pipes(&self) -> Result<(), CollectError> {
-        let mut found: HashMap<u64, (u32, u32)> = HashMap::new();
+        let mut found: BTreeMap<PipeId, (u32, u32)> = BTreeMap::new();
         for open in self.ofds.values() {
-            let ino = match &open.kind {
-                FileKind::Pipe { id, .. } => *id,
-                FileKind::Fifo { at, .. } => at.inode.ino,
-                _ => continue,
+            let Some(pipe) = open.kind.pipe() else {
+                continue;
             };
-            let (readers, writers) = found.entry(ino).or_default();
+            let (readers, writers) = found.entry(pipe).or_default();
             *readers += u32::from(open.flags & 3 != 1);
             *writers += u32::from(open.flags & 3 != 0);
         }
-        for (ino, &(pid, fd, readers, writers)) in &self.ends {
-            let (found_readers, found_writers) = found.get(ino).copied().unwrap_or_default();
+        for (pipe, &(pid, fd, readers, writers)) in &self.ends {
+            let (found_readers, found_writers) = found.get(pipe).copied().unwrap_or_default();
             if readers > found_readers || writers > found_writers {
                 return Err(CollectError::Blocked(Blocker {
                     pid,

@@ -1,7 +1,7 @@
 //! Descriptor tables and open file descriptions.
 
 use super::{ContentId, FileIdentity, PathRef, PtyState, Socket};
-use crate::model::ids::{Fd, OfdId, Pid};
+use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use serde::{Deserialize, Serialize};
 
 /// One descriptor table.
@@ -161,6 +161,28 @@ pub enum FileKind {
     },
     /// A socket.
     Socket(Box<Socket>),
+}
+
+/// Names one pipe of an application. Inode numbers alone do not: those of FIFOs are their
+/// filesystems' own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PipeId {
+    /// pipe(2): its inode number on the kernel's own filesystem of pipes.
+    Anonymous(u64),
+    /// A FIFO.
+    Fifo(InodeId),
+}
+
+impl FileKind {
+    /// The pipe that this is an end of.
+    #[must_use]
+    pub fn pipe(&self) -> Option<PipeId> {
+        match self {
+            Self::Pipe { id, .. } => Some(PipeId::Anonymous(*id)),
+            Self::Fifo { at, .. } => Some(PipeId::Fifo(at.inode)),
+            _ => None,
+        }
+    }
 }
 
 /// The process that a file of procfs belongs to (`/proc/PID/...`): it can be opened only once

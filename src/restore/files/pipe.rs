@@ -1,7 +1,7 @@
 //! Pipes and FIFOs: the ends that belong together, with what was written and not read.
 
 use super::error::{FilesError, call, missing_part};
-use crate::model::frozen::{Application, FileKind, OpenFile, PathRef, PipeState};
+use crate::model::frozen::{Application, FileKind, OpenFile, PathRef, PipeId, PipeState};
 use crate::model::ids::OfdId;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
@@ -32,15 +32,18 @@ pub fn open_all(app: &Application) -> Result<BTreeMap<OfdId, OwnedFd>, FilesErro
     Ok(opened)
 }
 
-fn pipes(app: &Application) -> BTreeMap<u64, Pipe<'_>> {
+fn pipes(app: &Application) -> BTreeMap<PipeId, Pipe<'_>> {
     let mut pipes = BTreeMap::new();
     for (&id, file) in &app.ofds {
-        let (number, at, state) = match &file.kind {
-            FileKind::Pipe { id, state } => (*id, None, state),
-            FileKind::Fifo { at, state } => (at.inode.ino, Some(at), state),
+        let (at, state) = match &file.kind {
+            FileKind::Pipe { state, .. } => (None, state),
+            FileKind::Fifo { at, state } => (Some(at), state),
             _ => continue,
         };
-        let pipe = pipes.entry(number).or_insert(Pipe {
+        let Some(name) = file.kind.pipe() else {
+            continue;
+        };
+        let pipe = pipes.entry(name).or_insert(Pipe {
             at,
             state: None,
             ends: Vec::new(),
@@ -125,4 +128,37 @@ fn open_end(
     .map_err(call(object, "open"))?;
     fcntl(fd.as_fd(), FcntlArg::F_SETFL(flags)).map_err(call(object, "fcntl(F_SETFL)"))?;
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ids::InodeId;
+
+    #[test]
+    fn one_inode_number_may_be_that_of_three_pipes() {
+        let fifo = |dev| FileKind::Fifo {
+            at: PathRef {
+                path: format!("/{dev}/fifo").into_bytes(),
+                inode: InodeId { dev, ino: 7 },
+            },
+            state: None,
+        };
+        let kinds = [FileKind::Pipe { id: 7, state: None }, fifo(1), fifo(2)];
+        let mut app = Application::default();
+        for (id, kind) in (0..).map(OfdId).zip(kinds.iter().chain(&kinds)) {
+            let end = OpenFile {
+                flags: 0,
+                pos: 0,
+                owner: None,
+                locks: Vec::new(),
+                lease: None,
+                kind: kind.clone(),
+            };
+            app.ofds.insert(id, end);
+        }
+        let found = pipes(&app);
+        assert_eq!(found.len(), 3);
+        assert!(found.values().all(|pipe| pipe.ends.len() == 2));
+    }
 }
