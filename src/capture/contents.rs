@@ -2,6 +2,7 @@
 
 use super::error::CheckpointError;
 use super::files::Slots;
+use super::huge;
 use super::mm::path_ref;
 use super::sysv::Segment;
 use crate::image::Store;
@@ -50,7 +51,7 @@ impl Contents {
         let stat = file.metadata().map_err(CheckpointError::io("stat", link))?;
         let name = path.as_os_str().as_bytes();
         let name = name.strip_suffix(DELETED.as_bytes()).unwrap_or(name);
-        let kind = if name == b"/dev/zero" {
+        let kind = if name == b"/dev/zero" || huge::is_shared_anonymous(name) {
             ContentKind::SharedAnonymous
         } else if let Some(name) = name.strip_prefix(b"/memfd:") {
             ContentKind::Memfd {
@@ -71,7 +72,7 @@ impl Contents {
     /// are read from it.
     ///
     /// # Errors
-    /// fstat(2) or fcntl(2) fails.
+    /// fstat(2), fstatfs(2) or fcntl(2) fails.
     pub fn add(
         &mut self,
         inode: InodeId,
@@ -91,6 +92,7 @@ impl Contents {
             mode: stat.mode() & 0o7777,
             uid: stat.uid(),
             gid: stat.gid(),
+            huge_page: huge::page_of(&file)?,
             pages: Vec::new(),
         };
         let id = ContentId(self.numbers.len() as u64);
@@ -125,6 +127,7 @@ impl Contents {
             mode: segment.perms & 0o777,
             uid: segment.owner.0,
             gid: segment.owner.1,
+            huge_page: 0,
             pages: Vec::new(),
         };
         self.found.insert(id, (file, content));

@@ -10,7 +10,7 @@ use super::pending::Pending;
 use super::sysv;
 use super::tracked::Tracked;
 use super::wakeups::Wakeups;
-use crate::bpf::events::{MmRec, VmaRec};
+use crate::bpf::events::{MmRec, VmaKind, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::fault::Fault;
 use crate::image::Store;
@@ -105,7 +105,7 @@ impl Memory {
             }
         }
         let vmas = iterators.vmas(scope)?;
-        let by_mm = grouped(&vmas);
+        let by_mm = grouped(ordinary(&vmas));
         let mut copier = self.copier(store);
         for rec in tracked {
             wakeups.check()?;
@@ -138,7 +138,7 @@ impl Memory {
     pub fn written(&self, iterators: &mut Iterators, scope: Scope) -> Result<u64, CheckpointError> {
         let tasks = iterators.threads(scope)?;
         let vmas = iterators.vmas(scope)?;
-        let by_mm = grouped(&vmas);
+        let by_mm = grouped(ordinary(&vmas));
         let mut pages = 0;
         for rec in address_spaces(&tasks) {
             let vmas = of(&by_mm, rec);
@@ -167,7 +167,7 @@ impl Memory {
     ) -> Result<(), CheckpointError> {
         let tasks = iterators.threads(scope)?;
         let vmas = iterators.vmas(scope)?;
-        let by_mm = grouped(&vmas);
+        let by_mm = grouped(ordinary(&vmas));
         for rec in address_spaces(&tasks) {
             let vmas = of(&by_mm, rec);
             // Whatever fails, it is as if nothing had been copied.
@@ -314,7 +314,13 @@ fn address_spaces(tasks: &Tasks) -> Vec<&MmRec> {
     tasks.mms.iter().filter(first).collect()
 }
 
-fn grouped(vmas: &[VmaRec]) -> HashMap<u64, Vec<VmaRec>> {
+/// Those whose written pages the kernel tells: huge pages would be copied for nothing before
+/// the application is frozen for good.
+fn ordinary(vmas: &[VmaRec]) -> impl Iterator<Item = &VmaRec> {
+    vmas.iter().filter(|vma| vma.kind != VmaKind::HUGETLB)
+}
+
+fn grouped<'a>(vmas: impl IntoIterator<Item = &'a VmaRec>) -> HashMap<u64, Vec<VmaRec>> {
     let mut by_mm: HashMap<u64, Vec<VmaRec>> = HashMap::new();
     for vma in vmas {
         by_mm.entry(vma.mm).or_default().push(*vma);

@@ -2,7 +2,7 @@
 
 use super::contents::Contents;
 use super::error::CheckpointError;
-use super::{aio, sysv};
+use super::{aio, huge, sysv};
 use crate::bpf::events::{AioRec, MmRec, VmaKind, VmaRec};
 use crate::bpf::iter::user_dev;
 use crate::model::frozen::{Backing, Blocker, ContentId, FileIdentity, MmBounds, PathRef, Vma};
@@ -33,7 +33,6 @@ pub mod vm {
     pub const DONTCOPY: u64 = 0x2_0000;
     pub const DONTEXPAND: u64 = 0x4_0000;
     pub const NORESERVE: u64 = 0x20_0000;
-    pub const HUGETLB: u64 = 0x40_0000;
     pub const WIPEONFORK: u64 = 0x200_0000;
     pub const DONTDUMP: u64 = 0x400_0000;
     pub const SOFTDIRTY: u64 = 0x800_0000;
@@ -106,9 +105,10 @@ pub fn membarrier(rec: &MmRec) -> u32 {
 #[must_use]
 pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
     let name = rec.name();
-    let (what, reason) = if rec.flags & vm::HUGETLB != 0 || rec.kind == VmaKind::HUGETLB {
-        ("hugetlb", "huge page mappings are not carried yet")
-    } else if rec.flags & (vm::UFFD_MISSING | vm::UFFD_WP) != 0 {
+    if let Some(blocker) = huge::refusal(rec) {
+        return Some(blocker);
+    }
+    let (what, reason) = if rec.flags & (vm::UFFD_MISSING | vm::UFFD_WP) != 0 {
         (
             "userfaultfd",
             "a fault handler cannot be asked for pages while frozen",
@@ -231,6 +231,11 @@ impl Mapper {
                 readonly: rec.flags & vm::MAYWRITE == 0,
             });
         }
+        let shared = rec.flags & vm::MAYSHARE != 0;
+        if huge::is_anonymous(rec, shared) {
+            let page = huge::page_at(&map_file(rec))?;
+            return Ok(Backing::AnonymousHuge { page });
+        }
         let known = match self.files.get(&rec.file) {
             Some(known) => known.clone(),
             None => {
@@ -240,7 +245,6 @@ impl Mapper {
             }
         };
         let offset = rec.pgoff * crate::model::frozen::PAGE_SIZE;
-        let shared = rec.flags & vm::MAYSHARE != 0;
         Ok(match known {
             Known::Anonymous if !shared => Backing::Anonymous,
             Known::Anonymous => {
@@ -406,11 +410,11 @@ mod tests {
 
     #[test]
     fn what_cannot_be_carried_is_named() {
-        let huge = VmaRec {
-            flags: vm::HUGETLB,
+        let watched = VmaRec {
+            flags: vm::UFFD_WP,
             ..VmaRec::default()
         };
-        assert!(refusal(&huge).unwrap().object.starts_with("hugetlb"));
+        assert!(refusal(&watched).unwrap().object.starts_with("userfaultfd"));
         assert_eq!(refusal(&VmaRec::default()), None);
     }
 }

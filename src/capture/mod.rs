@@ -10,6 +10,7 @@ mod error;
 pub mod files;
 mod freeze;
 mod guard;
+mod huge;
 mod known;
 mod lock;
 mod memory;

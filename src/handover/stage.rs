@@ -10,13 +10,14 @@ use super::cmdline::{Deadlines, Handed};
 use super::early::say;
 use super::report::{ApplicationReport, ApplicationStatus, Status, UpdateReport, continued, step};
 use super::worker::{self, Worker};
-use super::{mounts, network, sysctl};
+use super::{huge, mounts, network, sysctl};
 use crate::applications::{NamedApplication, RunRecord};
 use crate::bpf::netlock::{LockError, NetLock};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, ImageError, RangeStore, Store, StoreError, decode};
 use crate::model::frozen::{Application, FileKind, Milestone, Origin, SocketState, System};
 use crate::sys::clock;
+use crate::sys::huge::DIR;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -198,6 +199,7 @@ fn put_identity(system: &System, warnings: &mut Vec<String>) {
         warnings.push(format!("sethostname {}: {errno}", system.hostname));
     }
     warnings.extend(sysctl::apply(Path::new("/proc/sys"), &system.sysctls));
+    warnings.extend(huge::apply(Path::new(DIR), &system.huge_pages));
 }
 
 /// Until every connection is back, none is answered.

@@ -8,6 +8,7 @@ use super::arena::{Arena, ArenaError};
 use super::cmdline::{self, Deadlines, EARLY, TooLong};
 use super::eligible;
 use super::filesystems::{self, FilesystemError, Filesystems};
+use super::huge;
 use super::kexec::{self, KexecError};
 use super::network::{self, NetworkError};
 use super::report::{TscRate, step};
@@ -21,6 +22,7 @@ use crate::error::{ExitCode, HasExitCode};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
 use crate::model::frozen::{Milestone, Origin, System};
+use crate::sys::huge::DIR;
 use crate::sys::{clock, kexec as sys};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -470,6 +472,7 @@ fn system() -> Result<System, UpdateError> {
         interfaces,
         routes,
         sysctls: sysctl::collect(Path::new("/proc/sys")),
+        huge_pages: huge::collect(Path::new(DIR)),
         ..System::default()
     })
 }

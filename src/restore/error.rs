@@ -75,6 +75,19 @@ pub enum RestoreError {
         /// "inode", "size" or "modification time".
         what: &'static str,
     },
+    /// Not enough huge pages.
+    #[error(
+        "The application needs {needed} free huge pages of {kib} KiB, and there are {free}; raise \
+         /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
+    )]
+    HugePages {
+        /// KiB of one.
+        kib: u64,
+        /// How many it needs.
+        needed: u64,
+        /// How many there are.
+        free: u64,
+    },
     /// State this version does not put back.
     #[error("PID {pid}: {what} cannot be restored by this version")]
     Unsupported {

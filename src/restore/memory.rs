@@ -164,6 +164,10 @@ impl Rebuild<'_> {
                 flags |= libc::MAP_ANONYMOUS;
                 (u64::MAX, 0)
             }
+            Backing::AnonymousHuge { page } => {
+                flags |= libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | huge_shift(page);
+                (u64::MAX, 0)
+            }
             Backing::File { offset, .. } | Backing::Content { offset, .. } => {
                 let fd = self.sources.of_vma(vma).ok_or_else(|| self.missing(vma))?;
                 (u64::from(fd.cast_unsigned()), offset)
@@ -295,6 +299,11 @@ impl Rebuild<'_> {
 /// `sizeof(struct robust_list_head)`, the only length set_robust_list(2) takes.
 pub const ROBUST_LIST_HEAD_LEN: u64 = 24;
 
+/// The size of huge pages as mmap(2) is told it: its logarithm in the upper bits.
+fn huge_shift(page: u64) -> i32 {
+    (page.max(1).ilog2() << libc::MAP_HUGE_SHIFT).cast_signed()
+}
+
 fn has_pages(vma: &Vma, pages: &[PageRun]) -> bool {
     // Runs are in address order; the first that ends behind the start decides.
     let first = pages.partition_point(|run| run.addr + run.pages * PAGE_SIZE <= vma.start);
@@ -330,6 +339,12 @@ mod tests {
         assert!(!has_pages(&vma(0x2000, 0x8000), &pages));
         assert!(has_pages(&vma(0x9000, 0xa000), &pages));
         assert!(!has_pages(&vma(0xa000, 0xb000), &pages));
+    }
+
+    #[test]
+    fn the_size_of_huge_pages_is_told() {
+        assert_eq!(huge_shift(2 << 20), libc::MAP_HUGE_2MB);
+        assert_eq!(huge_shift(1 << 30), libc::MAP_HUGE_1GB);
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod creds;
 mod error;
 pub mod files;
 mod groups;
+mod huge;
 mod jobs;
 mod layout;
 mod memory;

@@ -5,6 +5,7 @@ use super::cgroups;
 use super::creds::Rights;
 use super::files;
 use super::groups;
+use super::huge;
 use super::layout::Layout;
 use super::message_queues;
 use super::pids;
@@ -88,6 +89,7 @@ pub fn restore(
     };
     pids::check_free(task.app)?;
     check_files(app)?;
+    huge::check(app)?;
     let cgroup = cgroups::make_all(app, options)?;
     let ((reader, writer), (gate, opener)) = (pipe()?, pipe()?);
     let forked = match &cgroup {

@@ -174,6 +174,7 @@ fn source(vma: &Vma) -> Option<Source> {
         }
         Backing::Content { id, .. } => Some(Source::Content(*id)),
         Backing::Anonymous
+        | Backing::AnonymousHuge { .. }
         | Backing::SysvShm { .. }
         | Backing::AioRing(_)
         | Backing::Vdso

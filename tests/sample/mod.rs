@@ -6,19 +6,19 @@
     reason = "a field that comes later has a default, or old images cannot be read"
 )]
 
+mod memory;
 mod system;
 
 use std::collections::BTreeMap;
 use tracker::image::{Image, Store};
 use tracker::model::frozen::{
-    AltStack, Application, ApplicationHeader, Backing, Clocks, Content, ContentId, ContentKind,
-    Credentials, Datagram, EpollItem, FdEntry, FileIdentity, FileKind, FileLock, FileOwner,
-    FilesTable, InotifyWatch, Interface, Interfaces, IntervalTimer, JobStop, Lease, LockKind,
-    Membership, Milestone, Mm, MmBounds, OpenFile, Origin, Outgoing, PageRun, PathRef,
-    PeerCredentials, PipeState, PosixTimer, Process, Registers, Route, Rseq, Scheduling,
-    SeccompFilter, SigAction, SigInfo, SockOption, Socket, SocketFilter, SocketState,
-    SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow, Thread, Timerfd, UnixAddress,
-    UnixMessage, UnixSocket, UnixState, Vdso, Vma,
+    AltStack, Application, ApplicationHeader, Clocks, ContentId, Credentials, Datagram, EpollItem,
+    FdEntry, FileIdentity, FileKind, FileLock, FileOwner, FilesTable, HugePool, InotifyWatch,
+    Interface, Interfaces, IntervalTimer, JobStop, Lease, LockKind, Membership, Milestone, Mm,
+    OpenFile, Origin, Outgoing, PathRef, PeerCredentials, PipeState, PosixTimer, Process,
+    Registers, Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket,
+    SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow,
+    Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
@@ -67,6 +67,10 @@ fn system() -> System {
             protocol: 3,
         }],
         sysctls: vec![("net/ipv4/ip_forward".into(), "1".into())],
+        huge_pages: vec![HugePool {
+            page: 2 << 20,
+            pages: 3,
+        }],
         origin: Origin {
             kernel_release: "6.1.0".into(),
             timeline: vec![Milestone {
@@ -108,10 +112,10 @@ fn application() -> Application {
             ..ApplicationHeader::default()
         },
         processes: vec![process, zombie()],
-        mms: BTreeMap::from([(mm, address_space())]),
+        mms: BTreeMap::from([(mm, memory::address_space())]),
         files: BTreeMap::from([(files, table())]),
         ofds: (1..).map(OfdId).zip(open_files()).collect(),
-        contents: (1..).map(ContentId).zip(contents()).collect(),
+        contents: (1..).map(ContentId).zip(memory::contents()).collect(),
         ..Application::default()
     }
 }
@@ -297,78 +301,6 @@ fn registers() -> Registers {
         es: 18,
         fs: 19,
         gs: 20,
-    }
-}
-
-fn address_space() -> Mm {
-    let vma = |start: u64, backing| Vma {
-        start,
-        end: start + 0x2000,
-        prot: 3,
-        shared: false,
-        growsdown: false,
-        noreserve: false,
-        locked: false,
-        advice: Vec::new(),
-        backing,
-    };
-    let file = FileIdentity {
-        at: path("/lib/libc.so.6", 13),
-        size: 1_900_000,
-        mtime: 1_600_000_000_000_000_003,
-    };
-    let flagged = Vma {
-        shared: true,
-        growsdown: true,
-        noreserve: true,
-        locked: true,
-        advice: vec![10, 14],
-        ..vma(0x10_0000, Backing::Anonymous)
-    };
-    let mapped = Backing::File {
-        file,
-        offset: 0x3000,
-        writable: true,
-    };
-    let shared = Backing::Content {
-        id: ContentId(2),
-        offset: 0x1000,
-    };
-    Mm {
-        bounds: MmBounds {
-            start_code: 1,
-            end_code: 2,
-            start_data: 3,
-            end_data: 4,
-            start_brk: 5,
-            brk: 6,
-            start_stack: 7,
-            arg_start: 8,
-            arg_end: 9,
-            env_start: 10,
-            env_end: 11,
-        },
-        auxv: vec![33; 320],
-        vmas: vec![
-            flagged,
-            vma(0x20_0000, mapped),
-            vma(0x30_0000, shared),
-            vma(0x40_0000, Backing::Vdso),
-            vma(0x50_0000, Backing::Vvar),
-            vma(0x60_0000, system::aio_ring()),
-        ],
-        pages: vec![PageRun {
-            addr: 0x10_0000,
-            pages: 2,
-            slot: 1,
-        }],
-        vdso: Some(Vdso {
-            addr: 0x40_0000,
-            code: vec![0xcc; 64],
-        }),
-        def_flags: 0x2000,
-        membarrier: 0x10,
-        ..Mm::default()
     }
 }
 
@@ -579,37 +511,5 @@ fn sockets() -> Vec<SocketState> {
             port: 20_001,
             groups: 1,
         },
-    ]
-}
-
-fn contents() -> Vec<Content> {
-    let content = |kind| Content {
-        kind,
-        size: 5000,
-        mode: 0o640,
-        uid: 1,
-        gid: 2,
-        pages: Vec::new(),
-    };
-    let memfd = ContentKind::Memfd {
-        name: "jit".into(),
-        seals: 3,
-    };
-    let filled = Content {
-        pages: vec![PageRun {
-            addr: 4096,
-            pages: 1,
-            slot: 0,
-        }],
-        ..content(memfd)
-    };
-    let deleted = ContentKind::Deleted {
-        at: path("/tmp/gone", 19),
-    };
-    vec![
-        content(ContentKind::SharedAnonymous),
-        filled,
-        content(system::segment()),
-        content(deleted),
     ]
 }

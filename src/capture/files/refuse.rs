@@ -6,6 +6,7 @@ use super::pidfd::Processes;
 use super::{lease, pseudo, pty, regular, socket, unix};
 use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, SockRec, TtyRec};
 use crate::bpf::iter::{Detail, File, Files, Tasks};
+use crate::capture::huge;
 use crate::model::frozen::Blocker;
 use crate::model::ids::OfdId;
 use std::collections::{HashMap, HashSet};
@@ -175,6 +176,9 @@ impl Survey {
                         reason.to_owned(),
                     )
                 })
+            }
+            Kind::REGULAR if huge::is_magic(rec.magic) => {
+                not_yet(format!("file {} on hugetlbfs", rec.name()))
             }
             Kind::DIRECTORY if rec.nlink == 0 => not_yet("deleted directory".into()),
             Kind::REGULAR

@@ -74,6 +74,11 @@ pub struct Vma {
 pub enum Backing {
     /// Private anonymous memory (heap and stacks too).
     Anonymous,
+    /// Private anonymous memory of huge pages (`MAP_HUGETLB`).
+    AnonymousHuge {
+        /// Bytes of one, a power of two.
+        page: u64,
+    },
     /// A file on disk.
     File {
         /// The file.
@@ -211,7 +216,10 @@ pub struct Content {
     pub uid: u32,
     /// Owner.
     pub gid: u32,
-    /// Pages that are not zero.
+    /// Bytes of its huge pages, a power of two; 0 if it has none.
+    #[serde(default)]
+    pub huge_page: u64,
+    /// Pages of [`PAGE_SIZE`] that are not zero.
     pub pages: Vec<PageRun>,
 }
 

@@ -17,10 +17,21 @@ pub struct System {
     pub routes: Vec<Route>,
     /// `net.*` and other sysctls that must be as they were: (path below /proc/sys, value).
     pub sysctls: Vec<(String, String)>,
+    /// Pools of huge pages.
+    pub huge_pages: Vec<HugePool>,
     /// The update as the old kernel knew it.
     pub origin: Origin,
     /// How the agent's model compared with the frozen applications.
     pub verification: Option<Verification>,
+}
+
+/// A pool of huge pages that has any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HugePool {
+    /// Bytes of one page.
+    pub page: u64,
+    /// How many the machine keeps (`nr_hugepages`).
+    pub pages: u64,
 }
 
 /// What the early-boot stage tells of the update's first half.

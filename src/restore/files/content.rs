@@ -3,7 +3,8 @@
 use super::error::{FilesError, call, io_call};
 use crate::image::Store;
 use crate::model::frozen::{Content, ContentKind, PAGE_SIZE};
-use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
+use crate::sys::mapped::MappedFile;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, Uid, fchown, ftruncate};
@@ -23,14 +24,17 @@ const CHUNK_PAGES: u64 = 256;
 /// The kernel refuses a step, or the image cannot be read.
 pub fn make(content: &Content, store: &dyn Store) -> Result<OwnedFd, FilesError> {
     let object = name(content);
+    let memfd = |name: &str, flags: MFdFlags| {
+        let flags = flags | MFdFlags::MFD_CLOEXEC | huge_pages(content);
+        memfd_create(name, flags).map_err(call(&object, "memfd_create"))
+    };
     let fd = match &content.kind {
-        ContentKind::SharedAnonymous => memfd_create("shared anonymous", MFdFlags::MFD_CLOEXEC)
-            .map_err(call(&object, "memfd_create"))?,
-        ContentKind::Memfd { name, .. } => {
-            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-            memfd_create(name.as_str(), flags).map_err(call(&object, "memfd_create"))?
-        }
+        ContentKind::SharedAnonymous => memfd("shared anonymous", MFdFlags::empty())?,
+        ContentKind::Memfd { name, .. } => memfd(name, MFdFlags::MFD_ALLOW_SEALING)?,
         ContentKind::SysvShm(_) => return Err(FilesError::Missing(object)),
+        ContentKind::Deleted { .. } if content.huge_page > 0 => {
+            return Err(FilesError::Missing(object));
+        }
         ContentKind::Deleted { at } => {
             let path = Path::new(OsStr::from_bytes(&at.path));
             let dir = path.parent().unwrap_or(Path::new("/"));
@@ -59,6 +63,15 @@ pub fn make(content: &Content, store: &dyn Store) -> Result<OwnedFd, FilesError>
     Ok(file.into())
 }
 
+/// What memfd_create(2) is told of the pages of a content.
+fn huge_pages(content: &Content) -> MFdFlags {
+    if content.huge_page == 0 {
+        return MFdFlags::empty();
+    }
+    let shift = content.huge_page.ilog2() << nix::libc::MAP_HUGE_SHIFT;
+    MFdFlags::MFD_HUGETLB | MFdFlags::from_bits_retain(shift)
+}
+
 fn name(content: &Content) -> String {
     match &content.kind {
         ContentKind::SharedAnonymous => "shared anonymous memory".to_owned(),
@@ -71,6 +84,11 @@ fn name(content: &Content) -> String {
 }
 
 fn fill(object: &str, file: &File, content: &Content, store: &dyn Store) -> Result<(), FilesError> {
+    let mut huge = if content.huge_page > 0 && !content.pages.is_empty() {
+        Some(allocate_huge(object, file, content)?)
+    } else {
+        None
+    };
     let mut buffer = Vec::new();
     for run in &content.pages {
         let mut done = 0;
@@ -82,12 +100,29 @@ fn fill(object: &str, file: &File, content: &Content, store: &dyn Store) -> Resu
             let at = run.addr + done * PAGE_SIZE;
             // The last page may reach beyond the end of a file of odd length.
             let end = usize::try_from(content.size.saturating_sub(at)).unwrap_or(usize::MAX);
-            file.write_all_at(&buffer[..len.min(end)], at)
-                .map_err(io_call(object, "pwrite"))?;
+            let bytes = &buffer[..len.min(end)];
+            match &mut huge {
+                // write(2) is not for files on hugetlbfs.
+                Some(mapped) => mapped.write(usize::try_from(at).unwrap_or(usize::MAX), bytes),
+                None => file
+                    .write_all_at(bytes, at)
+                    .map_err(io_call(object, "pwrite"))?,
+            }
             done += pages;
         }
     }
     Ok(())
+}
+
+/// Has the kernel set aside the huge pages that have bytes, so that they can be written to.
+fn allocate_huge(object: &str, file: &File, content: &Content) -> Result<MappedFile, FilesError> {
+    for run in &content.pages {
+        let (from, len) = (run.addr.cast_signed(), run.pages * PAGE_SIZE);
+        let mode = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(file, mode, from, len.cast_signed()).map_err(call(object, "fallocate"))?;
+    }
+    let size = usize::try_from(content.size).unwrap_or(usize::MAX);
+    MappedFile::new(file.as_fd(), size).map_err(call(object, "mmap"))
 }
 
 /// One more description of an object.

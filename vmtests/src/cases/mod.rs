@@ -12,6 +12,7 @@ mod child;
 mod events;
 mod file;
 mod filter;
+mod huge;
 mod job;
 mod lease;
 mod mapping;
@@ -52,6 +53,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         multicast::CASES,
         mapping::CASES,
         memory::CASES,
+        huge::CASES,
         rewritten::CASES,
         membarrier::CASES,
         sysv::CASES,

@@ -6,7 +6,6 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
-use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::waitpid;
 use nix::unistd::{gethostname, sethostname};
@@ -19,7 +18,6 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_fanotify", "fanotify", fanotify),
     Entry::refused("refused_perf_event", "perf event", perf_event),
     Entry::refused("refused_bpf_map", "BPF object", bpf_map),
-    Entry::refused("refused_hugetlb", "hugetlb mapping", hugetlb),
     Entry::refused("refused_namespace", "UTS namespace", namespace),
     Entry::refused("refused_mqueue", "POSIX message queue", mqueue),
     Entry::refused("refused_clone_vm", "address space shared", clone_vm),
@@ -101,27 +99,6 @@ fn bpf_map(case: &Case) -> Result<()> {
     let done =
         unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_ELEM, attributes.as_ptr(), len) };
     sys("bpf(BPF_MAP_UPDATE_ELEM)", done).map(|_| ())
-}
-
-/// Reserved and never touched: the VM has no huge pages.
-fn hugetlb(case: &Case) -> Result<()> {
-    const LEN: usize = 2 << 20;
-    // SAFETY: a new mapping.
-    let mapped = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            LEN,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE,
-            -1,
-            0,
-        )
-    };
-    ensure!(mapped != libc::MAP_FAILED, "mmap: {}", Errno::last());
-    case.ready()?;
-    // SAFETY: mapped above, nothing refers to it.
-    let gone = unsafe { libc::munmap(mapped, LEN) };
-    sys("munmap", gone.into()).map(|_| ())
 }
 
 fn namespace(case: &Case) -> Result<()> {
