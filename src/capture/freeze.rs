@@ -7,6 +7,7 @@ use super::threads::{Stopped, Tracees};
 use super::vdso::Standing;
 use super::{Capture, Frozen, clocks};
 use crate::bpf::events::{ThreadFlag, ThreadRec};
+use crate::bpf::iter::Files;
 use crate::fault::Fault;
 use crate::model::frozen::Blocker;
 use crate::sys::cgroup::{Event, Waited};
@@ -18,13 +19,27 @@ use std::time::{Duration, Instant};
 const BLOCKED_ATTEMPTS: u32 = 12;
 
 /// How often for a thread that stands in the vDSO. Some threads do little else than read clocks:
-/// half of their time is spent there, and all of them must be outside at once.
-const VDSO_ATTEMPTS: u32 = 100;
+/// most of their time is spent there, and all of them must be outside at once.
+const VDSO_ATTEMPTS: u32 = 300;
 
 /// Between two attempts: long enough for a thread to return from a clock function.
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
 
 impl Capture {
+    /// Asks the kernel to freeze the application, which it does as the threads come by; [`Self::freeze`]
+    /// follows. Of many applications those that are asked keep out of the way of the others.
+    ///
+    /// # Errors
+    /// The cgroup cannot be written. Drop or [`Capture::thaw`] lets it go on.
+    pub fn begin_freeze(&mut self) -> Result<(), CheckpointError> {
+        if !self.freezing {
+            self.timeline.freeze();
+            self.freezing = true;
+            self.target.cgroup.set_frozen(true)?;
+        }
+        Ok(())
+    }
+
     /// Freezes the application and stops its threads where their registers can be read.
     ///
     /// # Errors
@@ -48,7 +63,12 @@ impl Capture {
                     "A thread stands in a vDSO function each time it is frozen".into(),
                 ));
             }
-            let longer = attempt.min(BLOCKED_ATTEMPTS);
+            let longer = if blockers.is_empty() && settled {
+                // Not always the same, or it may be found in the same place.
+                attempt % 4 + 1
+            } else {
+                attempt.min(BLOCKED_ATTEMPTS)
+            };
             std::thread::sleep(PAUSE * longer);
         }
         self.timeline.done("freeze");
@@ -66,9 +86,7 @@ impl Capture {
     /// Freezes it, and says whether that took no longer than `limit`.
     pub(super) fn freezes_within(&mut self, limit: Duration) -> Result<bool, CheckpointError> {
         let deadline = Instant::now() + limit;
-        self.timeline.freeze();
-        self.freezing = true;
-        self.target.cgroup.set_frozen(true)?;
+        self.begin_freeze()?;
         let stop = Some(self.wakeups.stop_fd());
         match self.target.cgroup.wait(Event::Frozen, deadline, stop)? {
             Waited::Reached => Ok(true),
@@ -85,15 +103,7 @@ impl Capture {
         }
         Fault::Freeze.point()?;
         let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
-        let open = self.iterators.borrow_mut().files(self.scope())?;
-        let mut blockers = eligibility::blockers(&tasks, &[], &self.ours);
-        blockers.extend(files::blockers(&open, &tasks));
-        blockers.extend(files::unaccepted(&open));
-        blockers.extend(files::controlling(&tasks, &open));
-        if blockers.is_empty() && files::has_terminals(&open) {
-            let again = self.iterators.borrow_mut().files(self.scope())?;
-            blockers.extend(files::unsettled(&open, &again));
-        }
+        let blockers = eligibility::blockers(&tasks, &[], &self.ours);
         if !blockers.is_empty() {
             return Ok(blockers);
         }
@@ -105,7 +115,7 @@ impl Capture {
         let tracees = Tracees::stop(&tasks.threads, &self.wakeups, limit, &now, shared)?;
         self.frozen = Some(Frozen {
             tasks,
-            open,
+            open: Files::default(),
             tracees,
             repaired: Repaired::default(),
             now,
@@ -114,7 +124,32 @@ impl Capture {
             message_queues: Vec::new(),
             mms: BTreeMap::new(),
         });
-        Ok(self.not_64_bit())
+        if self.worst_standing() == Standing::Inside {
+            // To be tried again, maybe often.
+            return Ok(Vec::new());
+        }
+        let mut blockers = self.not_64_bit();
+        blockers.extend(self.read_open()?);
+        Ok(blockers)
+    }
+
+    /// Notes what the stopped application has open; returns what of it is not carried.
+    fn read_open(&mut self) -> Result<Vec<Blocker>, CheckpointError> {
+        let scope = self.scope();
+        let Some(frozen) = &mut self.frozen else {
+            return Ok(Vec::new());
+        };
+        let (tasks, mut iterators) = (&frozen.tasks, self.iterators.borrow_mut());
+        let open = iterators.files(scope)?;
+        let mut blockers = files::blockers(&open, tasks);
+        blockers.extend(files::unaccepted(&open));
+        blockers.extend(files::controlling(tasks, &open));
+        if blockers.is_empty() && files::has_terminals(&open) {
+            let again = iterators.files(scope)?;
+            blockers.extend(files::unsettled(&open, &again));
+        }
+        frozen.open = open;
+        Ok(blockers)
     }
 
     fn not_64_bit(&self) -> Vec<Blocker> {

@@ -347,6 +347,10 @@ impl Update {
             Some(limit) if begun.elapsed() > limit => Err(UpdateError::TooSlow(begun.elapsed())),
             _ => Ok(()),
         };
+        // What runs on takes the CPU from those that are to stop.
+        for capture in &mut self.captures {
+            on(capture, Capture::begin_freeze)?;
+        }
         for capture in &mut self.captures {
             on(capture, Capture::freeze)?;
         }
