@@ -115,6 +115,7 @@ impl Contents {
             return Ok(id);
         }
         let file = File::open(link).map_err(CheckpointError::io("open", link))?;
+        let huge_page = huge::page_of(&file).map_err(CheckpointError::io("fstatfs", link))?;
         let content = Content {
             kind: ContentKind::SysvShm(frozen::Segment {
                 id: segment.id,
@@ -127,7 +128,7 @@ impl Contents {
             mode: segment.perms & 0o777,
             uid: segment.owner.0,
             gid: segment.owner.1,
-            huge_page: 0,
+            huge_page,
             pages: Vec::new(),
         };
         self.found.insert(id, (file, content));

@@ -2,6 +2,7 @@
 //! not tell which of them are written, so they are copied in the frozen window, all of them.
 
 use super::error::CheckpointError;
+use super::sysv;
 use crate::bpf::events::{VmaKind, VmaRec};
 use crate::model::frozen::Blocker;
 use crate::model::ids::Pid;
@@ -31,9 +32,19 @@ pub fn is_shared_anonymous(path: &[u8]) -> bool {
     path.strip_prefix(b"/") == Some(ANONYMOUS.as_bytes())
 }
 
-/// Why a mapping of huge pages cannot be carried.
+/// Why a mapping of huge pages cannot be carried; what is named like a System V segment may be
+/// one.
 #[must_use]
 pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
+    if sysv::is_named_like_one(rec) {
+        return None;
+    }
+    file_refusal(rec)
+}
+
+/// The same of what is no System V segment.
+#[must_use]
+pub fn file_refusal(rec: &VmaRec) -> Option<Blocker> {
     let name = rec.name();
     if rec.kind != VmaKind::HUGETLB || name == ANONYMOUS || name.starts_with("memfd:") {
         return None;
@@ -42,8 +53,7 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
         pid: Pid(rec.tgid.cast_signed()),
         fd: None,
         object: format!("hugetlb mapping {:x}-{:x} {name}", rec.start, rec.end),
-        reason: "files on hugetlbfs and System V segments of huge pages are not carried yet"
-            .to_owned(),
+        reason: "files on hugetlbfs are not carried yet".to_owned(),
     })
 }
 
@@ -91,10 +101,11 @@ mod tests {
     fn only_files_are_refused() {
         assert_eq!(refusal(&named("anon_hugepage")), None);
         assert_eq!(refusal(&named("memfd:heap")), None);
-        for name in ["buffers", "SYSV00000000"] {
-            let blocker = refusal(&named(name)).unwrap();
-            assert!(blocker.object.starts_with("hugetlb mapping"), "{blocker}");
-        }
+        let blocker = refusal(&named("buffers")).unwrap();
+        assert!(blocker.object.starts_with("hugetlb mapping"), "{blocker}");
+        let segment = named("SYSV00000000");
+        assert_eq!(refusal(&segment), None);
+        assert!(file_refusal(&segment).is_some());
         assert_eq!(refusal(&VmaRec::default()), None);
     }
 

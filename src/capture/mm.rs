@@ -231,6 +231,9 @@ impl Mapper {
                 readonly: rec.flags & vm::MAYWRITE == 0,
             });
         }
+        if let Some(blocker) = huge::file_refusal(rec) {
+            return Err(CheckpointError::Blocked(vec![blocker]));
+        }
         let shared = rec.flags & vm::MAYSHARE != 0;
         if huge::is_anonymous(rec, shared) {
             let page = huge::page_at(&map_file(rec))?;
@@ -265,7 +268,8 @@ impl Mapper {
     }
 }
 
-fn map_file(rec: &VmaRec) -> PathBuf {
+/// The link that leads to the file of a mapping.
+pub(super) fn map_file(rec: &VmaRec) -> PathBuf {
     PathBuf::from(format!(
         "/proc/{}/map_files/{:x}-{:x}",
         rec.tgid, rec.start, rec.end

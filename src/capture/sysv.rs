@@ -4,6 +4,8 @@
 //! the segments it has attached.
 
 use super::error::CheckpointError;
+use super::huge;
+use super::mm::map_file;
 use crate::bpf::events::{VmaKind, VmaRec};
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{Blocker, ContentId, PAGE_SIZE};
@@ -111,22 +113,39 @@ fn segment(line: &[i64]) -> Option<Segment> {
 
 /// The segment that a mapping shows. Its file's inode number is the id (newseg()).
 pub fn of<'a>(segments: &'a BTreeMap<i32, Segment>, vma: &VmaRec) -> Option<&'a Segment> {
-    if vma.kind != VmaKind::SHMEM || vma.nlink > 0 || !vma.name().starts_with("SYSV") {
+    if !is_named_like_one(vma) {
         return None;
     }
     segments.get(&i32::try_from(vma.ino).ok()?)
 }
 
+/// Whether the file of a mapping has no name but that which the kernel gives segments (newseg()).
+pub fn is_named_like_one(vma: &VmaRec) -> bool {
+    matches!(vma.kind, VmaKind::SHMEM | VmaKind::HUGETLB)
+        && vma.nlink == 0
+        && vma.name().starts_with("SYSV")
+}
+
 /// What of segments keeps an application from being checkpointed.
 pub fn blockers(segments: &BTreeMap<i32, Segment>, vmas: &[VmaRec], tasks: &Tasks) -> Vec<Blocker> {
     let inside: BTreeSet<u32> = tasks.processes.iter().map(|p| p.pid).collect();
-    attachments(segments, vmas, &inside)
+    attachments(segments, vmas, &inside, page_of)
+}
+
+/// Bytes of a page of a mapping.
+fn page_of(vma: &VmaRec) -> u64 {
+    match vma.kind {
+        // One that is gone by now is no obstacle.
+        VmaKind::HUGETLB => huge::page_at(&map_file(vma)).unwrap_or(PAGE_SIZE).max(1),
+        _ => PAGE_SIZE,
+    }
 }
 
 fn attachments(
     segments: &BTreeMap<i32, Segment>,
     vmas: &[VmaRec],
     inside: &BTreeSet<u32>,
+    page_of: impl Fn(&VmaRec) -> u64,
 ) -> Vec<Blocker> {
     let mut found = Vec::new();
     let mut counted: BTreeMap<i32, (u32, u64)> = BTreeMap::new();
@@ -141,7 +160,8 @@ fn attachments(
             continue;
         };
         counted.entry(segment.id).or_insert((vma.tgid, 0)).1 += 1;
-        if vma.pgoff != 0 || vma.end - vma.start != segment.size.next_multiple_of(PAGE_SIZE) {
+        let whole = segment.size.next_multiple_of(page_of(vma));
+        if vma.pgoff != 0 || vma.end - vma.start != whole {
             let reason = format!(
                 "mapping {:x}-{:x} shows only a part of it, which is not carried yet",
                 vma.start, vma.end
@@ -209,12 +229,23 @@ mod tests {
             *to = from.cast_signed();
         }
         let refused = |segments: &BTreeMap<i32, Segment>, vmas: &[VmaRec]| {
-            attachments(segments, vmas, &BTreeSet::from([9])).len()
+            let page_of = |vma: &VmaRec| match vma.kind {
+                VmaKind::HUGETLB => 2 << 20,
+                _ => PAGE_SIZE,
+            };
+            attachments(segments, vmas, &BTreeSet::from([9]), page_of).len()
         };
         assert_eq!(refused(&segments, &[vma]), 0);
         let cut = VmaRec { end: 0x2000, ..vma };
         assert_eq!(refused(&segments, &[cut]), 1);
         assert_eq!(refused(&segments, &[]), 1);
+        let huge = VmaRec {
+            kind: VmaKind::HUGETLB,
+            ..vma
+        };
+        assert_eq!(refused(&segments, &[huge]), 1);
+        let end = huge.start + (2 << 20);
+        assert_eq!(refused(&segments, &[VmaRec { end, ..huge }]), 0);
         let outside = Segment { attached: 2, ..one };
         assert_eq!(refused(&BTreeMap::from([(7, outside)]), &[vma]), 1);
     }

@@ -1,7 +1,7 @@
 //! Huge pages: whether there are enough of them for what an application had.
 
 use super::RestoreError;
-use crate::model::frozen::{Application, Backing, PAGE_SIZE, PageRun};
+use crate::model::frozen::{Application, Backing, Content, ContentKind, PAGE_SIZE, PageRun};
 use crate::sys::huge::{DIR, Pool};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -24,7 +24,10 @@ fn needed(app: &Application) -> BTreeMap<u64, u64> {
             *needed.entry(page).or_default() += count;
         }
     }
-    for content in app.contents.values().filter(|c| c.huge_page > 0) {
+    // A System V segment may have been left behind with its pages; shmget(2) reserves those of
+    // a new one.
+    let is_file = |c: &&Content| c.huge_page > 0 && !matches!(c.kind, ContentKind::SysvShm(_));
+    for content in app.contents.values().filter(is_file) {
         let count = touched(content.pages.iter(), content.huge_page);
         *needed.entry(content.huge_page).or_default() += count;
     }
@@ -62,7 +65,7 @@ pub fn check(app: &Application) -> Result<(), RestoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::frozen::{Content, ContentId, Mm, Vma};
+    use crate::model::frozen::{ContentId, Mm, Vma};
     use crate::model::ids::MmId;
 
     const HUGE: u64 = 2 << 20;

@@ -35,13 +35,14 @@ pub fn create_all(
     created: &mut Vec<i32>,
 ) -> Result<(), RestoreError> {
     for (content, segment) in all(app) {
-        if !is_left(content, segment)? {
+        let left = is_left(content, segment)?;
+        if !left {
             create(content, segment)?;
             created.push(segment.id);
             set_owner(segment.id, content.uid, content.gid, content.mode)
                 .map_err(refused(segment.id, "shmctl(IPC_SET)"))?;
         }
-        fill(content, segment.id, store)?;
+        fill(content, segment.id, left, store)?;
     }
     Ok(())
 }
@@ -130,16 +131,18 @@ fn create(content: &Content, segment: &Segment) -> Result<(), RestoreError> {
         "shm_next_id",
         segment.id,
         (segment.creator_uid, segment.creator_gid),
-        || create_segment(segment.key, size, mode),
+        || create_segment(segment.key, size, mode, content.huge_page),
         remove_segment,
         refused(segment.id, "shmget"),
     )
 }
 
-fn fill(content: &Content, id: i32, store: &dyn Store) -> Result<(), RestoreError> {
+fn fill(content: &Content, id: i32, left: bool, store: &dyn Store) -> Result<(), RestoreError> {
     let size = usize::try_from(content.size).unwrap_or(usize::MAX);
     let mut memory = Attached::new(id, size).map_err(refused(id, "shmat"))?;
-    memory.clear();
+    if left {
+        memory.clear();
+    }
     let mut buffer = Vec::new();
     for run in &content.pages {
         let mut done = 0;

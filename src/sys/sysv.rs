@@ -4,12 +4,18 @@
 use nix::errno::Errno;
 use nix::libc;
 
-/// Makes the segment that is to have the id written to `/proc/sys/kernel/shm_next_id` before.
+/// Makes the segment that is to have the id written to `/proc/sys/kernel/shm_next_id` before,
+/// of huge pages if they are of so many bytes rather than 0.
 ///
 /// # Errors
-/// `EEXIST`: the key is in use; `EINVAL`, `ENOSPC`, `ENOMEM`: a limit of this machine.
-pub fn create_segment(key: i32, size: usize, mode: i32) -> Result<i32, Errno> {
-    let flags = libc::IPC_CREAT | libc::IPC_EXCL | mode;
+/// `EEXIST`: the key is in use; `EINVAL`, `ENOSPC`, `ENOMEM`: a limit of this machine, or not
+/// enough huge pages.
+pub fn create_segment(key: i32, size: usize, mode: i32, huge_page: u64) -> Result<i32, Errno> {
+    let huge = match huge_page {
+        0 => 0,
+        page => libc::SHM_HUGETLB | (page.ilog2() << libc::MAP_HUGE_SHIFT).cast_signed(),
+    };
+    let flags = libc::IPC_CREAT | libc::IPC_EXCL | mode | huge;
     // SAFETY: takes integers.
     Errno::result(unsafe { libc::shmget(key, size, flags) })
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::ptr::NonNull;
 
 use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -15,7 +16,7 @@ use nix::unistd::ftruncate;
 
 use super::child::Child;
 use super::memory::Pages;
-use super::probe::{check_pattern, fill};
+use super::probe::{check_pattern, fill, sys};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -23,6 +24,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("huge_private", private),
     Entry::carried("huge_shared", shared),
     Entry::carried("huge_memfd", memfd),
+    Entry::carried("huge_sysv", sysv),
     Entry::refused("refused_hugetlbfs", "on hugetlbfs", hugetlbfs),
     Entry::refused(
         "refused_hugetlbfs_mapped",
@@ -169,6 +171,42 @@ fn memfd(case: &Case) -> Result<()> {
     fill(3, shared);
     check_pattern("the file seen privately", 3, &private[..HUGE])?;
     Ok(())
+}
+
+/// A System V segment that ends in the middle of a page, attached by a child too.
+fn sysv(case: &Case) -> Result<()> {
+    const LEN: usize = HUGE + HUGE / 2;
+    pool()?;
+    let flags = libc::IPC_CREAT | libc::SHM_HUGETLB | 0o600;
+    // SAFETY: takes integers.
+    let id = sys("shmget", unsafe {
+        libc::shmget(libc::IPC_PRIVATE, LEN, flags).into()
+    })?;
+    let id = i32::try_from(id)?;
+    // SAFETY: attached at an address of the kernel's choice.
+    let start = unsafe { libc::shmat(id, std::ptr::null(), 0) };
+    ensure!(start.addr() != usize::MAX, "shmat: {}", Errno::last());
+    // SAFETY: attached for as long as the process lives.
+    let memory = unsafe { std::slice::from_raw_parts_mut(start.cast::<u8>(), LEN) };
+    fill(1, &mut memory[HUGE..]);
+    // SAFETY: marks it, to go with the process.
+    sys("shmctl", unsafe {
+        libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()).into()
+    })?;
+    let child = Child::start(case.dir(), "huge", |turn| {
+        turn.wait();
+        check_pattern("what the child sees", 1, &memory[HUGE..])?;
+        fill(2, &mut memory[..HUGE]);
+        Ok(())
+    })?;
+
+    case.ready()?;
+
+    check_pattern("the second page", 1, &memory[HUGE..])?;
+    check_huge(start.addr(), HUGE)?;
+    child.go()?;
+    child.join()?;
+    check_pattern("what the child has written", 2, &memory[..HUGE])
 }
 
 /// A file on hugetlbfs that is open.
