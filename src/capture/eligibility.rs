@@ -3,7 +3,7 @@
 use super::error::CheckpointError;
 use super::freeze::PAUSE;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
-use super::{aio, cgroups, files, message_queues, mm, semaphores, sysv};
+use super::{aio, cgroups, files, message_queues, mm, names, semaphores, sysv};
 use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadFlag, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::{Blocker, Process};
@@ -107,6 +107,7 @@ fn look(
     found.extend(files::blockers(&open, &tasks));
     found.extend(files::leased_and_mapped(&open, &vmas));
     found.extend(files::controlling(&tasks, &open));
+    found.extend(names::blockers(&tasks, &vmas, &open));
     Ok(found)
 }
 

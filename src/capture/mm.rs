@@ -263,6 +263,20 @@ impl Mapper {
                 offset,
                 writable: shared && rec.flags & vm::MAYWRITE != 0,
             },
+            // What it writes would not reach the file.
+            Known::Content(_) if shared && rec.nlink > 0 => {
+                return Err(CheckpointError::Blocked(vec![Blocker {
+                    pid: Pid(rec.tgid.cast_signed()),
+                    fd: None,
+                    object: format!(
+                        "shared mapping {:x}-{:x} of {}",
+                        rec.start,
+                        rec.end,
+                        rec.name()
+                    ),
+                    reason: "the file's name does not lead to it any more".to_owned(),
+                }]));
+            }
             Known::Content(id) => Backing::Content { id, offset },
         })
     }
@@ -315,13 +329,8 @@ fn named(
     if rec.nlink == 0 || !path.is_absolute() {
         return Ok(None);
     }
-    // In the process' own root.
-    let relative = path.strip_prefix("/").unwrap_or(path);
-    let full = Path::new("/proc")
-        .join(rec.tgid.to_string())
-        .join("root")
-        .join(relative);
-    let Ok(found) = fs::metadata(&full) else {
+    // As we see it, whatever the root directory of the process is.
+    let Ok(found) = fs::metadata(path) else {
         return Ok(None);
     };
     let same = found.dev() == user_dev(rec.dev) && found.ino() == rec.ino;

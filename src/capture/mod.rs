@@ -16,6 +16,7 @@ mod lock;
 mod memory;
 mod message_queues;
 mod mm;
+mod names;
 mod pages;
 mod pending;
 mod refresh;

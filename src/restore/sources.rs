@@ -2,16 +2,19 @@
 //! numbers that its supervisor can compute.
 
 use super::RestoreError;
-use crate::model::frozen::{Application, Backing, ContentId, FileIdentity, PathRef, Process, Vma};
+use crate::model::frozen::{
+    Application, Backing, Content, ContentId, ContentKind, FileIdentity, PathRef, Process, Vma,
+};
 use crate::model::ids::Pid;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, stat};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Something a descriptor is needed for while memory is put back.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,6 +55,29 @@ impl PageFile {
 pub struct Sources {
     base: i32,
     list: Vec<Source>,
+    /// The program, where it has no name.
+    exe: Option<ContentId>,
+    /// Contents that are programs: they are not to be open for writing.
+    programs: BTreeSet<ContentId>,
+}
+
+/// The content that a program without a name is.
+fn nameless_program(app: &Application, process: &Process) -> Option<ContentId> {
+    let is_it = |content: &Content| match &content.kind {
+        ContentKind::Deleted { at } => at.inode == process.exe.inode,
+        _ => false,
+    };
+    let mut contents = app.contents.iter();
+    contents.find_map(|(id, content)| is_it(content).then_some(*id))
+}
+
+/// The contents that are programs of the application: files that were replaced or removed.
+#[must_use]
+pub fn programs(app: &Application) -> BTreeSet<ContentId> {
+    let processes = app.processes.iter().filter(|p| p.zombie.is_none());
+    processes
+        .filter_map(|process| nameless_program(app, process))
+        .collect()
 }
 
 impl Sources {
@@ -68,6 +94,8 @@ impl Sources {
         Self {
             base: highest.map_or(0, |fd| fd + 1).saturating_add(taken),
             list: list(app, process),
+            exe: nameless_program(app, process),
+            programs: programs(app),
         }
     }
 
@@ -102,7 +130,8 @@ impl Sources {
     }
 
     /// Opens what is reached through the restorer's own descriptors: page slots and contents.
-    /// To be called by the process itself, with the machine's root directory.
+    /// To be called by the process itself, with the machine's root directory, as
+    /// [`Self::open_named`].
     ///
     /// # Errors
     /// One cannot be opened, or its number is taken.
@@ -115,8 +144,15 @@ impl Sources {
         for source in &self.list {
             let (fd, flags) = match source {
                 Source::Pages => (Some(pages.fd), pages.flags),
+                Source::Content(id) if self.programs.contains(id) => {
+                    (content(*id), OFlag::O_RDONLY)
+                }
                 Source::Content(id) => (content(*id), OFlag::O_RDWR),
-                _ => continue,
+                Source::Exe => match self.exe {
+                    Some(id) => (content(id), OFlag::O_RDONLY),
+                    None => continue,
+                },
+                Source::File(..) => continue,
             };
             let fd = fd.ok_or_else(|| format!("{source:?} is not in the image"))?;
             self.place(source, format!("/proc/{restorer}/fd/{fd}"), flags)?;
@@ -124,14 +160,16 @@ impl Sources {
         Ok(())
     }
 
-    /// Opens what has a name. To be called by the process itself, with its own root directory.
+    /// Opens what has a name.
     ///
     /// # Errors
     /// One cannot be opened, or its number is taken.
     pub fn open_named(&self, exe: &PathRef) -> Result<(), String> {
         for source in &self.list {
             match source {
-                Source::Exe => self.place(source, os_path(&exe.path), OFlag::O_RDONLY)?,
+                Source::Exe if self.exe.is_none() => {
+                    self.place(source, os_path(&exe.path), OFlag::O_RDONLY)?
+                }
                 Source::File(path, true) => self.place(source, os_path(path), OFlag::O_RDWR)?,
                 Source::File(path, false) => self.place(source, os_path(path), OFlag::O_RDONLY)?,
                 _ => {}
@@ -194,11 +232,10 @@ pub fn os_path(bytes: &[u8]) -> &Path {
 /// The first that is gone or differs.
 pub fn check_files(app: &Application) -> Result<(), RestoreError> {
     for process in app.processes.iter().filter(|p| p.zombie.is_none()) {
-        let check = Check {
-            pid: process.pid,
-            root: &process.root.path,
-        };
-        check.inode(&process.exe)?;
+        let check = Check { pid: process.pid };
+        if nameless_program(app, process).is_none() {
+            check.inode(&process.exe)?;
+        }
         check.inode(&process.cwd)?;
         let Some(mm) = app.mms.get(&process.mm) else {
             continue;
@@ -216,19 +253,13 @@ pub fn check_files(app: &Application) -> Result<(), RestoreError> {
     Ok(())
 }
 
-struct Check<'a> {
+struct Check {
     pid: Pid,
-    root: &'a [u8],
 }
 
-impl Check<'_> {
-    fn path(&self, path: &[u8]) -> PathBuf {
-        let inside = path.strip_prefix(b"/").unwrap_or(path);
-        os_path(self.root).join(os_path(inside))
-    }
-
+impl Check {
     fn inode(&self, file: &PathRef) -> Result<FileStat, RestoreError> {
-        let path = self.path(&file.path);
+        let path = os_path(&file.path).to_owned();
         let pid = self.pid;
         match stat(&path) {
             Err(errno) => Err(RestoreError::FileGone { pid, path, errno }),
@@ -260,7 +291,7 @@ impl Check<'_> {
         };
         Err(RestoreError::FileChanged {
             pid: self.pid,
-            path: self.path(&file.at.path),
+            path: os_path(&file.at.path).to_owned(),
             what,
         })
     }

@@ -253,15 +253,16 @@ impl Births<'_> {
         }
         let sources = Sources::of(self.app, process);
         sources.open_shared(self.restorer, self.pages, |id| self.files.content(id))?;
-        let root = os_path(&process.root.path);
-        if root != os_path(b"/") {
-            unistd::chroot(root).map_err(|e| format!("chroot {}: {e}", root.display()))?;
-        }
+        // Names are the machine's, wherever the process has its root directory.
         sources.open_named(&process.exe)?;
         if !shares.fs {
             let cwd = os_path(&process.cwd.path);
             unistd::chdir(cwd).map_err(|e| format!("chdir {}: {e}", cwd.display()))?;
             umask(Mode::from_bits_truncate(process.umask));
+        }
+        let root = os_path(&process.root.path);
+        if root != os_path(b"/") {
+            unistd::chroot(root).map_err(|e| format!("chroot {}: {e}", root.display()))?;
         }
         Ok(())
     }

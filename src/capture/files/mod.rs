@@ -27,6 +27,7 @@ mod unix;
 pub use error::CollectError;
 pub(in crate::capture) use lease::mapped as leased_and_mapped;
 pub use listeners::Listeners;
+pub use pseudo::is_pseudo;
 pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{blockers, handshakes, unaccepted};
 

@@ -4,9 +4,10 @@ use super::CollectError;
 use super::borrow::place;
 use super::pseudo::is_pseudo;
 use crate::bpf::iter::File;
-use crate::model::frozen::{FileIdentity, PathRef};
+use crate::capture::names::leads_to;
+use crate::model::frozen::{Blocker, FileIdentity, PathRef};
 use crate::model::ids::InodeId;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
@@ -63,6 +64,16 @@ pub fn identity(file: &File) -> Result<FileIdentity, CollectError> {
         });
     }
     let found = std::fs::metadata(link(file)).map_err(failed(file, "stat"))?;
+    let name = PathBuf::from(std::ffi::OsStr::from_bytes(&at.path));
+    if !leads_to(&name, &found) {
+        let (pid, fd) = place(file);
+        return Err(CollectError::Blocked(Blocker {
+            pid,
+            fd: Some(fd),
+            object: format!("file {}", name.display()),
+            reason: "that name does not lead to it any more; try again".into(),
+        }));
+    }
     Ok(FileIdentity {
         at,
         size: found.size(),

@@ -37,7 +37,9 @@ pub fn make(content: &Content, store: &dyn Store) -> Result<OwnedFd, FilesError>
         }
         ContentKind::Deleted { at } => {
             let path = Path::new(OsStr::from_bytes(&at.path));
-            let dir = path.parent().unwrap_or(Path::new("/"));
+            // Its directory may be gone as well.
+            let above = path.ancestors().skip(1).find(|dir| dir.is_dir());
+            let dir = above.unwrap_or(Path::new("/"));
             let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
             open(dir, flags, Mode::from_bits_truncate(0o600))
                 .map_err(call(&object, "open(O_TMPFILE)"))?

@@ -34,6 +34,7 @@ use crate::model::frozen::{
     SocketState, proc_owner,
 };
 use crate::model::ids::{OfdId, Pid};
+use crate::restore::sources::programs;
 use crate::sys::fd;
 use error::{call, missing};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -92,8 +93,14 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
     let mut opened = OpenedFiles::default();
     // Segments are reached by their ids.
     let is_file = |content: &Content| !matches!(content.kind, ContentKind::SysvShm(_));
+    let programs = programs(app);
     for (&id, content) in app.contents.iter().filter(|(_, content)| is_file(content)) {
-        opened.contents.insert(id, content::make(content, store)?);
+        let mut fd = content::make(content, store)?;
+        if programs.contains(&id) {
+            // What somebody may write to cannot be executed.
+            fd = content::reopen(&fd, OFlag::O_RDONLY.bits().cast_unsigned(), 0)?;
+        }
+        opened.contents.insert(id, fd);
     }
     opened.ofds = pipe::open_all(app)?;
     let mut terminals = pty::open_all(app)?;

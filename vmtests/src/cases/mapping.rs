@@ -27,13 +27,14 @@ pub const CASES: &[Entry] = &[
 ];
 
 /// A mapped file, unmapped on drop.
-struct Mapping {
+pub struct Mapping {
     start: NonNull<c_void>,
     length: usize,
 }
 
 impl Mapping {
-    fn new(
+    /// Maps a part of a file.
+    pub fn new(
         file: impl AsFd,
         offset: i64,
         length: usize,
@@ -47,13 +48,15 @@ impl Mapping {
         Ok(Mapping { start, length })
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// What it shows.
+    pub fn bytes(&self) -> &[u8] {
         // SAFETY: mapped readable; changes by others are looked at only after
         // they have happened.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.length) }
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    /// The same, to be changed.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above; mapped writable by the callers.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.length) }
     }

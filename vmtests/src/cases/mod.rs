@@ -20,6 +20,7 @@ mod membarrier;
 mod memory;
 mod message_queues;
 mod multicast;
+mod names;
 mod options;
 mod owner;
 mod pidfd;
@@ -52,6 +53,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         options::CASES,
         multicast::CASES,
         mapping::CASES,
+        names::CASES,
         memory::CASES,
         huge::CASES,
         rewritten::CASES,
