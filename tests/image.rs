@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use tracker::image::{
-    DirectoryStore, Header, Image, RangeStore, Store, StoreError, decode, encode,
+    DirectoryStore, Header, Image, RangeStore, Store, StoreError, decode, decode_one, encode,
 };
 
 /// One application with an object in every record kind.
@@ -24,6 +24,21 @@ fn what_is_written_is_read_back() {
         decode(&encode(&Image::default())).unwrap(),
         Image::default()
     );
+}
+
+#[test]
+fn one_application_is_read_without_the_others() {
+    let image = sample();
+    let bytes = encode(&image);
+    assert!(image.applications.len() > 1);
+    for (index, application) in image.applications.iter().enumerate() {
+        let found = decode_one(&bytes, index).unwrap();
+        assert_eq!(found.applications, std::slice::from_ref(application));
+        assert_eq!((&found.system, &found.slots), (&image.system, &image.slots));
+    }
+    let none = decode_one(&bytes, image.applications.len()).unwrap();
+    assert_eq!(none.applications, []);
+    assert!(decode_one(&bytes[..bytes.len() - 1], 0).is_err());
 }
 
 #[test]

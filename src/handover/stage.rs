@@ -14,7 +14,7 @@ use super::{huge, mounts, network, sysctl};
 use crate::applications::{NamedApplication, RunRecord};
 use crate::bpf::netlock::{LockError, NetLock};
 use crate::fault::{Fault, FaultHit};
-use crate::image::{Image, ImageError, RangeStore, Store, StoreError, decode};
+use crate::image::{Image, ImageError, RangeStore, Store, StoreError, decode, decode_one};
 use crate::model::frozen::{Application, FileKind, Milestone, Origin, SocketState, System};
 use crate::sys::clock;
 use crate::sys::huge::DIR;
@@ -68,12 +68,23 @@ fn handed() -> Result<Handed, StageError> {
 }
 
 /// The image that the old kernel has left.
-pub(super) fn open_image() -> Result<(RangeStore, Image), StageError> {
-    let address = handed()?.arena.ok_or(StageError::NotHanded)?;
-    let arena = Arena::at(address)?;
-    let store = RangeStore::open(&arena.device)?;
+fn open_image() -> Result<(RangeStore, Image), StageError> {
+    let store = open_store()?;
     let image = decode(&store.metadata()?)?;
     Ok((store, image))
+}
+
+/// What of it one application needs, counted from 0.
+pub(super) fn open_application(index: usize) -> Result<(RangeStore, Image), StageError> {
+    let store = open_store()?;
+    let image = decode_one(&store.metadata()?, index)?;
+    Ok((store, image))
+}
+
+fn open_store() -> Result<RangeStore, StageError> {
+    let address = handed()?.arena.ok_or(StageError::NotHanded)?;
+    let arena = Arena::at(address)?;
+    Ok(RangeStore::open(&arena.device)?)
 }
 
 fn restore(begun: u64) -> ExitCode {

@@ -2,7 +2,7 @@
 //! does not touch the others.
 
 use super::early::{NAME, timeout};
-use super::stage::{APPLICATION, open_image};
+use super::stage::{APPLICATION, open_application};
 use crate::bpf::features::cgroup2_mount;
 use crate::model::ids::Pid;
 use crate::restore::{self, RestoreError, RestoreOptions};
@@ -130,8 +130,8 @@ fn restore_one(index: usize) -> Result<(), String> {
     // Ended with the stage: nobody may restore behind the back of the real init.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
         .map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
-    let (store, image) = open_image().map_err(|e| e.to_string())?;
-    let app = image.applications.get(index);
+    let (store, image) = open_application(index).map_err(|e| e.to_string())?;
+    let app = image.applications.first();
     let app = app.ok_or_else(|| format!("The image has no application {index}"))?;
     let cgroup_root = cgroup2_mount().map_err(|e| e.to_string())?;
     let options = RestoreOptions {

@@ -17,8 +17,24 @@ use std::collections::{BTreeMap, BTreeSet};
 /// # Errors
 /// Anything but exactly what [`super::encode`] wrote: the record and offset are named.
 pub fn decode(bytes: &[u8]) -> Result<Image, ImageError> {
+    read(bytes, Decoder::default())
+}
+
+/// Decodes of metadata that [`decode`] takes only what one application, counted from 0, needs.
+/// Who restores one of many does not hold all of them.
+///
+/// # Errors
+/// As [`decode`], but for what is wrong with the contents of other applications' records.
+pub fn decode_one(bytes: &[u8], application: usize) -> Result<Image, ImageError> {
+    let decoder = Decoder {
+        only: Some(application),
+        ..Decoder::default()
+    };
+    read(bytes, decoder)
+}
+
+fn read(bytes: &[u8], mut decoder: Decoder) -> Result<Image, ImageError> {
     Header::parse(bytes)?;
-    let mut decoder = Decoder::default();
     let mut offset = Header::LEN;
     let mut number = 1;
     loop {
@@ -81,6 +97,10 @@ struct Decoder {
     image: Image,
     last: Option<RecordKind>,
     extents: Extents,
+    /// The only application to decode.
+    only: Option<usize>,
+    /// How many have begun.
+    begun: usize,
     names: BTreeSet<String>,
     /// Of the last application.
     pids: BTreeSet<Pid>,
@@ -90,6 +110,13 @@ struct Decoder {
 impl Decoder {
     /// The record is one that may come now.
     fn add(&mut self, record: &Frame<'_>) -> Result<(), ImageError> {
+        if record.kind == RecordKind::Application {
+            self.begun += 1;
+        }
+        let others = |only| self.begun > 0 && self.begun - 1 != only;
+        if self.only.is_some_and(others) {
+            return Ok(());
+        }
         match record.kind {
             RecordKind::System => self.image.system = Some(record.value()?),
             RecordKind::Slots => {

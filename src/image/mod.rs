@@ -12,7 +12,7 @@ mod record;
 mod store;
 mod sums;
 
-pub use decode::decode;
+pub use decode::{decode, decode_one};
 pub use encode::encode;
 pub use header::{FORMAT_VERSION, Header};
 pub use record::RecordKind;
