@@ -1,14 +1,18 @@
 //! Files and directories that a restore finds by their names: each must lead to what has it.
 //!
 //! A name does not when the file was unlinked and has another link, when something was mounted
-//! over it, or when a package was upgraded and the process runs the program of before.
+//! over it, or when a package was upgraded and the process runs the program of before. The name of
+//! a Unix socket leads elsewhere when it is a relative one.
 
 use crate::bpf::events::{FileKind as Kind, VmaRec};
-use crate::bpf::iter::{Files, Tasks, user_dev};
+use crate::bpf::iter::{Detail, Files, Tasks, user_dev};
 use crate::model::frozen::Blocker;
 use crate::model::ids::{Fd, Pid};
-use std::collections::HashSet;
+use nix::libc;
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::fs::{self, Metadata};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -81,7 +85,73 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], open: &Files) -> Vec<Blocker> {
             });
         }
     }
+    found.extend(unix_sockets(open));
     found
+}
+
+/// Unix sockets with names that a restore would bind somewhere else: relative ones, and those
+/// below another root directory.
+fn unix_sockets(open: &Files) -> Vec<Blocker> {
+    let sockets: Vec<_> = open
+        .files
+        .iter()
+        .filter_map(|file| match &file.detail {
+            Detail::Socket(sock) if i32::from(sock.family) == libc::AF_UNIX => Some((file, sock)),
+            _ => None,
+        })
+        .collect();
+    if sockets.is_empty() {
+        return Vec::new();
+    }
+    let table = fs::read("/proc/net/unix").unwrap_or_default();
+    let names = bound(&table);
+    let mut roots: HashMap<u32, PathBuf> = HashMap::new();
+    let mut found = Vec::new();
+    for (file, sock) in sockets {
+        let Some(name) = names.get(&sock.ino) else {
+            continue;
+        };
+        let pid = file.rec.tgid;
+        let root = roots
+            .entry(pid)
+            .or_insert_with(|| fs::read_link(format!("/proc/{pid}/root")).unwrap_or_default());
+        let reason = match name.strip_prefix("/") {
+            Err(_) => "a relative name, which is not carried yet",
+            // It may have got its name before it changed its root directory.
+            Ok(below) if *root != Path::new("/") && root.join(below).exists() => {
+                "a name below another root directory, which is not carried yet"
+            }
+            Ok(_) => continue,
+        };
+        found.push(Blocker {
+            pid: Pid(pid.cast_signed()),
+            fd: Some(Fd(file.rec.fd.cast_signed())),
+            object: format!("Unix socket {}", name.display()),
+            reason: reason.to_owned(),
+        });
+    }
+    found
+}
+
+/// The paths in /proc/net/unix by the inode numbers of their sockets; `@` begins no path.
+fn bound(table: &[u8]) -> HashMap<u64, PathBuf> {
+    fn cut(text: &[u8]) -> Option<(&[u8], &[u8])> {
+        let at = text.iter().position(|byte| *byte == b' ')?;
+        Some((&text[..at], &text[at + 1..]))
+    }
+    /// Before the inode number, which blanks stand in front of.
+    const COLUMNS: usize = 6;
+    let line = |line| {
+        let mut rest = line;
+        for _ in 0..COLUMNS {
+            (_, rest) = cut(rest)?;
+        }
+        let (inode, name) = cut(rest.trim_ascii_start())?;
+        let inode = std::str::from_utf8(inode).ok()?.parse().ok()?;
+        (!name.starts_with(b"@")).then(|| (inode, PathBuf::from(OsStr::from_bytes(name))))
+    };
+    let lines = table.split(|byte| *byte == b'\n');
+    lines.skip(1).filter_map(line).collect()
 }
 
 #[cfg(test)]
@@ -89,6 +159,20 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::os::fd::AsRawFd;
+
+    #[test]
+    fn bound_sockets_are_listed_with_their_names() {
+        let table = b"Num       RefCount Protocol Flags    Type St Inode Path\n\
+            ffff8d0c: 00000002 00000000 00010000 0001 01   812 /run/a b.sock\n\
+            ffff8d0d: 00000003 00000000 00000000 0001 03 12345\n\
+            ffff8d0e: 00000002 00000000 00010000 0001 01 13 private/x\n\
+            ffff8d0f: 00000002 00000000 00010000 0001 01 14 @abstract\n";
+        let wanted = [(812, "/run/a b.sock"), (13, "private/x")];
+        assert_eq!(
+            bound(table),
+            HashMap::from(wanted.map(|(inode, name)| (inode, PathBuf::from(name))))
+        );
+    }
 
     #[test]
     fn a_link_that_is_gone_is_missed() {

@@ -4,6 +4,8 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -26,10 +28,16 @@ pub const CASES: &[Entry] = &[
         "working directory",
         directory_gone,
     ),
+    Entry::refused("refused_unix_relative", "a relative name", unix_relative),
+    Entry::refused(
+        "refused_unix_in_chroot",
+        "below another root",
+        unix_in_chroot,
+    ),
 ];
 
 /// A shell, copied and started; then `change` is done to the copy. It must go on as what it was.
-fn shell(case: &Case, change: impl FnOnce(&std::path::Path) -> Result<()>) -> Result<()> {
+fn shell(case: &Case, change: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     const SHELL: &str = "/bin/dash";
     let dir = case.path("bin");
     fs::create_dir(&dir)?;
@@ -151,6 +159,35 @@ fn directory_gone(case: &Case) -> Result<()> {
     let child = Child::start(case.dir(), "directory", |turn| {
         chdir(&dir)?;
         fs::remove_dir(&dir)?;
+        turn.wait();
+        Ok(())
+    })?;
+    child.waits()?;
+    case.ready()?;
+    child.go()?;
+    child.join()
+}
+
+/// A Unix socket bound in the working directory.
+fn unix_relative(case: &Case) -> Result<()> {
+    chdir(case.dir())?;
+    let listener = UnixListener::bind("socket here")?;
+    case.ready()?;
+    let name = listener.local_addr()?;
+    ensure!(
+        name.as_pathname() == Some(Path::new("socket here")),
+        "{name:?}"
+    );
+    Ok(())
+}
+
+/// One bound by a child with a root directory of its own.
+fn unix_in_chroot(case: &Case) -> Result<()> {
+    let jail = case.path("jail");
+    fs::create_dir(&jail)?;
+    let child = Child::start(case.dir(), "chroot", |turn| {
+        chroot(&jail)?;
+        let _listener = UnixListener::bind("/socket")?;
         turn.wait();
         Ok(())
     })?;
