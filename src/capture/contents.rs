@@ -48,7 +48,6 @@ impl Contents {
             return Ok(id);
         }
         let file = File::open(link).map_err(CheckpointError::io("open", link))?;
-        let stat = file.metadata().map_err(CheckpointError::io("stat", link))?;
         let name = path.as_os_str().as_bytes();
         let name = name.strip_suffix(DELETED.as_bytes()).unwrap_or(name);
         let kind = if name == b"/dev/zero" || huge::is_shared_anonymous(name) {
@@ -59,6 +58,7 @@ impl Contents {
                 seals: 0,
             }
         } else {
+            let stat = file.metadata().map_err(CheckpointError::io("stat", link))?;
             let path = PathBuf::from(std::ffi::OsStr::from_bytes(name));
             ContentKind::Deleted {
                 at: path_ref(&path, &stat),

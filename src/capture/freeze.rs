@@ -26,8 +26,9 @@ const VDSO_ATTEMPTS: u32 = 300;
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
 
 impl Capture {
-    /// Asks the kernel to freeze the application, which it does as the threads come by; [`Self::freeze`]
-    /// follows. Of many applications those that are asked keep out of the way of the others.
+    /// Asks the kernel to freeze the application, which it does as the threads come by;
+    /// [`Self::freeze`] follows. Of many applications those that are asked keep out of the way of
+    /// the others.
     ///
     /// # Errors
     /// The cgroup cannot be written. Drop or [`Capture::thaw`] lets it go on.

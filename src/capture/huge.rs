@@ -2,10 +2,10 @@
 //! not tell which of them are written, so they are copied in the frozen window, all of them.
 
 use super::error::CheckpointError;
+use super::mm::blocker;
 use super::sysv;
 use crate::bpf::events::{VmaKind, VmaRec};
 use crate::model::frozen::Blocker;
-use crate::model::ids::Pid;
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, Statfs, fstatfs, statfs};
 use std::fs::File;
 use std::io;
@@ -49,12 +49,8 @@ pub fn file_refusal(rec: &VmaRec) -> Option<Blocker> {
     if rec.kind != VmaKind::HUGETLB || name == ANONYMOUS || name.starts_with("memfd:") {
         return None;
     }
-    Some(Blocker {
-        pid: Pid(rec.tgid.cast_signed()),
-        fd: None,
-        object: format!("hugetlb mapping {:x}-{:x} {name}", rec.start, rec.end),
-        reason: "files on hugetlbfs are not carried yet".to_owned(),
-    })
+    let reason = "files on hugetlbfs are not carried yet";
+    Some(blocker(rec, "hugetlb mapping", &name, reason))
 }
 
 fn page_on(filesystem: &Statfs) -> u64 {

@@ -132,12 +132,17 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
     } else {
         return None;
     };
-    Some(Blocker {
+    Some(blocker(rec, &format!("{what} mapping"), &name, reason))
+}
+
+/// That a mapping is not carried: what it is, and what it is of.
+pub(super) fn blocker(rec: &VmaRec, what: &str, of: &str, reason: &str) -> Blocker {
+    Blocker {
         pid: Pid(rec.tgid.cast_signed()),
         fd: None,
-        object: format!("{what} mapping {:x}-{:x} {name}", rec.start, rec.end),
+        object: format!("{what} {:x}-{:x} {of}", rec.start, rec.end),
         reason: reason.to_owned(),
-    })
+    }
 }
 
 /// Turns mapping records into mappings; remembers files it has looked at.
@@ -251,12 +256,12 @@ impl Mapper {
         Ok(match known {
             Known::Anonymous if !shared => Backing::Anonymous,
             Known::Anonymous => {
-                return Err(CheckpointError::Blocked(vec![Blocker {
-                    pid: Pid(rec.tgid.cast_signed()),
-                    fd: None,
-                    object: format!("shared device mapping {:x}-{:x}", rec.start, rec.end),
-                    reason: "device memory stays with its kernel".to_owned(),
-                }]));
+                return Err(CheckpointError::Blocked(vec![blocker(
+                    rec,
+                    "shared device mapping",
+                    &rec.name(),
+                    "device memory stays with its kernel",
+                )]));
             }
             Known::File(file) => Backing::File {
                 file,
@@ -265,17 +270,12 @@ impl Mapper {
             },
             // What it writes would not reach the file.
             Known::Content(_) if shared && rec.nlink > 0 => {
-                return Err(CheckpointError::Blocked(vec![Blocker {
-                    pid: Pid(rec.tgid.cast_signed()),
-                    fd: None,
-                    object: format!(
-                        "shared mapping {:x}-{:x} of {}",
-                        rec.start,
-                        rec.end,
-                        rec.name()
-                    ),
-                    reason: "the file's name does not lead to it any more".to_owned(),
-                }]));
+                return Err(CheckpointError::Blocked(vec![blocker(
+                    rec,
+                    "shared mapping",
+                    &format!("of {}", rec.name()),
+                    "the file's name does not lead to it any more",
+                )]));
             }
             Known::Content(id) => Backing::Content { id, offset },
         })
@@ -298,17 +298,12 @@ fn look_at(rec: &VmaRec, contents: &mut Contents) -> Result<Known, CheckpointErr
         return Ok(Known::Anonymous);
     }
     if !mapped.is_file() {
-        return Err(CheckpointError::Blocked(vec![Blocker {
-            pid: Pid(rec.tgid.cast_signed()),
-            fd: None,
-            object: format!(
-                "mapping {:x}-{:x} of {}",
-                rec.start,
-                rec.end,
-                path.display()
-            ),
-            reason: "it is no regular file".to_owned(),
-        }]));
+        return Err(CheckpointError::Blocked(vec![blocker(
+            rec,
+            "mapping",
+            &format!("of {}", path.display()),
+            "it is no regular file",
+        )]));
     }
     if let Some(file) = named(rec, &path, &mapped)? {
         return Ok(Known::File(file));

@@ -4,6 +4,7 @@
 //! over it, or when a package was upgraded and the process runs the program of before. The name of
 //! a Unix socket leads elsewhere when it is a relative one.
 
+use super::files::is_pseudo;
 use crate::bpf::events::{FileKind as Kind, VmaRec};
 use crate::bpf::iter::{Detail, Files, Tasks, user_dev};
 use crate::model::frozen::Blocker;
@@ -36,14 +37,21 @@ const REASON: &str = "that name leads elsewhere or nowhere, and a restore finds 
 /// carried as long as it is mapped.
 #[must_use]
 pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], open: &Files) -> Vec<Blocker> {
+    let mut found = processes(tasks, vmas);
+    found.extend(files(open));
+    found.extend(unix_sockets(open));
+    found
+}
+
+/// A zombie has none of these links.
+fn processes(tasks: &Tasks, vmas: &[VmaRec]) -> Vec<Blocker> {
     let mut found = Vec::new();
     let nameless: HashSet<_> = vmas
         .iter()
         .filter(|vma| vma.file != 0 && vma.nlink == 0)
         .map(|vma| (vma.tgid, user_dev(vma.dev), vma.ino))
         .collect();
-    let alive = |pid: u32| tasks.threads.iter().any(|t| t.tid == pid && !t.is_zombie());
-    for process in tasks.processes.iter().filter(|p| alive(p.pid)) {
+    for process in &tasks.processes {
         for (name, what) in [
             ("exe", "program"),
             ("cwd", "working directory"),
@@ -64,11 +72,15 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], open: &Files) -> Vec<Blocker> {
             });
         }
     }
+    found
+}
+
+fn files(open: &Files) -> Vec<Blocker> {
+    let mut found = Vec::new();
     let mut seen = HashSet::new();
     for file in &open.files {
         let named = match file.rec.kind {
-            Kind::REGULAR => file.rec.nlink > 0 && !super::files::is_pseudo(file.rec.magic),
-            Kind::DIRECTORY => file.rec.nlink > 0 && !super::files::is_pseudo(file.rec.magic),
+            Kind::REGULAR | Kind::DIRECTORY => file.rec.nlink > 0 && !is_pseudo(file.rec.magic),
             Kind::FIFO => true,
             _ => false,
         };
@@ -85,7 +97,6 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], open: &Files) -> Vec<Blocker> {
             });
         }
     }
-    found.extend(unix_sockets(open));
     found
 }
 

@@ -8,6 +8,7 @@ use super::sources::Sources;
 use super::tape::{Expect, Script, Tape};
 use super::vdso;
 use crate::model::frozen::{Backing, Mm, PAGE_SIZE, PageRun, Process, Rseq, Vma};
+use crate::sys::huge::size_flag;
 use nix::libc;
 use std::ops::Range;
 
@@ -165,7 +166,7 @@ impl Rebuild<'_> {
                 (u64::MAX, 0)
             }
             Backing::AnonymousHuge { page } => {
-                flags |= libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | huge_shift(page);
+                flags |= libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size_flag(page).cast_signed();
                 (u64::MAX, 0)
             }
             Backing::File { offset, .. } | Backing::Content { offset, .. } => {
@@ -299,11 +300,6 @@ impl Rebuild<'_> {
 /// `sizeof(struct robust_list_head)`, the only length set_robust_list(2) takes.
 pub const ROBUST_LIST_HEAD_LEN: u64 = 24;
 
-/// The size of huge pages as mmap(2) is told it: its logarithm in the upper bits.
-fn huge_shift(page: u64) -> i32 {
-    (page.max(1).ilog2() << libc::MAP_HUGE_SHIFT).cast_signed()
-}
-
 fn has_pages(vma: &Vma, pages: &[PageRun]) -> bool {
     // Runs are in address order; the first that ends behind the start decides.
     let first = pages.partition_point(|run| run.addr + run.pages * PAGE_SIZE <= vma.start);
@@ -339,12 +335,6 @@ mod tests {
         assert!(!has_pages(&vma(0x2000, 0x8000), &pages));
         assert!(has_pages(&vma(0x9000, 0xa000), &pages));
         assert!(!has_pages(&vma(0xa000, 0xb000), &pages));
-    }
-
-    #[test]
-    fn the_size_of_huge_pages_is_told() {
-        assert_eq!(huge_shift(2 << 20), libc::MAP_HUGE_2MB);
-        assert_eq!(huge_shift(1 << 30), libc::MAP_HUGE_1GB);
     }
 
     #[test]

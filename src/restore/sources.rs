@@ -21,8 +21,8 @@ use std::path::Path;
 enum Source {
     /// The image's page slots.
     Pages,
-    /// Bytes held in memory.
-    Content(ContentId),
+    /// Bytes held in memory, for reading or for writing too.
+    Content(ContentId, bool),
     /// The program file.
     Exe,
     /// A mapped file, for reading or for writing too.
@@ -55,10 +55,7 @@ impl PageFile {
 pub struct Sources {
     base: i32,
     list: Vec<Source>,
-    /// The program, where it has no name.
-    exe: Option<ContentId>,
-    /// Contents that are programs: they are not to be open for writing.
-    programs: BTreeSet<ContentId>,
+    exe: Source,
 }
 
 /// The content that a program without a name is.
@@ -94,8 +91,7 @@ impl Sources {
         Self {
             base: highest.map_or(0, |fd| fd + 1).saturating_add(taken),
             list: list(app, process),
-            exe: nameless_program(app, process),
-            programs: programs(app),
+            exe: exe(app, process),
         }
     }
 
@@ -113,7 +109,7 @@ impl Sources {
     /// Descriptor of the program file.
     #[must_use]
     pub fn exe(&self) -> Option<i32> {
-        self.number(&Source::Exe)
+        self.number(&self.exe)
     }
 
     /// Descriptor to map `vma` from; `None` for anonymous memory.
@@ -144,15 +140,9 @@ impl Sources {
         for source in &self.list {
             let (fd, flags) = match source {
                 Source::Pages => (Some(pages.fd), pages.flags),
-                Source::Content(id) if self.programs.contains(id) => {
-                    (content(*id), OFlag::O_RDONLY)
-                }
-                Source::Content(id) => (content(*id), OFlag::O_RDWR),
-                Source::Exe => match self.exe {
-                    Some(id) => (content(id), OFlag::O_RDONLY),
-                    None => continue,
-                },
-                Source::File(..) => continue,
+                Source::Content(id, true) => (content(*id), OFlag::O_RDWR),
+                Source::Content(id, false) => (content(*id), OFlag::O_RDONLY),
+                Source::Exe | Source::File(..) => continue,
             };
             let fd = fd.ok_or_else(|| format!("{source:?} is not in the image"))?;
             self.place(source, format!("/proc/{restorer}/fd/{fd}"), flags)?;
@@ -167,9 +157,7 @@ impl Sources {
     pub fn open_named(&self, exe: &PathRef) -> Result<(), String> {
         for source in &self.list {
             match source {
-                Source::Exe if self.exe.is_none() => {
-                    self.place(source, os_path(&exe.path), OFlag::O_RDONLY)?
-                }
+                Source::Exe => self.place(source, os_path(&exe.path), OFlag::O_RDONLY)?,
                 Source::File(path, true) => self.place(source, os_path(path), OFlag::O_RDWR)?,
                 Source::File(path, false) => self.place(source, os_path(path), OFlag::O_RDONLY)?,
                 _ => {}
@@ -196,8 +184,14 @@ impl Sources {
     }
 }
 
+/// The program: nothing that is open for writing can be one.
+fn exe(app: &Application, process: &Process) -> Source {
+    let content = |id| Source::Content(id, false);
+    nameless_program(app, process).map_or(Source::Exe, content)
+}
+
 fn list(app: &Application, process: &Process) -> Vec<Source> {
-    let mut list = vec![Source::Pages, Source::Exe];
+    let mut list = vec![Source::Pages, exe(app, process)];
     let vmas = app.mms.get(&process.mm).map_or(&[][..], |mm| &mm.vmas);
     list.extend(vmas.iter().filter_map(source));
     list.sort_unstable();
@@ -210,7 +204,7 @@ fn source(vma: &Vma) -> Option<Source> {
         Backing::File { file, writable, .. } => {
             Some(Source::File(file.at.path.clone(), *writable && vma.shared))
         }
-        Backing::Content { id, .. } => Some(Source::Content(*id)),
+        Backing::Content { id, .. } => Some(Source::Content(*id, vma.shared)),
         Backing::Anonymous
         | Backing::AnonymousHuge { .. }
         | Backing::SysvShm { .. }

@@ -1,15 +1,13 @@
 //! System V shared memory: made with the old ids before any process attaches it.
 
 use super::RestoreError;
+use super::files::content;
 use crate::image::Store;
-use crate::model::frozen::{Application, Content, ContentKind, PAGE_SIZE, Segment};
+use crate::model::frozen::{Application, Content, ContentKind, Segment};
 use crate::sys::sysv::{Attached, create_segment, remove_segment, set_owner};
 use nix::errno::Errno;
 use nix::unistd::{Gid, Uid, setegid, seteuid};
 use std::fs;
-
-/// Pages copied at once.
-const CHUNK_PAGES: u64 = 256;
 
 fn all(app: &Application) -> impl Iterator<Item = (&Content, &Segment)> {
     app.contents
@@ -143,19 +141,10 @@ fn fill(content: &Content, id: i32, left: bool, store: &dyn Store) -> Result<(),
     if left {
         memory.clear();
     }
-    let mut buffer = Vec::new();
-    for run in &content.pages {
-        let mut done = 0;
-        while done < run.pages {
-            let pages = CHUNK_PAGES.min(run.pages - done);
-            buffer.resize(usize::try_from(pages * PAGE_SIZE).unwrap_or(0), 0);
-            store.read_pages(run.slot + done, &mut buffer)?;
-            let at = run.addr + done * PAGE_SIZE;
-            memory.write(usize::try_from(at).unwrap_or(usize::MAX), &buffer);
-            done += pages;
-        }
-    }
-    Ok(())
+    content::read(content, store, |at, bytes| {
+        memory.write(usize::try_from(at).unwrap_or(usize::MAX), bytes);
+        Ok(())
+    })
 }
 
 /// Marks those that were marked, now that all who had them attached have them again.

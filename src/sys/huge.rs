@@ -1,8 +1,16 @@
 //! The kernel's pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst).
 
+use nix::libc;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+
+/// The size of pages as mmap(2), memfd_create(2) and shmget(2) are told it beside their own flag
+/// for huge ones: its logarithm in the upper bits.
+#[must_use]
+pub fn size_flag(page: u64) -> u32 {
+    page.max(1).ilog2() << libc::MAP_HUGE_SHIFT
+}
 
 /// Where the kernel shows them.
 pub const DIR: &str = "/sys/kernel/mm/hugepages";
@@ -73,6 +81,12 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_size_of_pages_is_told() {
+        assert_eq!(size_flag(2 << 20).cast_signed(), libc::MAP_HUGE_2MB);
+        assert_eq!(size_flag(1 << 30).cast_signed(), libc::MAP_HUGE_1GB);
+    }
 
     #[test]
     fn a_pool_is_read_and_resized() {

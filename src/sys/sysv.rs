@@ -1,6 +1,7 @@
 //! System V shared memory segments, semaphore sets and message queues with chosen ids
 //! (sysvipc(7)).
 
+use super::huge::size_flag;
 use nix::errno::Errno;
 use nix::libc;
 
@@ -13,7 +14,7 @@ use nix::libc;
 pub fn create_segment(key: i32, size: usize, mode: i32, huge_page: u64) -> Result<i32, Errno> {
     let huge = match huge_page {
         0 => 0,
-        page => libc::SHM_HUGETLB | (page.ilog2() << libc::MAP_HUGE_SHIFT).cast_signed(),
+        page => libc::SHM_HUGETLB | size_flag(page).cast_signed(),
     };
     let flags = libc::IPC_CREAT | libc::IPC_EXCL | mode | huge;
     // SAFETY: takes integers.

@@ -111,8 +111,7 @@ pub struct FrozenFiles {
 ///
 /// `found` and `tasks` are the iterators' passes over them, `now` what the clocks showed when they
 /// stopped, `listeners` what is known from before. Bytes that no filesystem keeps are noted in
-/// `contents`. On an error everything borrowed is given back
-/// and every connection left as it was.
+/// `contents`. On an error everything borrowed is given back and every connection left as it was.
 ///
 /// # Errors
 /// Something is not carried, or a system call fails.

@@ -7,9 +7,10 @@ use crate::bpf::iter::File;
 use crate::capture::names::leads_to;
 use crate::model::frozen::{Blocker, FileIdentity, PathRef};
 use crate::model::ids::InodeId;
+use std::ffi::OsStr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 fn link(file: &File) -> PathBuf {
     let (pid, fd) = place(file);
@@ -64,8 +65,8 @@ pub fn identity(file: &File) -> Result<FileIdentity, CollectError> {
         });
     }
     let found = std::fs::metadata(link(file)).map_err(failed(file, "stat"))?;
-    let name = PathBuf::from(std::ffi::OsStr::from_bytes(&at.path));
-    if !leads_to(&name, &found) {
+    let name = Path::new(OsStr::from_bytes(&at.path));
+    if !leads_to(name, &found) {
         let (pid, fd) = place(file);
         return Err(CollectError::Blocked(Blocker {
             pid,

@@ -1,8 +1,9 @@
 //! Memfds, shared anonymous memory and deleted files: bytes that come from the image.
 
 use super::error::{FilesError, call, io_call};
-use crate::image::Store;
+use crate::image::{Store, StoreError};
 use crate::model::frozen::{Content, ContentKind, PAGE_SIZE};
+use crate::sys::huge::size_flag;
 use crate::sys::mapped::MappedFile;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -70,8 +71,7 @@ fn huge_pages(content: &Content) -> MFdFlags {
     if content.huge_page == 0 {
         return MFdFlags::empty();
     }
-    let shift = content.huge_page.ilog2() << nix::libc::MAP_HUGE_SHIFT;
-    MFdFlags::MFD_HUGETLB | MFdFlags::from_bits_retain(shift)
+    MFdFlags::MFD_HUGETLB | MFdFlags::from_bits_retain(size_flag(content.huge_page))
 }
 
 fn name(content: &Content) -> String {
@@ -86,11 +86,29 @@ fn name(content: &Content) -> String {
 }
 
 fn fill(object: &str, file: &File, content: &Content, store: &dyn Store) -> Result<(), FilesError> {
-    let mut huge = if content.huge_page > 0 && !content.pages.is_empty() {
-        Some(allocate_huge(object, file, content)?)
-    } else {
-        None
-    };
+    if content.huge_page > 0 && !content.pages.is_empty() {
+        // write(2) is not for files on hugetlbfs.
+        let mut mapped = allocate_huge(object, file, content)?;
+        return read(content, store, |at, bytes| {
+            mapped.write(usize::try_from(at).unwrap_or(usize::MAX), bytes);
+            Ok(())
+        });
+    }
+    read(content, store, |at, bytes| {
+        file.write_all_at(bytes, at)
+            .map_err(io_call(object, "pwrite"))
+    })
+}
+
+/// Reads the bytes of a content, which `put` gets with the offset of each piece.
+///
+/// # Errors
+/// The image cannot be read, or `put` fails.
+pub fn read<E: From<StoreError>>(
+    content: &Content,
+    store: &dyn Store,
+    mut put: impl FnMut(u64, &[u8]) -> Result<(), E>,
+) -> Result<(), E> {
     let mut buffer = Vec::new();
     for run in &content.pages {
         let mut done = 0;
@@ -102,14 +120,7 @@ fn fill(object: &str, file: &File, content: &Content, store: &dyn Store) -> Resu
             let at = run.addr + done * PAGE_SIZE;
             // The last page may reach beyond the end of a file of odd length.
             let end = usize::try_from(content.size.saturating_sub(at)).unwrap_or(usize::MAX);
-            let bytes = &buffer[..len.min(end)];
-            match &mut huge {
-                // write(2) is not for files on hugetlbfs.
-                Some(mapped) => mapped.write(usize::try_from(at).unwrap_or(usize::MAX), bytes),
-                None => file
-                    .write_all_at(bytes, at)
-                    .map_err(io_call(object, "pwrite"))?,
-            }
+            put(at, &buffer[..len.min(end)])?;
             done += pages;
         }
     }

@@ -7,7 +7,7 @@
 //! closes the rest. TCP connections keep silent until [`go_live`].
 
 mod anonymous;
-mod content;
+pub(super) mod content;
 mod datagram;
 mod epoll;
 mod error;

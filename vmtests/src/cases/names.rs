@@ -152,13 +152,10 @@ fn elsewhere(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// A child whose working directory was removed.
-fn directory_gone(case: &Case) -> Result<()> {
-    let dir = case.path("gone");
-    fs::create_dir(&dir)?;
-    let child = Child::start(case.dir(), "directory", |turn| {
-        chdir(&dir)?;
-        fs::remove_dir(&dir)?;
+/// A child that keeps what `set_up` makes until it may end.
+fn with_child<T>(case: &Case, set_up: impl FnOnce() -> Result<T>) -> Result<()> {
+    let child = Child::start(case.dir(), "names", |turn| {
+        let _kept = set_up()?;
         turn.wait();
         Ok(())
     })?;
@@ -166,6 +163,16 @@ fn directory_gone(case: &Case) -> Result<()> {
     case.ready()?;
     child.go()?;
     child.join()
+}
+
+/// A child whose working directory was removed.
+fn directory_gone(case: &Case) -> Result<()> {
+    let dir = case.path("gone");
+    fs::create_dir(&dir)?;
+    with_child(case, || {
+        chdir(&dir)?;
+        Ok(fs::remove_dir(&dir)?)
+    })
 }
 
 /// A Unix socket bound in the working directory.
@@ -185,14 +192,8 @@ fn unix_relative(case: &Case) -> Result<()> {
 fn unix_in_chroot(case: &Case) -> Result<()> {
     let jail = case.path("jail");
     fs::create_dir(&jail)?;
-    let child = Child::start(case.dir(), "chroot", |turn| {
+    with_child(case, || {
         chroot(&jail)?;
-        let _listener = UnixListener::bind("/socket")?;
-        turn.wait();
-        Ok(())
-    })?;
-    child.waits()?;
-    case.ready()?;
-    child.go()?;
-    child.join()
+        Ok(UnixListener::bind("/socket")?)
+    })
 }
