@@ -32,6 +32,7 @@
 #define TMPFS_MAGIC 0x01021994
 
 #define PF_KTHREAD 0x00200000
+#define PF_IO_WORKER 0x00000010
 #define MAX_CGROUP_DEPTH 32
 
 /* Eight characters of a name as a number, for one-instruction comparisons. */

@@ -44,6 +44,7 @@ enum rec_kind {
 	REC_TTY_DATA = 18,
 	REC_AIO = 19,
 	REC_MEMBER = 20,
+	REC_URING = 21,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -109,8 +110,8 @@ enum restart_kind {
 enum thread_flag {
 	THREAD_RESTORE_SIGMASK = 1, /* saved_sigmask replaces blocked at the return to user space */
 	THREAD_NO_NEW_PRIVS = 2,
-	THREAD_IO_URING = 4, /* has an io_uring context */
-	THREAD_FROZEN = 8,   /* stopped by the cgroup freezer */
+	THREAD_WORKING = 4, /* an io_uring worker with a request at hand */
+	THREAD_FROZEN = 8,  /* stopped by the cgroup freezer */
 	THREAD_PTRACED = 16,
 	THREAD_SEM_UNDO = 32,         /* has System V semaphore operations to undo when it ends */
 	THREAD_SECCOMP_LISTENER = 64, /* a supervisor listens to one of its filters */
@@ -197,10 +198,12 @@ struct thread_rec {
 	__u32 cwd_dev;
 	__u32 root_dev;
 	__u32 umask;
-	__u32 ioprio; /* as ioprio_set(2) was told; 0 for nothing */
+	__u32 ioprio;           /* as ioprio_set(2) was told; 0 for nothing */
+	__s32 uring_in_flight;  /* io_uring requests it made that have not ended; -1: unknown */
+	__u32 uring_registered; /* IORING_REGISTER_RING_FDS: rings that it reaches without a fd */
 	char comm[TRK_COMM_LEN];
 };
-TRK_ASSERT_SIZE(struct thread_rec, 472);
+TRK_ASSERT_SIZE(struct thread_rec, 480);
 
 struct rlimit_rec {
 	__u64 cur;
@@ -407,6 +410,32 @@ struct pidfd_rec {
 	__u32 pad;
 };
 TRK_ASSERT_SIZE(struct pidfd_rec, 16);
+
+/* uring_rec.state */
+enum uring_state {
+	URING_EVENTFD = 1,       /* IORING_REGISTER_EVENTFD */
+	URING_BUFFERS = 2,       /* buffers the kernel chooses from */
+	URING_PERSONALITIES = 4, /* IORING_REGISTER_PERSONALITY */
+	URING_RESTRICTED = 8,    /* IORING_REGISTER_RESTRICTIONS */
+	URING_OVERFLOWN = 16,    /* completions that did not fit the ring */
+	URING_WORKERS = 32,      /* IORING_REGISTER_IOWQ_MAX_WORKERS */
+	URING_NAPI = 64,         /* IORING_REGISTER_NAPI */
+	URING_WAITS = 128,       /* requests that wait for an event or a time-out */
+};
+
+/* An io_uring instance. */
+struct uring_rec {
+	struct rec_hdr hdr;
+	__u32 flags; /* IORING_SETUP_* */
+	__u32 sq_entries;
+	__u32 cq_entries;
+	__u32 sq_head; /* the kernel's own positions, which count on and wrap at 2^32 */
+	__u32 cq_tail;
+	__u32 files;   /* IORING_REGISTER_FILES: slots */
+	__u32 buffers; /* IORING_REGISTER_BUFFERS: slots */
+	__u32 state;   /* enum uring_state */
+};
+TRK_ASSERT_SIZE(struct uring_rec, 40);
 
 /* One file watched by an epoll instance. */
 struct epoll_item_rec {

@@ -254,6 +254,9 @@ int iter_files(struct bpf_iter__task_file *ctx)
 	case FILE_PIDFD:
 		failed = write_pidfd(seq, file);
 		break;
+	case FILE_IO_URING:
+		failed = write_uring(seq, file->private_data);
+		break;
 	case FILE_SOCKET:
 		failed = write_socket(seq, file);
 		break;

@@ -186,8 +186,6 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 		r->flags |= THREAD_FROZEN;
 	if (task->atomic_flags & PFA_NO_NEW_PRIVS)
 		r->flags |= THREAD_NO_NEW_PRIVS;
-	if (bpf_core_field_exists(task->io_uring) && task->io_uring)
-		r->flags |= THREAD_IO_URING;
 	if (has_undo(task))
 		r->flags |= THREAD_SEM_UNDO;
 	r->state = task->__state;
@@ -241,6 +239,7 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 	fill_cred(r, task->cred);
 	fill_namespaces(r, task->nsproxy);
 	fill_restart(r, task);
+	fill_uring_task(r, task);
 }
 
 static __always_inline void fill_process(struct process_rec *r, struct task_struct *task,

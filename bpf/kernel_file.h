@@ -185,6 +185,53 @@ struct file_lease {
 	struct fasync_struct *fl_fasync;
 };
 
+/* io_uring_types.h; some members are in unnamed structs there, which CO-RE looks through */
+struct xarray {
+	void *xa_head;
+};
+struct io_hash_bucket {
+	struct hlist_head list;
+};
+struct io_hash_table {
+	struct io_hash_bucket *hbs;
+	unsigned int hash_bits;
+};
+struct io_ring_ctx {
+	unsigned int flags;
+	unsigned int restricted : 1;
+	unsigned int iowq_limits_set : 1;
+	unsigned int cached_sq_head;
+	unsigned int sq_entries;
+	unsigned int cached_cq_tail;
+	unsigned int cq_entries;
+	unsigned int nr_user_files;
+	unsigned int nr_user_bufs;
+	void *io_ev_fd;
+	void *io_bl;
+	struct xarray io_bl_xa;
+	struct xarray personalities;
+	struct list_head cq_overflow_list;
+	struct list_head timeout_list;
+	struct io_hash_table cancel_table;
+	struct io_hash_table cancel_table_locked;
+	struct hlist_head futex_list;
+	struct hlist_head waitid_list;
+	struct hlist_head cancelable_uring_cmd;
+	unsigned char napi_enabled;
+};
+/* since 6.13 */
+struct io_rsrc_data {
+	unsigned int nr;
+};
+struct io_file_table {
+	struct io_rsrc_data data;
+};
+struct io_ring_ctx___tables {
+	struct io_file_table file_table;
+	struct io_rsrc_data buf_table;
+	unsigned char napi_track_mode;
+};
+
 #pragma clang attribute pop
 
 #endif

@@ -289,7 +289,8 @@ struct task_struct {
 	struct fs_struct *fs;
 	struct files_struct *files;
 	struct io_context *io_context;
-	void *io_uring;
+	struct io_uring_task *io_uring;
+	void *worker_private;
 	struct sysv_sem sysvsem;
 	struct nsproxy *nsproxy;
 	struct signal_struct *signal;
@@ -356,6 +357,19 @@ struct vm_area_struct {
 	struct file *vm_file;
 	void *vm_private_data;
 	struct anon_vma_name *anon_name;
+};
+
+struct percpu_counter {
+	s64 count;
+	s32 *counters;
+};
+struct io_worker {
+	void *cur_work;
+};
+struct io_uring_task {
+	int cached_refs;
+	struct file *registered_rings[16];
+	struct percpu_counter inflight;
 };
 
 /* fs/aio.c; some members are in unnamed structs there, which CO-RE looks through */

@@ -3,7 +3,7 @@
 use super::events::{
     AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, PidfdRec, PipeRec,
     ProcessFlag, ProcessRec, RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec,
-    TimerfdRec, TtyDataRec, TtyRec, VmaRec, WatchRec,
+    TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec, WatchRec,
 };
 use super::record::{Malformed, Raw, c_text};
 
@@ -52,6 +52,8 @@ pub enum Detail {
     Socket(SockRec),
     /// Either end of a pseudo-terminal.
     Tty(TtyRec),
+    /// An io_uring instance.
+    Uring(UringRec),
 }
 
 /// What a pass over the descriptors found.
@@ -82,6 +84,7 @@ impl Detail {
             RecKind::SIGNALFD => Self::Signalfd(raw.decode()?),
             RecKind::PIDFD => Self::Pidfd(raw.decode()?),
             RecKind::TTY => Self::Tty(raw.decode()?),
+            RecKind::URING => Self::Uring(raw.decode()?),
             _ => Self::Socket(raw.decode()?),
         })
     }

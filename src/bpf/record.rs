@@ -45,6 +45,7 @@ impl_record! {
     events::TtyDataRec => RecKind::TTY_DATA,
     events::AioRec => RecKind::AIO,
     events::MemberRec => RecKind::MEMBER,
+    events::UringRec => RecKind::URING,
 }
 
 /// A record whose bytes do not fit its kind.

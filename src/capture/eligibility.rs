@@ -3,7 +3,7 @@
 use super::error::CheckpointError;
 use super::freeze::PAUSE;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
-use super::{aio, cgroups, files, message_queues, mm, names, semaphores, sysv};
+use super::{aio, cgroups, files, message_queues, mm, names, semaphores, sysv, uring};
 use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadFlag, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::{Blocker, Process};
@@ -93,9 +93,12 @@ fn look(
     ours: &Namespaces,
 ) -> Result<Vec<Blocker>, CheckpointError> {
     let scope = Scope::Cgroup(cgroup.id());
-    let tasks = iterators.tasks(scope)?;
+    let mut tasks = iterators.tasks(scope)?;
+    let waiting = uring::waiting(&tasks);
+    uring::leave_out_workers(&mut tasks);
     let vmas = iterators.vmas(scope)?;
     let mut found = blockers(&tasks, &vmas, ours);
+    found.extend(waiting);
     found.extend(cgroups::blockers(cgroup, &tasks)?);
     found.extend(aio::unmapped(&tasks, &vmas));
     found.extend(sysv::blockers(&sysv::segments()?, &vmas, &tasks));
@@ -106,6 +109,7 @@ fn look(
     let open = iterators.files(scope)?;
     found.extend(files::blockers(&open, &tasks));
     found.extend(files::leased_and_mapped(&open, &vmas));
+    found.extend(uring::unopened(&vmas, &open));
     found.extend(files::controlling(&tasks, &open));
     found.extend(names::blockers(&tasks, &vmas, &open));
     Ok(found)
@@ -197,6 +201,7 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocke
         }
     }
     found.extend(aio::blockers(tasks));
+    found.extend(uring::registered(tasks));
     found.extend(vmas.iter().filter_map(mm::refusal));
     found.dedup();
     found

@@ -5,9 +5,9 @@ use super::error::CheckpointError;
 use super::files::{self, Repaired};
 use super::threads::{Stopped, Tracees};
 use super::vdso::Standing;
-use super::{Capture, Frozen, clocks};
+use super::{Capture, Frozen, clocks, uring};
 use crate::bpf::events::{ThreadFlag, ThreadRec};
-use crate::bpf::iter::Files;
+use crate::bpf::iter::{Files, Tasks};
 use crate::fault::Fault;
 use crate::model::frozen::Blocker;
 use crate::sys::cgroup::{Event, Waited};
@@ -103,8 +103,9 @@ impl Capture {
             return Err(self.late());
         }
         Fault::Freeze.point()?;
-        let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
-        let blockers = eligibility::blockers(&tasks, &[], &self.ours);
+        let tasks = self.settled_tasks()?;
+        let mut blockers = eligibility::blockers(&tasks, &[], &self.ours);
+        blockers.extend(uring::in_flight(&tasks));
         if !blockers.is_empty() {
             return Ok(blockers);
         }
@@ -132,6 +133,22 @@ impl Capture {
         let mut blockers = self.not_64_bit();
         blockers.extend(self.read_open()?);
         Ok(blockers)
+    }
+
+    /// Reads the frozen tasks: again if requests are on their way, which a disk ends without them.
+    fn settled_tasks(&mut self) -> Result<Tasks, CheckpointError> {
+        const LOOKS: u32 = 20;
+        let mut iterators = self.iterators.borrow_mut();
+        let mut tasks = iterators.tasks(self.scope())?;
+        for _ in 0..LOOKS {
+            if !uring::are_in_flight(&tasks) {
+                break;
+            }
+            std::thread::sleep(PAUSE);
+            tasks = iterators.tasks(self.scope())?;
+        }
+        uring::leave_out_workers(&mut tasks);
+        Ok(tasks)
     }
 
     /// Notes what the stopped application has open; returns what of it is not carried.

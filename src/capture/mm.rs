@@ -2,11 +2,13 @@
 
 use super::contents::Contents;
 use super::error::CheckpointError;
-use super::{aio, huge, sysv};
+use super::{aio, huge, sysv, uring};
 use crate::bpf::events::{AioRec, MmRec, VmaKind, VmaRec};
 use crate::bpf::iter::user_dev;
-use crate::model::frozen::{Backing, Blocker, ContentId, FileIdentity, MmBounds, PathRef, Vma};
-use crate::model::ids::{InodeId, Pid};
+use crate::model::frozen::{
+    Backing, Blocker, ContentId, FileIdentity, MmBounds, PAGE_SIZE, PathRef, Vma,
+};
+use crate::model::ids::{InodeId, OfdId, Pid};
 use nix::libc;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, Metadata};
@@ -108,6 +110,9 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
     if let Some(blocker) = huge::refusal(rec) {
         return Some(blocker);
     }
+    if uring::is_mapped(rec) {
+        return uring::refusal(rec);
+    }
     let (what, reason) = if rec.flags & (vm::UFFD_MISSING | vm::UFFD_WP) != 0 {
         (
             "userfaultfd",
@@ -127,8 +132,6 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
         ("special", "remove the probe or debugger that made it")
     } else if rec.flags & (vm::PFNMAP | vm::IO | vm::MIXEDMAP) != 0 && rec.file != 0 {
         ("device", "device memory stays with its kernel")
-    } else if name.starts_with("[io_uring]") {
-        ("io_uring", "io_uring is not carried yet")
     } else {
         return None;
     };
@@ -193,10 +196,13 @@ impl Mapper {
             .iter()
             .filter(|(bit, _)| f & bit != 0)
             .fold(0, |all, (_, prot)| all | prot.cast_unsigned());
-        let kernels_own = matches!(backing, Backing::Vdso | Backing::Vvar | Backing::AioRing(_));
-        let advice = ADVICE
-            .iter()
-            .filter(|(bit, _)| f & bit != 0 && !kernels_own);
+        // Of these the kernel set it, but for what keeps a ring from children.
+        let kept = match backing {
+            Backing::Vdso | Backing::Vvar | Backing::AioRing(_) => 0,
+            Backing::IoUring { .. } => vm::DONTCOPY,
+            _ => u64::MAX,
+        };
+        let advice = ADVICE.iter().filter(|(bit, _)| f & kept & bit != 0);
         Ok(Vma {
             start: rec.start,
             end: rec.end,
@@ -225,6 +231,12 @@ impl Mapper {
         if rec.file == 0 {
             return Ok(Backing::Anonymous);
         }
+        if uring::is_mapped(rec) {
+            return Ok(Backing::IoUring {
+                ring: OfdId(rec.file),
+                offset: offset(rec),
+            });
+        }
         if aio::is_ring(rec) {
             return aio::ring(rec, &self.contexts).map(Backing::AioRing);
         }
@@ -252,7 +264,7 @@ impl Mapper {
                 known
             }
         };
-        let offset = rec.pgoff * crate::model::frozen::PAGE_SIZE;
+        let offset = offset(rec);
         Ok(match known {
             Known::Anonymous if !shared => Backing::Anonymous,
             Known::Anonymous => {
@@ -280,6 +292,11 @@ impl Mapper {
             Known::Content(id) => Backing::Content { id, offset },
         })
     }
+}
+
+/// Where in its file a mapping begins, bytes.
+pub(super) fn offset(rec: &VmaRec) -> u64 {
+    rec.pgoff * PAGE_SIZE
 }
 
 /// The link that leads to the file of a mapping.

@@ -28,6 +28,7 @@ mod tasks;
 mod threads;
 mod timeline;
 mod tracked;
+mod uring;
 mod vdso;
 mod wakeups;
 
@@ -345,6 +346,7 @@ impl Capture {
         let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks);
         blockers.extend(aio::unmapped(&frozen.tasks, &vmas));
         blockers.extend(files::leased_and_mapped(&frozen.open, &vmas));
+        blockers.extend(uring::unopened(&vmas, &frozen.open));
         let sets = &self.target.header.semaphores;
         blockers.extend(semaphores::blockers(&frozen.tasks, sets));
         blockers.extend(message_queues::blockers(&frozen.tasks, &queues));
@@ -496,7 +498,8 @@ impl Capture {
     fn repair_calls(&mut self) -> Result<(), CheckpointError> {
         /// For machines that are very busy: what is frozen and can stop at all does so at once.
         const LIMIT: Duration = Duration::from_secs(5);
-        let tasks = self.iterators.borrow_mut().threads(self.scope())?;
+        let mut tasks = self.iterators.borrow_mut().threads(self.scope())?;
+        uring::leave_out_workers(&mut tasks);
         let (now, _) = clocks::read(self.offsets)?;
         let shared = |tgid| {
             let process = tasks.processes.iter().find(|p| p.pid == tgid);

@@ -94,6 +94,8 @@ fn is_reissued(nr: i64) -> bool {
         libc::SYS_semtimedop,
         libc::SYS_rt_sigtimedwait,
         libc::SYS_io_getevents,
+        // It says so only if it has not taken any request.
+        libc::SYS_io_uring_enter,
         libc::SYS_msgrcv,
         libc::SYS_msgsnd,
         // With SO_RCVTIMEO or SO_SNDTIMEO (sock_intr_errno).

@@ -158,5 +158,6 @@ fn name(kind: &FileKind) -> &'static str {
         FileKind::Inotify { .. } => "inotify",
         FileKind::Pidfd { .. } => "pidfd",
         FileKind::Socket(_) => "socket",
+        FileKind::IoUring(_) => "io_uring",
     }
 }

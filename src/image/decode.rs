@@ -5,7 +5,7 @@ use super::extents::Extents;
 use super::header::Header;
 use super::record::{Frame, RecordKind, frame};
 use super::{Image, ImageError, SlotSums};
-use crate::model::frozen::{Application, Content, Mm, Process, Thread};
+use crate::model::frozen::{Application, Content, FileKind, Mm, OpenFile, Process, Thread};
 use crate::model::ids::{Pid, Tid};
 use crc32fast::hash;
 use serde::de::DeserializeOwned;
@@ -185,7 +185,7 @@ impl Decoder {
             }
             RecordKind::Mm => insert(&mut app.mms, record, |mm: &Mm| extents.add_mm(mm))?,
             RecordKind::Files => insert(&mut app.files, record, |_| Ok(()))?,
-            RecordKind::OpenFile => insert(&mut app.ofds, record, |_| Ok(()))?,
+            RecordKind::OpenFile => insert(&mut app.ofds, record, whole)?,
             RecordKind::Content => insert(&mut app.contents, record, |content: &Content| {
                 extents.add_content(content)
             })?,
@@ -196,6 +196,16 @@ impl Decoder {
             | RecordKind::Commit => {}
         }
         Ok(())
+    }
+}
+
+/// An io_uring instance is as long as it says.
+fn whole(file: &OpenFile) -> Result<(), String> {
+    match &file.kind {
+        FileKind::IoUring(ring) if !ring.is_whole() => {
+            Err("an io_uring instance of another length than its own".to_owned())
+        }
+        _ => Ok(()),
     }
 }
 

@@ -9,7 +9,7 @@ use super::RestoreError;
 use super::signals::words_to;
 use super::supervisor::Supervisor;
 use super::tape::{Expect, Script};
-use crate::model::frozen::{AioRing, Backing, Mm, Vma};
+use crate::model::frozen::{AioRing, Backing, Mm};
 use crate::model::ids::Pid;
 use crate::sys::process::{read_memory_exact, write_memory};
 use crate::sys::task::affinity;
@@ -19,16 +19,6 @@ use nix::libc;
 const CHUNK: u32 = 1024;
 
 type Result<T> = std::result::Result<T, RestoreError>;
-
-/// Marks the place of a ring, which the kernel would give to another one otherwise.
-pub(super) fn hold_place(script: &mut Script, vma: &Vma) {
-    let flags =
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
-    let flags = u64::from(flags.cast_unsigned());
-    let args = [vma.start, vma.end - vma.start, 0, flags, u64::MAX, 0];
-    let expect = Expect::Is(vma.start.cast_signed());
-    script.add(libc::SYS_mmap, &args, expect);
-}
 
 /// The bytes of an inherited ring's mapping, which is memory and nothing else.
 pub(super) fn inherited(ring: &AioRing) -> Vec<(u64, Vec<u8>)> {

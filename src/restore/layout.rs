@@ -134,6 +134,12 @@ fn same_shape(a: &[Range<u64>], b: &[Range<u64>]) -> bool {
     shape(a) == shape(b)
 }
 
+/// The ranges that a file of /proc/PID/maps tells, in order.
+pub(super) fn ranges(maps: &str) -> Vec<Range<u64>> {
+    let lines = maps.lines().filter_map(parse_line);
+    lines.map(|(range, _)| range).collect()
+}
+
 fn parse_line(line: &str) -> Option<(Range<u64>, &str)> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;

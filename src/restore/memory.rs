@@ -4,6 +4,7 @@
 use super::RestoreError;
 use super::aio;
 use super::layout::{Layout, VdsoMove};
+use super::rings;
 use super::sources::Sources;
 use super::tape::{Expect, Script, Tape};
 use super::vdso;
@@ -138,7 +139,11 @@ impl Rebuild<'_> {
         }
         let inherited = match &vma.backing {
             Backing::AioRing(ring) if ring.max_reqs.is_some() => {
-                aio::hold_place(script, vma);
+                rings::hold_place(script, vma);
+                return Ok(());
+            }
+            Backing::IoUring { .. } => {
+                rings::hold_place(script, vma);
                 return Ok(());
             }
             Backing::AioRing(_) => true,
@@ -160,6 +165,7 @@ impl Rebuild<'_> {
             Backing::Anonymous
             | Backing::SysvShm { .. }
             | Backing::AioRing(_)
+            | Backing::IoUring { .. }
             | Backing::Vdso
             | Backing::Vvar => {
                 flags |= libc::MAP_ANONYMOUS;

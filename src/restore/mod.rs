@@ -20,6 +20,7 @@ mod message_queues;
 mod pids;
 mod restorer;
 mod resume;
+mod rings;
 mod semaphores;
 mod signals;
 mod sources;

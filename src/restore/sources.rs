@@ -5,14 +5,15 @@ use super::RestoreError;
 use crate::model::frozen::{
     Application, Backing, Content, ContentId, ContentKind, FileIdentity, PathRef, Process, Vma,
 };
-use crate::model::ids::Pid;
+use crate::model::ids::{Fd, OfdId, Pid};
+use crate::sys::pidfds::Pidfds;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, stat};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -23,6 +24,8 @@ enum Source {
     Pages,
     /// Bytes held in memory, for reading or for writing too.
     Content(ContentId, bool),
+    /// An io_uring instance.
+    Ring(OfdId),
     /// The program file.
     Exe,
     /// A mapped file, for reading or for writing too.
@@ -136,15 +139,25 @@ impl Sources {
         restorer: Pid,
         pages: PageFile,
         content: impl Fn(ContentId) -> Option<i32>,
+        description: impl Fn(OfdId) -> Option<i32>,
     ) -> Result<(), String> {
         for source in &self.list {
             let (fd, flags) = match source {
+                // It cannot be opened again.
+                Source::Ring(id) => {
+                    let fd = description(*id).ok_or_else(|| missing(source))?;
+                    // Nothing of it may stay, which could have the number of another source.
+                    let fd = Pidfds::default().duplicate(restorer, Fd(fd));
+                    let fd = fd.map_err(|error| error.to_string())?;
+                    self.settle(source, fd)?;
+                    continue;
+                }
                 Source::Pages => (Some(pages.fd), pages.flags),
                 Source::Content(id, true) => (content(*id), OFlag::O_RDWR),
                 Source::Content(id, false) => (content(*id), OFlag::O_RDONLY),
                 Source::Exe | Source::File(..) => continue,
             };
-            let fd = fd.ok_or_else(|| format!("{source:?} is not in the image"))?;
+            let fd = fd.ok_or_else(|| missing(source))?;
             self.place(source, format!("/proc/{restorer}/fd/{fd}"), flags)?;
         }
         Ok(())
@@ -168,10 +181,15 @@ impl Sources {
 
     fn place(&self, source: &Source, path: impl AsRef<Path>, flags: OFlag) -> Result<(), String> {
         let path = path.as_ref();
-        let wanted = self.number(source).unwrap_or(-1);
-        let told = |call: &str, errno: Errno| format!("{call} {}: {errno}", path.display());
         let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_LARGEFILE;
-        let fd = open(path, flags, Mode::empty()).map_err(|e| told("open", e))?;
+        let fd = open(path, flags, Mode::empty())
+            .map_err(|errno| format!("open {}: {errno}", path.display()))?;
+        self.settle(source, fd)
+    }
+
+    /// Gives a descriptor the number of a source.
+    fn settle(&self, source: &Source, fd: OwnedFd) -> Result<(), String> {
+        let wanted = self.number(source).unwrap_or(-1);
         if fd.as_raw_fd() == wanted {
             let _ = fd.into_raw_fd();
             return Ok(());
@@ -179,9 +197,13 @@ impl Sources {
         match fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(wanted)) {
             Ok(got) if got == wanted => Ok(()),
             Ok(got) => Err(format!("descriptor {wanted} is taken, {got} is the next")),
-            Err(errno) => Err(told("fcntl(F_DUPFD)", errno)),
+            Err(errno) => Err(format!("fcntl(F_DUPFD) to {wanted}: {errno}")),
         }
     }
+}
+
+fn missing(source: &Source) -> String {
+    format!("{source:?} is not in the image")
 }
 
 /// The program: nothing that is open for writing can be one.
@@ -205,6 +227,7 @@ fn source(vma: &Vma) -> Option<Source> {
             Some(Source::File(file.at.path.clone(), *writable && vma.shared))
         }
         Backing::Content { id, .. } => Some(Source::Content(*id, vma.shared)),
+        Backing::IoUring { ring, .. } => Some(Source::Ring(*ring)),
         Backing::Anonymous
         | Backing::AnonymousHuge { .. }
         | Backing::SysvShm { .. }

@@ -146,7 +146,8 @@ impl Supervisor<'_> {
             slot_base: self.slot_base,
             stale_rseq: ptrace::rseq_configuration(pid.leader())?,
         };
-        let readable = rebuild.sources.exe().ok_or(RestoreError::NoRoom)?;
+        let sources = rebuild.sources;
+        let readable = sources.exe().ok_or(RestoreError::NoRoom)?;
         let tape = self.tape(pid)?;
         tape.clear_data();
         let plan = rebuild.plan(tape)?;
@@ -155,6 +156,7 @@ impl Supervisor<'_> {
             write_memory(pid, *addr, bytes)?;
         }
         self.make_contexts(pid, mm, readable)?;
+        self.map_rings(pid, mm, sources)?;
         self.run(pid, pid.leader(), &plan.seal)?;
         Ok(())
     }

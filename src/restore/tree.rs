@@ -252,7 +252,12 @@ impl Births<'_> {
             files::finish(self.app, process.pid, self.files).map_err(told)?;
         }
         let sources = Sources::of(self.app, process);
-        sources.open_shared(self.restorer, self.pages, |id| self.files.content(id))?;
+        sources.open_shared(
+            self.restorer,
+            self.pages,
+            |id| self.files.content(id),
+            |id| self.files.description(id),
+        )?;
         // Names are the machine's, wherever the process has its root directory.
         sources.open_named(&process.exe)?;
         if !shares.fs {

@@ -27,3 +27,4 @@ pub mod sysv;
 pub mod task;
 pub mod tcp;
 pub mod tty;
+pub mod uring;

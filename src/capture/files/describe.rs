@@ -3,7 +3,9 @@
 use super::borrow::{Lender, place};
 use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
-use super::{CollectError, FrozenFiles, Repaired, filter, lease, pipe, pty, regular, socket, unix};
+use super::{
+    CollectError, FrozenFiles, Repaired, filter, lease, pipe, pty, regular, socket, unix, uring,
+};
 use crate::bpf::events::{
     EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, PipeRec, SockRec, TtyDataRec,
     TtyRec, WatchRec,
@@ -169,6 +171,10 @@ impl<'a> Reader<'a> {
             (Kind::PIDFD, Detail::Pidfd(pidfd)) => FileKind::Pidfd {
                 pid: self.survey.processes.target(pidfd),
             },
+            (Kind::IO_URING, Detail::Uring(ring)) => {
+                let from = self.lender.borrow(file)?;
+                FileKind::IoUring(Box::new(uring::read(&from, ring)?))
+            }
             (Kind::SOCKET, Detail::Socket(sock)) => self.socket(id, file, sock)?,
             _ => {
                 let (pid, fd) = place(file);

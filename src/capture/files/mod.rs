@@ -23,6 +23,7 @@ mod socket;
 mod tcp;
 mod udp;
 mod unix;
+mod uring;
 
 pub use error::CollectError;
 pub(in crate::capture) use lease::mapped as leased_and_mapped;

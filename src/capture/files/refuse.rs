@@ -3,7 +3,7 @@
 use super::borrow::place;
 use super::owner::Owners;
 use super::pidfd::Processes;
-use super::{lease, pseudo, pty, regular, socket, unix};
+use super::{lease, pseudo, pty, regular, socket, unix, uring};
 use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, SockRec, TtyRec};
 use crate::bpf::iter::{Detail, File, Files, Tasks};
 use crate::capture::huge;
@@ -221,6 +221,12 @@ impl Survey {
                     .map(|reason| blocked(format!("socket {}", sock.ino), reason)),
                 _ => not_yet("socket".into()),
             },
+            Kind::IO_URING => match &file.detail {
+                Detail::Uring(ring) => {
+                    uring::refusal(ring).map(|reason| blocked("io_uring".into(), reason))
+                }
+                _ => not_yet("io_uring".into()),
+            },
             Kind::PIDFD => match &file.detail {
                 Detail::Pidfd(pidfd) => self
                     .processes
@@ -287,7 +293,6 @@ fn kind_name(kind: u32, name: &str) -> String {
     match kind {
         Kind::BLOCK_DEVICE => format!("block device {name}"),
         Kind::FANOTIFY => "fanotify".into(),
-        Kind::IO_URING => "io_uring".into(),
         Kind::USERFAULTFD => "userfaultfd".into(),
         Kind::PERF_EVENT => "perf event".into(),
         Kind::BPF => format!("BPF object {name}"),

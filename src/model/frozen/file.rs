@@ -1,6 +1,6 @@
 //! Descriptor tables and open file descriptions.
 
-use super::{ContentId, FileIdentity, PathRef, PtyState, Socket};
+use super::{ContentId, FileIdentity, IoUring, PathRef, PtyState, Socket};
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use serde::{Deserialize, Serialize};
 
@@ -161,6 +161,8 @@ pub enum FileKind {
     },
     /// A socket.
     Socket(Box<Socket>),
+    /// io_uring_setup(2).
+    IoUring(Box<IoUring>),
 }
 
 /// Names one pipe of an application. Inode numbers alone do not: those of FIFOs are their

@@ -1,6 +1,7 @@
 //! Address spaces.
 
 use super::PathRef;
+use crate::model::ids::OfdId;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
@@ -106,6 +107,13 @@ pub enum Backing {
     },
     /// The ring of completions of an AIO context.
     AioRing(AioRing),
+    /// The rings or the requests of an io_uring instance.
+    IoUring {
+        /// The instance.
+        ring: OfdId,
+        /// `IORING_OFF_*`, which says what is mapped.
+        offset: u64,
+    },
     /// The vDSO's code.
     Vdso,
     /// The vDSO's data pages, which cannot be read.

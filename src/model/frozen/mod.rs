@@ -10,6 +10,7 @@ mod pty;
 mod socket;
 mod system;
 mod task;
+mod uring;
 
 pub use file::*;
 pub use mm::*;
@@ -17,6 +18,7 @@ pub use pty::*;
 pub use socket::*;
 pub use system::*;
 pub use task::*;
+pub use uring::*;
 
 use super::ids::{Fd, FilesId, MmId, OfdId, Pid};
 use serde::{Deserialize, Serialize};

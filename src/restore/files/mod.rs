@@ -25,6 +25,7 @@ mod tcp;
 mod udp_queue;
 mod unix;
 mod unix_queue;
+mod uring;
 
 pub use error::FilesError;
 
@@ -75,6 +76,12 @@ impl OpenedFiles {
             }
             _ => None,
         })
+    }
+
+    /// Number of a description in the restorer.
+    #[must_use]
+    pub fn description(&self, id: OfdId) -> Option<i32> {
+        self.ofds.get(&id).map(AsRawFd::as_raw_fd)
     }
 
     /// Descriptor of a content in the restorer, to map it from.
@@ -200,6 +207,7 @@ fn open_one(
         FileKind::Epoll { .. } => epoll::create()?,
         FileKind::Inotify { watches } => anonymous::inotify(watches)?,
         FileKind::Pidfd { .. } => pidfd::reserve()?,
+        FileKind::IoUring(ring) => uring::make(ring)?,
         FileKind::Socket(socket) => match open_socket(socket)? {
             Some(fd) => {
                 interfaces::restore(fd.as_fd(), &socket.interfaces)?;

@@ -41,12 +41,14 @@ mod time;
 mod udp;
 mod unix;
 mod unix_peers;
+mod uring;
 
 /// Every case, in the order they run in.
 pub fn all() -> impl Iterator<Item = &'static Entry> {
     [
         pipe::CASES,
         aio::CASES,
+        uring::CASES,
         file::CASES,
         lease::CASES,
         owner::CASES,

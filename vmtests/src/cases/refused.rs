@@ -16,7 +16,6 @@ use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
 pub const CASES: &[Entry] = &[
-    Entry::refused("refused_io_uring", "io_uring", io_uring),
     Entry::refused("refused_userfaultfd", "userfaultfd", userfaultfd),
     Entry::refused(
         "refused_pty_outside",
@@ -50,30 +49,6 @@ fn object(name: &str, result: i64) -> Result<OwnedFd> {
         Ok(fd) => Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) }),
         Err(error) => Err(error).with_context(|| name.to_owned()),
     }
-}
-
-fn io_uring(case: &Case) -> Result<()> {
-    // struct io_uring_params, all zero.
-    let mut parameters = [0u64; 15];
-    // SAFETY: the kernel fills the 120 bytes.
-    let ring = object("io_uring_setup", unsafe {
-        libc::syscall(libc::SYS_io_uring_setup, 4u32, parameters.as_mut_ptr())
-    })?;
-    case.ready()?;
-    // Nothing to submit and nothing to wait for.
-    // SAFETY: no pointers.
-    let entered = unsafe {
-        libc::syscall(
-            libc::SYS_io_uring_enter,
-            ring.as_raw_fd(),
-            0u32,
-            0u32,
-            0u32,
-            0usize,
-            0usize,
-        )
-    };
-    sys("io_uring_enter afterwards", entered).map(|_| ())
 }
 
 fn userfaultfd(case: &Case) -> Result<()> {
