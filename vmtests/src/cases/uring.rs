@@ -1,9 +1,11 @@
 //! io_uring instances, used through a library that keeps positions of its own.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use io_uring::cqueue::{Entry32, EntryMarker as Completion};
 use io_uring::squeue::{Entry128, EntryMarker as Request, Flags};
 use io_uring::{IoUring, opcode, types};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::stat::Mode;
 
 use super::child::Child;
 use super::probe::{blocked_thread, join, sys};
@@ -415,17 +418,28 @@ fn unopened(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// A request that waits for something without the ring's showing it: a worker is in a read.
+/// A worker waits in open(2) of a FIFO, which the freezer would end with `EINTR`.
 fn in_flight(case: &Case) -> Result<()> {
     let mut ring = IoUring::new(4)?;
-    let (reader, mut writer) = std::io::pipe()?;
-    let mut byte = [0; 1];
-    let read = opcode::Read::new(types::Fd(reader.as_raw_fd()), byte.as_mut_ptr(), 1);
-    push(&mut ring, &read.build().user_data(3).flags(Flags::ASYNC))?;
+    let path = case.path("fifo");
+    nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600))?;
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), name.as_ptr());
+    push(&mut ring, &open.build().user_data(3).flags(Flags::ASYNC))?;
     ring.submit()?;
     case.ready()?;
-    writer.write_all(b"x")?;
+    let mut writer = OpenOptions::new().write(true).open(&path)?;
     let found = ended(&mut ring, 1)?;
-    ensure!(found == [(3, 1)] && byte == *b"x", "{found:?}");
+    ensure!(
+        found.len() == 1 && found[0].0 == 3 && found[0].1 >= 0,
+        "{found:?}"
+    );
+    // SAFETY: just opened for us.
+    let mut reader = unsafe { File::from_raw_fd(found[0].1) };
+    writer.write_all(b"x")?;
+    drop(writer);
+    let mut text = String::new();
+    reader.read_to_string(&mut text)?;
+    ensure!(text == "x", "{text:?}");
     Ok(())
 }
