@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
 use tracker::image::{DirectoryStore, Header, Image, ImageError, StoreError, decode, encode};
-use tracker::model::frozen::{AioRing, Backing, PageRun};
+use tracker::model::frozen::{AioRing, Backing, FileKind, IoUring, PageRun};
 
 /// kind: u16, version: u16, length: u64, crc: u32 (docs/image-format.md).
 const FRAME: usize = 16;
@@ -239,6 +239,31 @@ fn an_aio_ring_fits_its_mapping() {
         spoil(ring.unwrap());
         let error = decode(&encode(&image)).unwrap_err();
         assert!(error.reason.contains("AIO ring"), "{error}");
+    }
+}
+
+/// One that is shorter or longer than it says would be written past its end, or not to it.
+#[test]
+fn an_io_uring_instance_is_as_long_as_it_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = DirectoryStore::create(&dir.path().join("image")).unwrap();
+    let image = sample::everything(&store);
+    let spoil: [fn(&mut IoUring); 4] = [
+        |ring| ring.ring.push(0),
+        |ring| ring.sqes.clear(),
+        |ring| ring.cq_entries = u32::MAX,
+        |ring| ring.sq_array = u32::MAX,
+    ];
+    for spoil in spoil {
+        let mut image = image.clone();
+        let mut files = image.applications[0].ofds.values_mut();
+        let ring = files.find_map(|file| match &mut file.kind {
+            FileKind::IoUring(ring) => Some(ring),
+            _ => None,
+        });
+        spoil(ring.unwrap());
+        let error = decode(&encode(&image)).unwrap_err();
+        assert!(error.reason.contains("io_uring"), "{error}");
     }
 }
 

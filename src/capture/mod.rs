@@ -262,6 +262,16 @@ impl Capture {
         Ok(())
     }
 
+    /// Adds io_uring instances to what cannot be carried, for this reason.
+    ///
+    /// # Errors
+    /// The iterators cannot be read.
+    pub fn refuse_rings(&mut self, reason: &str) -> Result<(), CheckpointError> {
+        let open = self.iterators.borrow_mut().files(self.scope())?;
+        self.blockers.extend(files::rings(&open, reason));
+        Ok(())
+    }
+
     /// Fails once an abort was asked for, or the application stands still for too long.
     fn may_go_on(&self) -> Result<(), CheckpointError> {
         self.wakeups.check()?;

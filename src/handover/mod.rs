@@ -14,6 +14,7 @@ pub mod modules;
 mod mounts;
 pub mod network;
 pub mod report;
+mod rings;
 mod rtnetlink;
 mod stage;
 pub mod sysctl;

@@ -12,6 +12,7 @@ use super::huge;
 use super::kexec::{self, KexecError};
 use super::network::{self, NetworkError};
 use super::report::{TscRate, step};
+use super::rings;
 use super::sysctl;
 use crate::applications::{ApplicationError, NamedApplication};
 use crate::bpf::netlock::{LockError, NetLock};
@@ -231,6 +232,11 @@ impl Update {
         let volatile = filesystems::volatile()?;
         for capture in &mut captures {
             on(capture, |capture| capture.refuse_devices(&volatile))?;
+        }
+        if let Some(reason) = rings::refusal(&request.kernel) {
+            for capture in &mut captures {
+                on(capture, |capture| capture.refuse_rings(&reason))?;
+            }
         }
         check_blockers(&applications, &captures)?;
         let filesystems = Filesystems::find()?;

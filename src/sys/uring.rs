@@ -100,6 +100,15 @@ pub fn make(sq_entries: u32, cq_entries: u32, flags: u32) -> Result<(OwnedFd, Pa
     Ok((unsafe { OwnedFd::from_raw_fd(fd) }, params))
 }
 
+/// Whether the positions of both rings lie side by side, as since Linux 6.6; `None` where there
+/// are no rings.
+#[must_use]
+pub fn is_compact() -> Option<bool> {
+    let (_, params) = make(1, 2, 0).ok()?;
+    // Heads and tails are four words.
+    Some(params.sq_off.tail == 4)
+}
+
 /// Has the kernel take so many requests; returns how many it took.
 ///
 /// # Errors

@@ -61,6 +61,7 @@ pub(super) fn address_space() -> Mm {
             vma(0x40_0000, Backing::Vdso),
             vma(0x50_0000, Backing::Vvar),
             vma(0x60_0000, super::system::aio_ring()),
+            vma(0x70_0000, super::system::mapped_uring()),
             vma(0x400_0000, Backing::AnonymousHuge { page: 1 << 21 }),
         ],
         pages: vec![PageRun {

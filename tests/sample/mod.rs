@@ -379,6 +379,7 @@ fn open_files() -> Vec<OpenFile> {
         },
         FileKind::Pidfd { pid: Pid(20_001) },
         system::terminal(),
+        system::uring(),
     ];
     kinds.extend(sockets().into_iter().map(|state| {
         FileKind::Socket(Box::new(Socket {

@@ -3,10 +3,10 @@
 use super::path;
 use serde_bytes::ByteBuf;
 use tracker::model::frozen::{
-    AioRing, Backing, CgroupBelow, ContentKind, FileKind, Message, MessageQueue, PtyInput,
+    AioRing, Backing, CgroupBelow, ContentKind, FileKind, IoUring, Message, MessageQueue, PtyInput,
     PtyState, Segment, SemaphoreSet, Termios,
 };
-use tracker::model::ids::Pid;
+use tracker::model::ids::{OfdId, Pid};
 
 pub fn cgroups() -> Vec<CgroupBelow> {
     let below = |path: &str| CgroupBelow {
@@ -65,6 +65,27 @@ pub fn aio_ring() -> Backing {
         head: 126,
         events: ByteBuf::from(vec![0x5a; 64]),
     })
+}
+
+pub fn uring() -> FileKind {
+    FileKind::IoUring(Box::new(IoUring {
+        flags: 8,
+        sq_entries: 1,
+        cq_entries: 2,
+        sq_head: 77,
+        cq_tail: 78,
+        sq_array: 96,
+        cqes: 64,
+        ring: ByteBuf::from(vec![0xa5; 100]),
+        sqes: ByteBuf::from(vec![0x5a; 64]),
+    }))
+}
+
+pub fn mapped_uring() -> Backing {
+    Backing::IoUring {
+        ring: OfdId(1),
+        offset: 0x1000_0000,
+    }
 }
 
 pub fn terminal() -> FileKind {

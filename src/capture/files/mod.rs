@@ -31,6 +31,7 @@ pub use listeners::Listeners;
 pub use pseudo::is_pseudo;
 pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{blockers, handshakes, unaccepted};
+pub use uring::refused as rings;
 
 use crate::bpf::iter::{Files, Iterators, Tasks};
 use crate::capture::contents::Contents;

@@ -223,9 +223,9 @@ impl Survey {
             },
             Kind::IO_URING => match &file.detail {
                 Detail::Uring(ring) => {
-                    uring::refusal(ring).map(|reason| blocked("io_uring".into(), reason))
+                    uring::refusal(ring).map(|reason| blocked(uring::OBJECT.into(), reason))
                 }
-                _ => not_yet("io_uring".into()),
+                _ => not_yet(uring::OBJECT.into()),
             },
             Kind::PIDFD => match &file.detail {
                 Detail::Pidfd(pidfd) => self

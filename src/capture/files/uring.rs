@@ -2,10 +2,14 @@
 //! user space is read where we map it ourselves.
 
 use super::CollectError;
-use super::borrow::Borrowed;
-use crate::bpf::events::{UringRec, UringState};
+use super::borrow::{Borrowed, place};
+use crate::bpf::events::{FileKind, UringRec, UringState};
+use crate::bpf::iter::Files;
 use crate::model::frozen::{Blocker, IoUring};
 use crate::sys::uring::{MappedRing, Params, make, setup};
+
+/// What it is called.
+pub const OBJECT: &str = "io_uring";
 
 /// How many requests an instance may have taken. A new one is brought to the same position by
 /// making as many that do nothing, a tenth of a microsecond each on a fast machine.
@@ -60,6 +64,24 @@ pub fn refusal(rec: &UringRec) -> Option<String> {
     ))
 }
 
+/// All instances, as what cannot be carried for this reason.
+#[must_use]
+pub fn refused(found: &Files, reason: &str) -> Vec<Blocker> {
+    let rings = found.files.iter();
+    let rings = rings.filter(|file| file.rec.kind == FileKind::IO_URING);
+    rings
+        .map(|file| {
+            let (pid, fd) = place(file);
+            Blocker {
+                pid,
+                fd: Some(fd),
+                object: OBJECT.into(),
+                reason: reason.to_owned(),
+            }
+        })
+        .collect()
+}
+
 /// Reads an instance of a frozen application.
 ///
 /// # Errors
@@ -86,7 +108,7 @@ pub fn read(from: &Borrowed, rec: &UringRec) -> Result<IoUring, CollectError> {
         return Err(CollectError::Blocked(Blocker {
             pid,
             fd,
-            object: "io_uring".into(),
+            object: OBJECT.into(),
             reason: "its rings do not show what the kernel wrote there; end its user".into(),
         }));
     }

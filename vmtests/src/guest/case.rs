@@ -31,6 +31,8 @@ pub const LOG: &str = "log";
 pub enum Expect {
     /// Checkpoint and restore it.
     Carried,
+    /// The same, but another kernel may keep it in another form: an update to that is refused.
+    CarriedAlike,
     /// Refuse to checkpoint it, with this text on stderr, and leave it alone.
     Refused(&'static str),
 }
@@ -56,6 +58,15 @@ impl Entry {
         }
     }
 
+    /// A case whose state is carried over where the kernels keep it in one form.
+    pub const fn carried_alike(name: &'static str, run: fn(&Case) -> Result<()>) -> Entry {
+        Entry {
+            name,
+            expect: Expect::CarriedAlike,
+            run,
+        }
+    }
+
     /// A case that holds something not supported, named by `text` in the refusal.
     pub const fn refused(
         name: &'static str,
@@ -67,6 +78,13 @@ impl Entry {
             expect: Expect::Refused(text),
             run,
         }
+    }
+}
+
+impl Expect {
+    /// Whether one kernel restores it.
+    pub fn is_carried(self) -> bool {
+        !matches!(self, Expect::Refused(_))
     }
 }
 

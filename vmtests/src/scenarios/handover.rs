@@ -46,6 +46,7 @@ fn machine(vm: &Vm) -> Result<()> {
     };
     refused("/boot/missing", 3)?;
     volatile_file(vm, &kernel, &initrd)?;
+    ring(vm, &kernel, &initrd)?;
     refused("/bin/ls", 4)?;
     let dry = [&update(&kernel, &initrd)[..], &["--dry-run", "--json"]].concat();
     let plan = vm.exec(Exec::new(dry))?.check()?;
@@ -110,6 +111,32 @@ fn volatile_file(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
     vm.kill(pid, libc::SIGKILL)?;
     vm.sh("echo 1 >/sys/fs/cgroup/tracker/holder/cgroup.kill")?;
     vm.wait(pid, std::time::Duration::from_secs(10))?;
+    Ok(())
+}
+
+/// A ring that the next kernel would keep in another form, and one that it would not.
+fn ring(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
+    let hold = "tracker run --name rings -- cases uring_used /root/rings";
+    let pid = vm.spawn(Exec::new(["sh", "-c", hold]), None)?;
+    let there = vm.await_file("/root/rings/ready", std::time::Duration::from_secs(60))?;
+    ensure!(there, "The holder does not run");
+    let own = (Kernel::V6_1.guest_vmlinuz()?, Kernel::V6_1.guest_initrd()?);
+    for (kernel, initrd, code) in [(kernel, initrd, 3), (&*own.0, &*own.1, 0)] {
+        let words = [&update(kernel, initrd)[..], &["--dry-run"]].concat();
+        let output = vm.exec(Exec::new(words))?;
+        let said = output.text() + &output.error_text();
+        ensure!(
+            output.status == Status::Exited(code)
+                && (code == 0) != said.contains("io_uring: the next kernel"),
+            "To {kernel}: {} {said}",
+            output.status
+        );
+    }
+    vm.write_file("/root/rings/go", b"")?;
+    let ended = vm.wait(pid, std::time::Duration::from_secs(60))?;
+    ensure!(ended == Some(Status::Exited(0)), "It ended: {ended:?}");
+    let result = vm.read_file("/root/rings/result")?;
+    ensure!(result == b"PASS", "{}", String::from_utf8_lossy(&result));
     Ok(())
 }
 

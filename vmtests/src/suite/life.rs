@@ -39,7 +39,7 @@ pub(crate) fn run(vm: &Vm, entry: &Entry) -> Result<()> {
     let result = life
         .await_ready(vm)
         .and_then(|()| match entry.expect {
-            Expect::Carried => life.end_and_restore(vm, &life.path("image")),
+            Expect::Carried | Expect::CarriedAlike => life.end_and_restore(vm, &life.path("image")),
             Expect::Refused(text) => life.refusal(vm, text),
         })
         .and_then(|()| life.go(vm))

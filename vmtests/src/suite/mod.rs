@@ -25,7 +25,8 @@ pub enum Mode {
     Plain,
     /// Checkpoint and restore on one kernel; or the refusal, if that is due.
     Same,
-    /// `tracker update` from 6.1 to 6.12, all cases in one batch.
+    /// `tracker update` from 6.1 to 6.12, all cases in one batch; from 6.12 to itself, those that
+    /// only kernels of one form carry.
     Kexec,
     /// A checkpoint that leaves it running, a restore from its image, and another
     /// checkpoint and restore.
@@ -140,7 +141,7 @@ impl Group {
 
 fn case_name(kernel: Kernel, entry: &Entry) -> String {
     match entry.expect {
-        Expect::Carried => format!("same/{kernel}/{}", entry.name),
+        Expect::Carried | Expect::CarriedAlike => format!("same/{kernel}/{}", entry.name),
         Expect::Refused(_) => format!("refused/{kernel}/{}", entry.name),
     }
 }
@@ -194,19 +195,22 @@ fn plan(options: &Options) -> Vec<Group> {
             groups.push(Group::Cases { kernel, entries });
         }
     }
-    let (kernel, fate) = (Kernel::V6_1, Fate::Update(Kernel::V6_12));
-    if options.modes.contains(&Mode::Kexec) && options.kernels.contains(&kernel) {
-        let mut entries = entries(&|entry| batch_name(kernel, fate, entry));
-        entries.retain(|entry| entry.expect == Expect::Carried);
-        groups.push(Group::Batch {
-            kernel,
-            fate,
-            entries,
-        });
+    let to = Kernel::V6_12;
+    for (kernel, expect) in [(Kernel::V6_1, Expect::Carried), (to, Expect::CarriedAlike)] {
+        if options.modes.contains(&Mode::Kexec) && options.kernels.contains(&kernel) {
+            let fate = Fate::Update(to);
+            let mut entries = entries(&|entry| batch_name(kernel, fate, entry));
+            entries.retain(|entry| entry.expect == expect);
+            groups.push(Group::Batch {
+                kernel,
+                fate,
+                entries,
+            });
+        }
     }
     for &kernel in &options.kernels {
         if options.modes.contains(&Mode::Again) {
-            let carried = cases::all().filter(|entry| entry.expect == Expect::Carried);
+            let carried = cases::all().filter(|entry| entry.expect.is_carried());
             let wanted = |entry: &&Entry| again_names(kernel, entry).iter().any(|n| wanted(n));
             let entries = carried.filter(wanted).collect();
             groups.push(Group::Again { kernel, entries });
