@@ -14,6 +14,7 @@
 #include <bpf/bpf_tracing.h>
 
 #define S_IFMT 0170000
+#define FMODE_WRITE 2
 #define S_IFSOCK 0140000
 #define S_IFLNK 0120000
 #define S_IFREG 0100000
@@ -25,10 +26,12 @@
 /* include/uapi/linux/magic.h and the kernel's private ones */
 #define ANON_INODE_FS_MAGIC 0x09041934
 #define HUGETLBFS_MAGIC 0x958458f6
+#define CGROUP2_SUPER_MAGIC 0x63677270
 #define MQUEUE_MAGIC 0x19800202
 #define NSFS_MAGIC 0x6e736673
 #define PID_FS_MAGIC 0x50494446
 #define PIPEFS_MAGIC 0x50495045
+#define PROC_SUPER_MAGIC 0x9fa0
 #define TMPFS_MAGIC 0x01021994
 
 #define PF_KTHREAD 0x00200000

@@ -45,6 +45,7 @@ enum rec_kind {
 	REC_AIO = 19,
 	REC_MEMBER = 20,
 	REC_URING = 21,
+	REC_PRESSURE = 22,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -436,6 +437,16 @@ struct uring_rec {
 	__u32 state;   /* enum uring_state */
 };
 TRK_ASSERT_SIZE(struct uring_rec, 40);
+
+/* A trigger of pressure stall information, set by a write to the file. */
+struct pressure_rec {
+	struct rec_hdr hdr;
+	__u64 threshold_ns;
+	__u64 window_ns;
+	__u32 state; /* enum psi_states: of each resource some, then full */
+	__u32 pad;
+};
+TRK_ASSERT_SIZE(struct pressure_rec, 32);
 
 /* One file watched by an epoll instance. */
 struct epoll_item_rec {

@@ -14,6 +14,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #include "iter_vars.bpf.h"
 #include "iter_aio.bpf.h"
 #include "iter_uring.bpf.h"
+#include "iter_pressure.bpf.h"
 #include "iter_task.bpf.h"
 #include "iter_socket.bpf.h"
 #include "iter_sets.bpf.h"

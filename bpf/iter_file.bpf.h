@@ -254,6 +254,10 @@ int iter_files(struct bpf_iter__task_file *ctx)
 	case FILE_PIDFD:
 		failed = write_pidfd(seq, file);
 		break;
+	case FILE_REGULAR:
+		if (bpf_core_type_exists(struct psi_trigger))
+			failed = write_pressure(seq, r, file);
+		break;
 	case FILE_IO_URING:
 		failed = write_uring(seq, file->private_data);
 		break;

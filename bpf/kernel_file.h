@@ -33,6 +33,7 @@ struct inode {
 	void *i_private;
 };
 struct dentry {
+	struct dentry *d_parent;
 	struct qstr d_name;
 	struct inode *d_inode;
 };
@@ -183,6 +184,30 @@ struct file_lock_core {
 struct file_lease {
 	struct file_lock_core c;
 	struct fasync_struct *fl_fasync;
+};
+
+/* a file of a pseudo filesystem that is made up as it is read */
+struct seq_file {
+	void *private;
+};
+struct kernfs_open_file {
+	void *priv;
+};
+struct psi_window {
+	u64 size;
+};
+enum psi_states {
+	PSI_IO_SOME,
+};
+struct psi_trigger {
+	enum psi_states state;
+	u64 threshold;
+	struct psi_window win;
+};
+struct cgroup_file_ctx {
+	struct {
+		void *trigger;
+	} psi;
 };
 
 /* io_uring_types.h; some members are in unnamed structs there, which CO-RE looks through */

@@ -2,8 +2,8 @@
 
 use super::events::{
     AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, PidfdRec, PipeRec,
-    ProcessFlag, ProcessRec, RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec,
-    TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec, WatchRec,
+    PressureRec, ProcessFlag, ProcessRec, RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec,
+    TimerRec, TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec, WatchRec,
 };
 use super::record::{Malformed, Raw, c_text};
 
@@ -54,6 +54,8 @@ pub enum Detail {
     Tty(TtyRec),
     /// An io_uring instance.
     Uring(UringRec),
+    /// A file of pressure stall information with a trigger.
+    Pressure(PressureRec),
 }
 
 /// What a pass over the descriptors found.
@@ -85,6 +87,7 @@ impl Detail {
             RecKind::PIDFD => Self::Pidfd(raw.decode()?),
             RecKind::TTY => Self::Tty(raw.decode()?),
             RecKind::URING => Self::Uring(raw.decode()?),
+            RecKind::PRESSURE => Self::Pressure(raw.decode()?),
             _ => Self::Socket(raw.decode()?),
         })
     }

@@ -46,6 +46,7 @@ impl_record! {
     events::AioRec => RecKind::AIO,
     events::MemberRec => RecKind::MEMBER,
     events::UringRec => RecKind::URING,
+    events::PressureRec => RecKind::PRESSURE,
 }
 
 /// A record whose bytes do not fit its kind.

@@ -159,5 +159,6 @@ fn name(kind: &FileKind) -> &'static str {
         FileKind::Pidfd { .. } => "pidfd",
         FileKind::Socket(_) => "socket",
         FileKind::IoUring(_) => "io_uring",
+        FileKind::Pressure { .. } => "pressure trigger",
     }
 }

@@ -4,7 +4,8 @@ use super::borrow::{Lender, place};
 use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
-    CollectError, FrozenFiles, Repaired, filter, lease, pipe, pty, regular, socket, unix, uring,
+    CollectError, FrozenFiles, Repaired, filter, lease, pipe, pseudo, pty, regular, socket, unix,
+    uring,
 };
 use crate::bpf::events::{
     EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, PipeRec, SockRec, TtyDataRec,
@@ -122,6 +123,10 @@ impl<'a> Reader<'a> {
     fn kind(&mut self, id: OfdId, file: &File) -> Result<FileKind, CollectError> {
         let rec = &file.rec;
         Ok(match (rec.kind, &file.detail) {
+            (Kind::REGULAR, Detail::Pressure(pressure)) => FileKind::Pressure {
+                at: regular::path(file)?,
+                trigger: pseudo::trigger(pressure),
+            },
             (Kind::REGULAR, _) if rec.nlink > 0 => FileKind::Regular(regular::identity(file)?),
             (Kind::REGULAR | Kind::MEMFD, _) => FileKind::Content(self.content(file)?),
             (Kind::DIRECTORY, _) => FileKind::Directory(regular::path(file)?),

@@ -2,16 +2,13 @@
 //! is read, so a name and an offset is all there is to carry. Inode numbers and sizes are the
 //! running kernel's own and say nothing in the next one.
 
-use crate::bpf::events::FileRec;
-use crate::model::frozen::proc_owner;
+use crate::bpf::events::{FileRec, PressureRec};
+use crate::model::frozen::{PressureTrigger, proc_owner};
 
 /// Superblock magic numbers (include/uapi/linux/magic.h).
 const PROC: u64 = 0x9fa0;
 const SYSFS: u64 = 0x6265_6572;
 const CGROUP2: u64 = 0x6367_7270;
-
-/// `O_ACCMODE`; 0 is `O_RDONLY`.
-const ACCESS: u32 = 3;
 
 const S_IFMT: u32 = 0o170_000;
 const S_IFREG: u32 = 0o100_000;
@@ -39,11 +36,6 @@ pub fn is_pseudo(magic: u64) -> bool {
 /// Why a pseudo file at `path` is not carried; `None` when it is.
 pub fn refusal(path: &[u8], rec: &FileRec) -> Option<&'static str> {
     let text = String::from_utf8_lossy(path);
-    let last = text.rsplit('/').next().unwrap_or_default();
-    let triggers = text.starts_with("/proc/pressure/") || last.ends_with(".pressure");
-    if triggers && rec.flags & ACCESS != 0 {
-        return Some("its pressure trigger is not carried yet; close it before the update");
-    }
     let owner = proc_owner(path)?;
     if owner.0.cast_unsigned() != rec.tgid {
         return Some("it shows another process; close it before the update");
@@ -67,6 +59,16 @@ pub fn refusal(path: &[u8], rec: &FileRec) -> Option<&'static str> {
     let thread = rest.strip_prefix("task/")?.split('/').next()?;
     let own = thread.is_empty() || thread.parse() == Ok(rec.tgid);
     (!own).then_some("it shows a thread; close it before the update")
+}
+
+/// What was written to a file of pressure stall information.
+pub fn trigger(rec: &PressureRec) -> PressureTrigger {
+    PressureTrigger {
+        // Of interrupts there is `full` alone, PSI_IRQ_FULL, which is even.
+        full: rec.state & 1 == 1 || rec.state == 6,
+        threshold: rec.threshold_ns / 1000,
+        window: rec.window_ns / 1000,
+    }
 }
 
 #[cfg(test)]
@@ -118,8 +120,5 @@ mod tests {
         let read = FileRec { pos: 9, ..open() };
         assert!(!carried("/proc/77/stat", &read));
         assert!(carried("/proc/meminfo", &read));
-        let writable = FileRec { flags: 2, ..open() };
-        assert!(!carried("/proc/pressure/cpu", &writable));
-        assert!(!carried("/sys/fs/cgroup/x/memory.pressure", &writable));
     }
 }

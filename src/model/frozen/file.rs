@@ -163,6 +163,13 @@ pub enum FileKind {
     Socket(Box<Socket>),
     /// io_uring_setup(2).
     IoUring(Box<IoUring>),
+    /// A file of pressure stall information (/proc/pressure, cgroup v2) with a trigger.
+    Pressure {
+        /// Its name.
+        at: PathRef,
+        /// What was written to it.
+        trigger: PressureTrigger,
+    },
 }
 
 /// Names one pipe of an application. Inode numbers alone do not: those of FIFOs are their
@@ -219,6 +226,17 @@ pub struct Timerfd {
     pub interval: u64,
     /// Expirations not yet read.
     pub ticks: u64,
+}
+
+/// When a process is told of pressure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PressureTrigger {
+    /// Of all tasks at once rather than of some.
+    pub full: bool,
+    /// Time stalled within a window, microseconds.
+    pub threshold: u64,
+    /// Length of a window, microseconds.
+    pub window: u64,
 }
 
 /// One item of an epoll interest list.

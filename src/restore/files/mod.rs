@@ -192,6 +192,9 @@ fn open_one(
     let fd = match &file.kind {
         FileKind::Regular(identity) => regular::open_regular(identity, file.flags, file.pos)?,
         FileKind::Directory(at) => regular::open_directory(at, file.flags, file.pos)?,
+        FileKind::Pressure { at, trigger } => {
+            regular::open_pressure(at, trigger, file.flags, file.pos)?
+        }
         FileKind::CharDevice { at, rdev } => regular::open_device(at, *rdev, file.flags)?,
         FileKind::Content(id) => {
             let fd = contents

@@ -1,10 +1,10 @@
 //! Files that have a name: regular files, directories, devices without state.
 
 use super::error::{FilesError, call};
-use crate::model::frozen::{FileIdentity, PathRef};
+use crate::model::frozen::{FileIdentity, PathRef, PressureTrigger};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{FileStat, Mode, fstat};
-use nix::unistd::{Whence, lseek};
+use nix::unistd::{Whence, lseek, write};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -64,6 +64,26 @@ pub fn open_regular(identity: &FileIdentity, flags: u32, pos: u64) -> Result<Own
     if !flags_of(flags).contains(OFlag::O_PATH) {
         seek(&fd, &identity.at, pos)?;
     }
+    Ok(fd)
+}
+
+/// Opens a file of pressure stall information and sets its trigger.
+///
+/// # Errors
+/// It is gone, or the kernel refuses the trigger.
+pub fn open_pressure(
+    at: &PathRef,
+    trigger: &PressureTrigger,
+    flags: u32,
+    pos: u64,
+) -> Result<OwnedFd, FilesError> {
+    let (fd, _) = open_path(at, flags_of(flags))?;
+    let which = if trigger.full { "full" } else { "some" };
+    // procfs puts a NUL in place of the last byte (psi_write()).
+    let text = format!("{which} {} {}\0", trigger.threshold, trigger.window);
+    let name = path_of(at).display().to_string();
+    write(&fd, text.as_bytes()).map_err(call(name, "write of its trigger"))?;
+    seek(&fd, at, pos)?;
     Ok(fd)
 }
 

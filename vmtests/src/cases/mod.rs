@@ -25,6 +25,7 @@ mod options;
 mod owner;
 mod pidfd;
 mod pipe;
+mod pressure;
 mod probe;
 mod process;
 mod pty;
@@ -49,6 +50,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         pipe::CASES,
         aio::CASES,
         uring::CASES,
+        pressure::CASES,
         file::CASES,
         lease::CASES,
         owner::CASES,

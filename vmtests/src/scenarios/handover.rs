@@ -116,7 +116,7 @@ fn volatile_file(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
 
 /// A ring that the next kernel would keep in another form, and one that it would not.
 fn ring(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
-    let hold = "tracker run --name rings -- cases uring_used /root/rings";
+    let hold = "tracker run --name rings -- /usr/lib/tracker/tests/cases uring_used /root/rings";
     let pid = vm.spawn(Exec::new(["sh", "-c", hold]), None)?;
     let there = vm.await_file("/root/rings/ready", std::time::Duration::from_secs(60))?;
     ensure!(there, "The holder does not run");
