@@ -46,6 +46,8 @@ enum rec_kind {
 	REC_MEMBER = 20,
 	REC_URING = 21,
 	REC_PRESSURE = 22,
+	REC_MQUEUE = 23,
+	REC_MQUEUE_DATA = 24,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -60,6 +62,7 @@ enum iter_want {
 	WANT_FINGERPRINTS = 128, /* of listening TCP sockets */
 	WANT_AIO = 256,
 	WANT_MEMBERS = 512,
+	WANT_MQUEUE_DATA = 1024, /* and nothing else */
 };
 
 /* What every record starts with; size counts the header itself. */
@@ -574,6 +577,7 @@ enum lock_direction {
 
 #include "sock_events.h"
 #include "tty_events.h"
+#include "mqueue_events.h"
 #include "track_events.h"
 
 #endif

@@ -234,6 +234,11 @@ int iter_files(struct bpf_iter__task_file *ctx)
 
 	if (!task || !file || !in_scope(task))
 		return 0;
+	if (want & WANT_MQUEUE_DATA) {
+		if (is_mqueue(file))
+			emit_mqueue(file);
+		return 0;
+	}
 	fill_file(r, task, file, ctx->fd);
 	if (bpf_seq_write(seq, r, sizeof(*r)))
 		return 0;
@@ -263,6 +268,9 @@ int iter_files(struct bpf_iter__task_file *ctx)
 		break;
 	case FILE_SOCKET:
 		failed = write_socket(seq, file);
+		break;
+	case FILE_MQUEUE:
+		failed = write_mqueue(seq, file);
 		break;
 	case FILE_CHAR_DEVICE:
 		if (r->rdev == PTMX_DEV || r->rdev >> 20 == PTS_MAJOR)

@@ -1,9 +1,9 @@
 //! What the passes of the iterators find, and what their records say in words.
 
 use super::events::{
-    AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, PidfdRec, PipeRec,
-    PressureRec, ProcessFlag, ProcessRec, RecKind, SigactionsRec, SignalfdRec, SockRec, ThreadRec,
-    TimerRec, TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec, WatchRec,
+    AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, MqueueDataRec, MqueueRec,
+    PidfdRec, PipeRec, PressureRec, ProcessFlag, ProcessRec, RecKind, SigactionsRec, SignalfdRec,
+    SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec, WatchRec,
 };
 use super::record::{Malformed, Raw, c_text};
 
@@ -56,6 +56,8 @@ pub enum Detail {
     Uring(UringRec),
     /// A file of pressure stall information with a trigger.
     Pressure(PressureRec),
+    /// A POSIX message queue.
+    Mqueue(MqueueRec),
 }
 
 /// What a pass over the descriptors found.
@@ -74,6 +76,9 @@ pub struct Files {
     pub members: Vec<MemberRec>,
     /// What is queued in the pseudo-terminals among them, in order for each.
     pub tty_data: Vec<TtyDataRec>,
+    /// What is in the POSIX message queues among them, in order for each; only if
+    /// [`Iterators::messages`](super::iter::Iterators::messages) was asked for it.
+    pub messages: Vec<MqueueDataRec>,
 }
 
 impl Detail {
@@ -88,6 +93,7 @@ impl Detail {
             RecKind::TTY => Self::Tty(raw.decode()?),
             RecKind::URING => Self::Uring(raw.decode()?),
             RecKind::PRESSURE => Self::Pressure(raw.decode()?),
+            RecKind::MQUEUE => Self::Mqueue(raw.decode()?),
             _ => Self::Socket(raw.decode()?),
         })
     }
@@ -124,6 +130,15 @@ impl FileRec {
     #[must_use]
     pub fn st_rdev(&self) -> u64 {
         user_dev(self.rdev)
+    }
+}
+
+impl MqueueRec {
+    /// Its name in the mqueue filesystem, without the slash that user space puts in front.
+    #[must_use]
+    pub fn name_bytes(&self) -> Vec<u8> {
+        let bytes = self.name.iter().map(|c| c.to_ne_bytes()[0]);
+        bytes.take_while(|byte| *byte != 0).collect()
     }
 }
 

@@ -4,7 +4,7 @@
 //! (more than a second under emulation) and is done before anything is frozen, or was done by
 //! somebody who lends them; a pass in the frozen window costs about as much as copying the records.
 
-use super::events::{RecKind, VmaRec};
+use super::events::{MqueueDataRec, RecKind, TRK_MQUEUE_WINDOW, VmaRec};
 pub use super::found::{Detail, File, Files, Tasks, user_dev};
 pub use super::instance::LoadError;
 use super::instance::{Instance, Pass};
@@ -23,7 +23,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
-        AIO, EPOLL, FINGERPRINTS, LOCKS, MEMBERS, SIGACTIONS, TASKS, TIMERS, TTY_DATA, WATCHES,
+        AIO, EPOLL, FINGERPRINTS, LOCKS, MEMBERS, MQUEUE_DATA, SIGACTIONS, TASKS, TIMERS, TTY_DATA,
+        WATCHES,
     };
 }
 
@@ -223,6 +224,33 @@ impl Iterators {
     pub fn files(&mut self, scope: Scope) -> Result<Files, ReadError> {
         let sets = want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::MEMBERS;
         self.read_files(scope, sets | want::FINGERPRINTS)
+    }
+
+    /// The messages in the POSIX message queues that are open, in the order in which each queue
+    /// gives them. To be called while nobody uses these queues.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn messages(&mut self, scope: Scope) -> Result<Vec<MqueueDataRec>, ReadError> {
+        let what = "messages";
+        let mut found = Vec::new();
+        let mut first = 0;
+        loop {
+            self.prepare(what, scope, want::MQUEUE_DATA)?;
+            if let Some(vars) = self.instance.vars() {
+                (vars.mqueue_first, vars.mqueue_count) = (first, 0);
+            }
+            self.run(Pass::Files, scope.target(), what)?;
+            for raw in records(&self.take_side(what)?) {
+                found.push(raw?.decode()?);
+            }
+            first += u64::from(TRK_MQUEUE_WINDOW);
+            let count = self.instance.vars().map_or(0, |vars| vars.mqueue_count);
+            if count <= first {
+                return Ok(found);
+            }
+        }
     }
 
     /// Every mapping, in ascending order per process. One address space shared by several

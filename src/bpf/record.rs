@@ -47,6 +47,8 @@ impl_record! {
     events::MemberRec => RecKind::MEMBER,
     events::UringRec => RecKind::URING,
     events::PressureRec => RecKind::PRESSURE,
+    events::MqueueRec => RecKind::MQUEUE,
+    events::MqueueDataRec => RecKind::MQUEUE_DATA,
 }
 
 /// A record whose bytes do not fit its kind.

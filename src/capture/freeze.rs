@@ -158,13 +158,16 @@ impl Capture {
             return Ok(Vec::new());
         };
         let (tasks, mut iterators) = (&frozen.tasks, self.iterators.borrow_mut());
-        let open = iterators.files(scope)?;
+        let mut open = iterators.files(scope)?;
         let mut blockers = files::blockers(&open, tasks);
         blockers.extend(files::unaccepted(&open));
         blockers.extend(files::controlling(tasks, &open));
         if blockers.is_empty() && files::has_terminals(&open) {
             let again = iterators.files(scope)?;
             blockers.extend(files::unsettled(&open, &again));
+        }
+        if blockers.is_empty() && files::has_messages(&open.files) {
+            open.messages = iterators.messages(scope)?;
         }
         frozen.open = open;
         Ok(blockers)

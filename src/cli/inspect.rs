@@ -160,5 +160,6 @@ fn name(kind: &FileKind) -> &'static str {
         FileKind::Socket(_) => "socket",
         FileKind::IoUring(_) => "io_uring",
         FileKind::Pressure { .. } => "pressure trigger",
+        FileKind::Mqueue { .. } => "POSIX message queue",
     }
 }

@@ -17,6 +17,7 @@ mod jobs;
 mod layout;
 mod memory;
 mod message_queues;
+mod mqueue;
 mod pids;
 mod restorer;
 mod resume;

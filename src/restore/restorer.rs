@@ -32,6 +32,7 @@ use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -211,6 +212,7 @@ fn child(task: &Task<'_>, mut caller: Caller) -> ! {
         sysv::remove(&made.segments);
         semaphores::remove(&made.semaphores);
         message_queues::remove(&made.message_queues);
+        files::remove_mqueues(&made.mqueues);
     }
     let report = [&[code], message.as_bytes()].concat();
     let _ = caller.report.write_all(&report);
@@ -224,6 +226,7 @@ struct Made {
     segments: Vec<i32>,
     semaphores: Vec<i32>,
     message_queues: Vec<i32>,
+    mqueues: Vec<CString>,
 }
 
 /// Kills what was created. Sockets in repair mode go silently with it.
@@ -251,7 +254,7 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
     sysv::create_all(app, store, &mut made.segments)?;
     semaphores::create_all(app, &mut made.semaphores)?;
     message_queues::create_all(app, &mut made.message_queues)?;
-    let mut opened = files::open_all(app, store)?;
+    let mut opened = files::open_all(app, store, &mut made.mqueues)?;
     let departed = opened.take_departed();
     Fault::RestoreFiles.point_of(&app.header.name)?;
 
@@ -308,6 +311,7 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
     supervisor.regroup(&steps)?;
     supervisor.use_message_queues()?;
     message_queues::limit(app)?;
+    supervisor.await_messages()?;
     supervisor.foreground(&opened, restorer)?;
     supervisor.bury_all(&steps)?;
     supervisor.reap(stand_ins)?;
@@ -376,7 +380,7 @@ fn become_supervisor(app: &Application) -> Result<(), RestoreError> {
     if !pids::in_session(pids::foreign_session(app)) {
         unistd::setsid().map_err(RestoreError::system("setsid"))?;
     }
-    // Memory is put back before its owner's limits are.
+    // Memory and message queues are put back before their owner's limits are.
     for resource in [
         libc::RLIMIT_AS,
         libc::RLIMIT_DATA,
@@ -384,6 +388,7 @@ fn become_supervisor(app: &Application) -> Result<(), RestoreError> {
         libc::RLIMIT_MEMLOCK,
         libc::RLIMIT_FSIZE,
         libc::RLIMIT_CPU,
+        libc::RLIMIT_MSGQUEUE,
     ] {
         raise_limit(resource, u64::MAX)?;
     }

@@ -380,6 +380,7 @@ fn open_files() -> Vec<OpenFile> {
         FileKind::Pidfd { pid: Pid(20_001) },
         system::terminal(),
         system::uring(),
+        system::pressure(),
     ];
     kinds.extend(sockets().into_iter().map(|state| {
         FileKind::Socket(Box::new(Socket {
@@ -408,6 +409,7 @@ fn open_files() -> Vec<OpenFile> {
             state,
         }))
     }));
+    kinds.push(system::mqueue());
     let open = |kind| OpenFile {
         flags: 0o2_0002,
         pos: 4097,

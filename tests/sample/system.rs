@@ -3,8 +3,9 @@
 use super::path;
 use serde_bytes::ByteBuf;
 use tracker::model::frozen::{
-    AioRing, Backing, CgroupBelow, ContentKind, FileKind, IoUring, Message, MessageQueue, PtyInput,
-    PtyState, Segment, SemaphoreSet, Termios,
+    AioRing, Backing, CgroupBelow, ContentKind, FileKind, IoUring, Message, MessageQueue,
+    MqueueNotify, MqueueState, PressureTrigger, PtyInput, PtyState, QueuedMessage, Segment,
+    SemaphoreSet, Termios,
 };
 use tracker::model::ids::{OfdId, Pid};
 
@@ -81,10 +82,47 @@ pub fn uring() -> FileKind {
     }))
 }
 
+pub fn pressure() -> FileKind {
+    FileKind::Pressure {
+        at: path("/proc/pressure/memory", 0),
+        trigger: PressureTrigger {
+            full: true,
+            threshold: 20_000,
+            window: 500_000,
+        },
+    }
+}
+
 pub fn mapped_uring() -> Backing {
     Backing::IoUring {
         ring: OfdId(1),
         offset: 0x1000_0000,
+    }
+}
+
+pub fn mqueue() -> FileKind {
+    let state = MqueueState {
+        name: b"jobs".to_vec().into(),
+        unlinked: true,
+        mode: 0o640,
+        uid: 1,
+        gid: 2,
+        account: 3,
+        maxmsg: 10,
+        msgsize: 8192,
+        messages: vec![QueuedMessage {
+            priority: 32_767,
+            text: b"queued".to_vec().into(),
+        }],
+        notify: Some(MqueueNotify {
+            pid: Pid(20_001),
+            signal: Some(12),
+            value: 0xfeed,
+        }),
+    };
+    FileKind::Mqueue {
+        id: 0xffff_8880_0000_c000,
+        state: Some(Box::new(state)),
     }
 }
 

@@ -4,14 +4,14 @@ use super::borrow::{Lender, place};
 use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
-    CollectError, FrozenFiles, Repaired, filter, lease, pipe, pseudo, pty, regular, socket, unix,
-    uring,
+    CollectError, FrozenFiles, Repaired, filter, lease, mqueue, pipe, pseudo, pty, regular, socket,
+    unix, uring,
 };
 use crate::bpf::events::{
-    EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, PipeRec, SockRec, TtyDataRec,
-    TtyRec, WatchRec,
+    EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, MqueueRec, PipeRec, SockRec,
+    TtyDataRec, TtyRec, WatchRec,
 };
-use crate::bpf::iter::{Detail, File, Files, Iterators, Scope, Tasks};
+use crate::bpf::iter::{Detail, File, Files, Iterators, ReadError, Scope, Tasks};
 use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
 use crate::model::frozen::{
@@ -51,6 +51,9 @@ pub(super) struct Reader<'a> {
     tty_data: HashMap<u64, Vec<&'a TtyDataRec>>,
     /// By the address of a pseudo-terminal: where an end is, and what ends there are.
     terminals: BTreeMap<u64, (Pid, Fd, TtyRec, pty::Ends)>,
+    messages: mqueue::Messages,
+    /// By the address of a message queue's inode: where it is open, and how often.
+    mqueues: BTreeMap<u64, (Pid, Fd, MqueueRec, u32)>,
 }
 
 fn grouped<T>(records: &[T], key: impl Fn(&T) -> u64) -> HashMap<u64, Vec<&T>> {
@@ -86,6 +89,8 @@ impl<'a> Reader<'a> {
             in_flight: Vec::new(),
             tty_data: grouped(&found.tty_data, |data| data.tty),
             terminals: BTreeMap::new(),
+            messages: mqueue::Messages::of(&found.messages),
+            mqueues: BTreeMap::new(),
         }
     }
 
@@ -181,6 +186,7 @@ impl<'a> Reader<'a> {
                 FileKind::IoUring(Box::new(uring::read(&from, ring)?))
             }
             (Kind::SOCKET, Detail::Socket(sock)) => self.socket(id, file, sock)?,
+            (Kind::MQUEUE, Detail::Mqueue(queue)) => self.mqueue(file, queue)?,
             _ => {
                 let (pid, fd) = place(file);
                 return Err(CollectError::Blocked(Blocker {
@@ -274,6 +280,44 @@ impl<'a> Reader<'a> {
                     fd: Some(*fd),
                     object: pty::object(tty),
                     reason,
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    fn mqueue(&mut self, file: &File, queue: &MqueueRec) -> Result<FileKind, CollectError> {
+        let (pid, fd) = place(file);
+        let (.., open) = self
+            .mqueues
+            .entry(queue.inode)
+            .or_insert((pid, fd, *queue, 0));
+        *open += 1;
+        let first = *open == 1;
+        let state = first.then(|| mqueue::state(&file.rec, queue, &self.messages));
+        let state = state.transpose().map_err(|reason| {
+            CollectError::Blocked(Blocker {
+                pid,
+                fd: Some(fd),
+                object: mqueue::object(queue),
+                reason,
+            })
+        })?;
+        Ok(FileKind::Mqueue {
+            id: queue.inode,
+            state: state.map(Box::new),
+        })
+    }
+
+    /// All that have a queue open must be among what was described, those in flight included.
+    pub(super) fn check_mqueues(&self) -> Result<(), CollectError> {
+        for (pid, fd, queue, open) in self.mqueues.values() {
+            if queue.open > *open {
+                return Err(CollectError::Blocked(Blocker {
+                    pid: *pid,
+                    fd: Some(*fd),
+                    object: mqueue::object(queue),
+                    reason: mqueue::OPEN_OUTSIDE.into(),
                 }));
             }
         }
@@ -461,15 +505,18 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn own_files(&self, iterators: &mut Iterators) -> Result<HashMap<i32, File>, CollectError> {
-        let found = iterators
-            .descriptors(Scope::Process(std::process::id()))
-            .map_err(|e| CollectError::File {
-                pid: Pid(std::process::id().cast_signed()),
-                fd: Fd(-1),
-                call: "reading our own descriptors",
-                source: std::io::Error::other(e),
-            })?;
+    fn own_files(&mut self, iterators: &mut Iterators) -> Result<HashMap<i32, File>, CollectError> {
+        let failed = |e: ReadError| CollectError::File {
+            pid: Pid(std::process::id().cast_signed()),
+            fd: Fd(-1),
+            call: "reading our own descriptors",
+            source: std::io::Error::other(e),
+        };
+        let own = Scope::Process(std::process::id());
+        let found = iterators.descriptors(own).map_err(failed)?;
+        if mqueue::has_messages(&found) {
+            self.messages.add(&iterators.messages(own).map_err(failed)?);
+        }
         Ok(found
             .into_iter()
             .map(|file| (file.rec.fd.cast_signed(), file))

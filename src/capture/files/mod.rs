@@ -11,6 +11,7 @@ mod filter;
 mod interfaces;
 mod lease;
 mod listeners;
+mod mqueue;
 mod options;
 mod owner;
 mod pidfd;
@@ -28,6 +29,7 @@ mod uring;
 pub use error::CollectError;
 pub(in crate::capture) use lease::mapped as leased_and_mapped;
 pub use listeners::Listeners;
+pub use mqueue::has_messages;
 pub use pseudo::is_pseudo;
 pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{blockers, handshakes, unaccepted};
@@ -132,6 +134,7 @@ pub(in crate::capture) fn collect(
     reader.describe_in_flight(iterators)?;
     reader.check_pipes()?;
     reader.check_terminals()?;
+    reader.check_mqueues()?;
     let mut frozen = reader.finish();
     frozen.files = tables(found);
     Ok(frozen)

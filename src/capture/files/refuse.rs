@@ -3,8 +3,8 @@
 use super::borrow::place;
 use super::owner::Owners;
 use super::pidfd::Processes;
-use super::{lease, pseudo, pty, regular, socket, unix, uring};
-use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, SockRec, TtyRec};
+use super::{lease, mqueue, pseudo, pty, regular, socket, unix, uring};
+use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, MqueueRec, SockRec, TtyRec};
 use crate::bpf::iter::{Detail, File, Files, Tasks};
 use crate::capture::huge;
 use crate::model::frozen::Blocker;
@@ -80,6 +80,7 @@ pub(super) struct Survey {
     locked: HashMap<u64, String>,
     /// epoll sets that watch a file which is open nowhere in the application.
     strays: HashMap<u64, u32>,
+    queues: mqueue::Queues,
 }
 
 impl Survey {
@@ -106,6 +107,7 @@ impl Survey {
             pids: found.files.iter().map(|file| file.rec.tgid).collect(),
             in_flight: false,
             strays: HashMap::new(),
+            queues: mqueue::Queues::of(found),
         };
         let mut open = HashSet::new();
         for file in &found.files {
@@ -215,6 +217,12 @@ impl Survey {
                     ),
                 )
             }),
+            Kind::MQUEUE => match &file.detail {
+                Detail::Mqueue(queue) => self
+                    .mqueue_refusal(queue)
+                    .map(|reason| blocked(mqueue::object(queue), reason)),
+                _ => not_yet(format!("POSIX message queue {}", rec.name())),
+            },
             Kind::SOCKET => match &file.detail {
                 Detail::Socket(sock) => socket::refusal(sock)
                     .or_else(|| self.unix_refusal(sock))
@@ -249,6 +257,13 @@ impl Survey {
         // An end may be in flight, as with pipes.
         let outside = || ends.unwrap_or_default().outside(tty);
         pty::refusal(tty, &self.pids).or_else(|| (!self.in_flight).then(outside).flatten())
+    }
+
+    fn mqueue_refusal(&self, queue: &MqueueRec) -> Option<String> {
+        // It may be in flight, as with pipes.
+        let outside = || self.queues.outside(queue);
+        let of_notice = self.queues.notice_refusal(queue);
+        of_notice.or_else(|| (!self.in_flight).then(outside).flatten())
     }
 
     /// Both ends must be the application's own: an end outside would lose its peer.
@@ -296,7 +311,6 @@ fn kind_name(kind: u32, name: &str) -> String {
         Kind::USERFAULTFD => "userfaultfd".into(),
         Kind::PERF_EVENT => "perf event".into(),
         Kind::BPF => format!("BPF object {name}"),
-        Kind::MQUEUE => format!("POSIX message queue {name}"),
         Kind::NAMESPACE => format!("namespace {name}"),
         _ => format!("file of unknown kind ({name})"),
     }

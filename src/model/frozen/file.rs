@@ -1,6 +1,6 @@
 //! Descriptor tables and open file descriptions.
 
-use super::{ContentId, FileIdentity, IoUring, PathRef, PtyState, Socket};
+use super::{ContentId, FileIdentity, IoUring, MqueueState, PathRef, PtyState, Socket};
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use serde::{Deserialize, Serialize};
 
@@ -169,6 +169,13 @@ pub enum FileKind {
         at: PathRef,
         /// What was written to it.
         trigger: PressureTrigger,
+    },
+    /// A POSIX message queue; descriptions with one id are of one queue.
+    Mqueue {
+        /// The kernel's address of the queue.
+        id: u64,
+        /// The queue, carried by the first description in order of discovery only.
+        state: Option<Box<MqueueState>>,
     },
 }
 

@@ -6,6 +6,7 @@
 
 mod file;
 mod mm;
+mod mqueue;
 mod pty;
 mod socket;
 mod system;
@@ -14,6 +15,7 @@ mod uring;
 
 pub use file::*;
 pub use mm::*;
+pub use mqueue::*;
 pub use pty::*;
 pub use socket::*;
 pub use system::*;

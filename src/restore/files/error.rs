@@ -35,6 +35,17 @@ pub enum FilesError {
         /// In what it differs.
         reason: String,
     },
+    /// Another message queue has the name.
+    #[error(
+        "POSIX message queue {name}: {reason}; remove that one (rm /dev/mqueue{name}) and restore \
+         again"
+    )]
+    Queue {
+        /// The name.
+        name: String,
+        /// Why it is not the one that was left.
+        reason: String,
+    },
     /// The image names something it does not hold.
     #[error("{0} is referred to and not in the image; make a new checkpoint")]
     Missing(String),

@@ -14,6 +14,7 @@ mod error;
 mod filter;
 mod interfaces;
 mod lock;
+mod mqueue;
 mod owner;
 mod packet;
 mod peer;
@@ -28,6 +29,7 @@ mod unix_queue;
 mod uring;
 
 pub use error::FilesError;
+pub(super) use mqueue::remove as remove_mqueues;
 
 use crate::image::Store;
 use crate::model::frozen::{
@@ -40,6 +42,7 @@ use crate::sys::fd;
 use error::{call, missing};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 
 /// What the restorer has opened for its children.
@@ -91,12 +94,17 @@ impl OpenedFiles {
     }
 }
 
-/// Creates every open file description and every content of the application.
+/// Creates every open file description and every content of the application. The names of new
+/// message queues are added to `mqueues`.
 ///
 /// # Errors
 /// A file is gone or changed, an address is in use, or the kernel refuses a step.
-/// What was created goes with the caller's descriptors; no packet was sent.
-pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, FilesError> {
+/// What was created goes with the caller's descriptors and with these names; no packet was sent.
+pub fn open_all(
+    app: &Application,
+    store: &dyn Store,
+    mqueues: &mut Vec<CString>,
+) -> Result<OpenedFiles, FilesError> {
     let mut opened = OpenedFiles::default();
     // Segments are reached by their ids.
     let is_file = |content: &Content| !matches!(content.kind, ContentKind::SysvShm(_));
@@ -110,6 +118,7 @@ pub fn open_all(app: &Application, store: &dyn Store) -> Result<OpenedFiles, Fil
         opened.contents.insert(id, fd);
     }
     opened.ofds = pipe::open_all(app)?;
+    opened.ofds.append(&mut mqueue::open_all(app, mqueues)?);
     let mut terminals = pty::open_all(app)?;
     opened.ofds.append(&mut terminals.ofds);
     opened.terminals = terminals.slaves;
@@ -218,7 +227,10 @@ fn open_one(
             }
             None => return Ok(None),
         },
-        FileKind::Pipe { .. } | FileKind::Fifo { .. } | FileKind::Pty { .. } => return Ok(None),
+        FileKind::Pipe { .. }
+        | FileKind::Fifo { .. }
+        | FileKind::Pty { .. }
+        | FileKind::Mqueue { .. } => return Ok(None),
     };
     Ok(Some(fd))
 }

@@ -19,6 +19,8 @@ mod mapping;
 mod membarrier;
 mod memory;
 mod message_queues;
+mod mqueue;
+mod mqueue_notify;
 mod multicast;
 mod names;
 mod options;
@@ -64,6 +66,8 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         membarrier::CASES,
         sysv::CASES,
         message_queues::CASES,
+        mqueue::CASES,
+        mqueue_notify::CASES,
         threads::CASES,
         time::CASES,
         signals::CASES,

@@ -19,7 +19,6 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_perf_event", "perf event", perf_event),
     Entry::refused("refused_bpf_map", "BPF object", bpf_map),
     Entry::refused("refused_namespace", "UTS namespace", namespace),
-    Entry::refused("refused_mqueue", "POSIX message queue", mqueue),
     Entry::refused("refused_clone_vm", "address space shared", clone_vm),
 ];
 
@@ -106,30 +105,6 @@ fn namespace(case: &Case) -> Result<()> {
     sethostname("elsewhere")?;
     case.ready()?;
     ensure!(gethostname()? == "elsewhere", "In another namespace");
-    Ok(())
-}
-
-fn mqueue(case: &Case) -> Result<()> {
-    let name = c"/tracker-case";
-    let flags = libc::O_CREAT | libc::O_RDWR | libc::O_NONBLOCK;
-    let none = std::ptr::null::<libc::mq_attr>();
-    // SAFETY: the name is a C string; no attributes are given.
-    let queue = unsafe { libc::mq_open(name.as_ptr(), flags, 0o600, none) };
-    sys("mq_open", queue.into())?;
-    // SAFETY: a C string.
-    unsafe { libc::mq_unlink(name.as_ptr()) };
-    // SAFETY: the kernel reads four bytes.
-    let sent = unsafe { libc::mq_send(queue, b"text".as_ptr().cast(), 4, 1) };
-    sys("mq_send", sent.into())?;
-    case.ready()?;
-    let mut text = vec![0_u8; 8192];
-    let null = std::ptr::null_mut();
-    // SAFETY: the kernel writes at most as much as there is room.
-    let got = unsafe { libc::mq_receive(queue, text.as_mut_ptr().cast(), text.len(), null) };
-    ensure!(
-        got == 4 && text.starts_with(b"text"),
-        "Received {got} bytes"
-    );
     Ok(())
 }
 

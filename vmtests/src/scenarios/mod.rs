@@ -14,6 +14,7 @@ mod harness;
 mod kernel;
 mod lending;
 mod message_queues;
+mod mqueue;
 mod programs;
 mod services;
 mod terminal;
@@ -48,6 +49,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         kernel::SCENARIOS,
         lending::SCENARIOS,
         message_queues::SCENARIOS,
+        mqueue::SCENARIOS,
         programs::SCENARIOS,
         services::SCENARIOS,
         terminal::SCENARIOS,
