@@ -23,6 +23,9 @@ const PACKAGES: &[&str] = &[
     // terminals.
     "postgresql",
     "postgresql-contrib",
+    // Uses io_uring.
+    "mariadb-server-core",
+    "mariadb-client-core",
     "nodejs",
     // Has the compiler's module as well, only not its command.
     "openjdk-17-jre-headless",

@@ -119,6 +119,49 @@ def postgres():
     equal(session.wait(), 0)
 
 
+def mariadb():
+    """A session in the middle of a transaction; what is read and written goes through io_uring."""
+    command = "mariadb --no-defaults --host=127.0.0.1 --user=root -N --unbuffered"
+    pid = subprocess.run(["pgrep", "-x", "mariadbd"], capture_output=True, text=True).stdout.strip()
+    fds = f"/proc/{pid}/fd"
+
+    def ring():
+        return "anon_inode:[io_uring]" in [os.readlink(f"{fds}/{fd}") for fd in os.listdir(fds)]
+
+    equal(ring(), True)
+    session = subprocess.Popen(
+        command.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def ask(statements, answer):
+        session.stdin.write(statements + "\n")
+        session.stdin.flush()
+        equal(session.stdout.readline(), answer + "\n")
+
+    def elsewhere(statements):
+        return subprocess.run(
+            [*command.split(), "-e", statements], capture_output=True, text=True, check=True
+        ).stdout
+
+    elsewhere("CREATE DATABASE d; CREATE TABLE d.kept (n INT PRIMARY KEY, t CHAR(200))")
+    elsewhere("INSERT INTO d.kept SELECT seq, seq FROM d.seq_1_to_10000")
+    ask("CREATE TEMPORARY TABLE d.mine SELECT 42 AS n; SELECT n FROM d.mine;", "42")
+    ask("BEGIN; DELETE FROM d.kept WHERE n > 5000; SELECT COUNT(*) FROM d.kept;", "5000")
+    between()
+    equal(ring(), True)
+    # What is not committed is seen by nobody else, and goes on.
+    equal(elsewhere("SELECT COUNT(*) FROM d.kept"), "10000\n")
+    ask("SELECT (SELECT COUNT(*) FROM d.kept) + (SELECT n FROM d.mine);", "5042")
+    ask("COMMIT; SELECT 1;", "1")
+    equal(elsewhere("SELECT COUNT(*) FROM d.kept"), "5000\n")
+    # More than is written at once.
+    elsewhere("INSERT INTO d.kept SELECT seq, seq FROM d.seq_10001_to_50000; FLUSH TABLES")
+    equal(elsewhere("SELECT COUNT(*), SUM(t = n) FROM d.kept"), "45000\t45000\n")
+    equal(elsewhere("CHECK TABLE d.kept EXTENDED"), "d.kept\tcheck\tstatus\tOK\n")
+    session.stdin.close()
+    equal(session.wait(), 0)
+
+
 def java():
     """A JVM whose threads sleep, wait, park, read and accept, and whose timer counts."""
     web = [http(7101) for _ in range(8)]
@@ -275,5 +318,6 @@ def sshd():
     "asyncio": lambda: counters(7000),
     "postgres": postgres,
     "java": java,
+    "mariadb": mariadb,
     "sshd": sshd,
 }[sys.argv[1]]()

@@ -14,6 +14,7 @@ use crate::vm::{Exec, Vm, VmBuilder};
 pub const SCENARIOS: &[Scenario] = &[
     of("programs_nginx", |vm| restored(vm, &NGINX)),
     of("programs_postgres", |vm| restored(vm, &POSTGRES)),
+    of("programs_mariadb", |vm| restored(vm, &MARIADB)),
     of("programs_node", |vm| restored(vm, &NODE)),
     of("programs_asyncio", |vm| restored(vm, &ASYNCIO)),
     of("programs_java", |vm| restored(vm, &JAVA)),
@@ -88,6 +89,22 @@ pub(super) const POSTGRES: Server = Server {
         "ssl=off",
     ],
     ready: "ready to accept connections",
+};
+
+/// With io_uring, and triggers of memory pressure.
+const MARIADB: Server = Server {
+    name: "mariadb",
+    prepare: "mariadb-install-db --no-defaults --user=root --datadir=/var/lib/mariadb \
+        --auth-root-authentication-method=normal --skip-test-db >/root/install.log 2>&1",
+    command: &[
+        "mariadbd",
+        "--no-defaults",
+        "--user=root",
+        "--datadir=/var/lib/mariadb",
+        "--bind-address=127.0.0.1",
+        "--socket=/root/mariadb.sock",
+    ],
+    ready: "ready for connections",
 };
 
 const NODE: Server = Server {
