@@ -84,82 +84,73 @@ def counters(port):
     say(3)
 
 
+class Sql:
+    """A session of a client that reads statements, and others beside it."""
+
+    def __init__(self, command, option):
+        self.command, self.option = command.split(), option
+        self.client = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, statements, answer):
+        self.client.stdin.write(statements + "\n")
+        self.client.stdin.flush()
+        equal(self.client.stdout.readline(), answer + "\n")
+
+    def elsewhere(self, statements):
+        return subprocess.run(
+            [*self.command, self.option, statements], capture_output=True, text=True, check=True
+        ).stdout
+
+    def ends(self):
+        self.client.stdin.close()
+        equal(self.client.wait(), 0)
+
+
 def postgres():
     """A session in the middle of a transaction, with a table that only it sees."""
     command = "psql --host=127.0.0.1 --username=postgres --no-psqlrc -qAtX -v ON_ERROR_STOP=1"
-    session = subprocess.Popen(
-        command.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def ask(statement, answer):
-        session.stdin.write(statement + "\n")
-        session.stdin.flush()
-        equal(session.stdout.readline(), answer + "\n")
-
-    def elsewhere(statement):
-        return subprocess.run(
-            [*command.split(), "-c", statement], capture_output=True, text=True, check=True
-        ).stdout
-
-    elsewhere("CREATE TABLE kept AS SELECT generate_series(1, 10000) AS n")
-    ask("SELECT pg_backend_pid() > 0;", "t")
-    session.stdin.write("CREATE TEMP TABLE mine AS SELECT 42 AS n;\nBEGIN;\n")
-    session.stdin.write("DELETE FROM kept WHERE n > 5000;\n")
-    ask("SELECT count(*) FROM kept;", "5000")
+    sql = Sql(command, "-c")
+    sql.elsewhere("CREATE TABLE kept AS SELECT generate_series(1, 10000) AS n")
+    sql.ask("CREATE TEMP TABLE mine AS SELECT 42 AS n; SELECT n FROM mine;", "42")
+    sql.ask("BEGIN; DELETE FROM kept WHERE n > 5000; SELECT count(*) FROM kept;", "5000")
     between()
     # What is not committed is seen by nobody else, and goes on.
-    equal(elsewhere("SELECT count(*) FROM kept"), "10000\n")
-    ask("SELECT (SELECT count(*) FROM kept) + (SELECT n FROM mine);", "5042")
-    session.stdin.write("COMMIT;\n")
-    ask("SELECT txid_current() > 0;", "t")
-    equal(elsewhere("SELECT count(*) FROM kept"), "5000\n")
+    equal(sql.elsewhere("SELECT count(*) FROM kept"), "10000\n")
+    sql.ask("SELECT (SELECT count(*) FROM kept) + (SELECT n FROM mine);", "5042")
+    sql.ask("COMMIT; SELECT txid_current() > 0;", "t")
+    equal(sql.elsewhere("SELECT count(*) FROM kept"), "5000\n")
     # The log that all of it is in can be closed off and written out.
-    equal(elsewhere("CHECKPOINT; SELECT pg_is_in_recovery()"), "f\n")
-    session.stdin.close()
-    equal(session.wait(), 0)
+    equal(sql.elsewhere("CHECKPOINT; SELECT pg_is_in_recovery()"), "f\n")
+    sql.ends()
 
 
 def mariadb():
-    """A session in the middle of a transaction; what is read and written goes through io_uring."""
-    command = "mariadb --no-defaults --host=127.0.0.1 --user=root -N --unbuffered"
+    """The same; what is read and written goes through io_uring."""
     pid = subprocess.run(["pgrep", "-x", "mariadbd"], capture_output=True, text=True).stdout.strip()
     fds = f"/proc/{pid}/fd"
 
-    def ring():
+    def has_ring():
         return "anon_inode:[io_uring]" in [os.readlink(f"{fds}/{fd}") for fd in os.listdir(fds)]
 
-    equal(ring(), True)
-    session = subprocess.Popen(
-        command.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def ask(statements, answer):
-        session.stdin.write(statements + "\n")
-        session.stdin.flush()
-        equal(session.stdout.readline(), answer + "\n")
-
-    def elsewhere(statements):
-        return subprocess.run(
-            [*command.split(), "-e", statements], capture_output=True, text=True, check=True
-        ).stdout
-
-    elsewhere("CREATE DATABASE d; CREATE TABLE d.kept (n INT PRIMARY KEY, t CHAR(200))")
-    elsewhere("INSERT INTO d.kept SELECT seq, seq FROM d.seq_1_to_10000")
-    ask("CREATE TEMPORARY TABLE d.mine SELECT 42 AS n; SELECT n FROM d.mine;", "42")
-    ask("BEGIN; DELETE FROM d.kept WHERE n > 5000; SELECT COUNT(*) FROM d.kept;", "5000")
+    equal(has_ring(), True)
+    sql = Sql("mariadb --no-defaults --host=127.0.0.1 --user=root -N --unbuffered", "-e")
+    sql.elsewhere("CREATE DATABASE d; CREATE TABLE d.kept (n INT PRIMARY KEY, t CHAR(200))")
+    sql.elsewhere("INSERT INTO d.kept SELECT seq, seq FROM d.seq_1_to_10000")
+    sql.ask("CREATE TEMPORARY TABLE d.mine SELECT 42 AS n; SELECT n FROM d.mine;", "42")
+    sql.ask("BEGIN; DELETE FROM d.kept WHERE n > 5000; SELECT COUNT(*) FROM d.kept;", "5000")
     between()
-    equal(ring(), True)
-    # What is not committed is seen by nobody else, and goes on.
-    equal(elsewhere("SELECT COUNT(*) FROM d.kept"), "10000\n")
-    ask("SELECT (SELECT COUNT(*) FROM d.kept) + (SELECT n FROM d.mine);", "5042")
-    ask("COMMIT; SELECT 1;", "1")
-    equal(elsewhere("SELECT COUNT(*) FROM d.kept"), "5000\n")
+    equal(has_ring(), True)
+    equal(sql.elsewhere("SELECT COUNT(*) FROM d.kept"), "10000\n")
+    sql.ask("SELECT (SELECT COUNT(*) FROM d.kept) + (SELECT n FROM d.mine);", "5042")
+    sql.ask("COMMIT; SELECT 1;", "1")
+    equal(sql.elsewhere("SELECT COUNT(*) FROM d.kept"), "5000\n")
     # More than is written at once.
-    elsewhere("INSERT INTO d.kept SELECT seq, seq FROM d.seq_10001_to_50000; FLUSH TABLES")
-    equal(elsewhere("SELECT COUNT(*), SUM(t = n) FROM d.kept"), "45000\t45000\n")
-    equal(elsewhere("CHECK TABLE d.kept EXTENDED"), "d.kept\tcheck\tstatus\tOK\n")
-    session.stdin.close()
-    equal(session.wait(), 0)
+    sql.elsewhere("INSERT INTO d.kept SELECT seq, seq FROM d.seq_10001_to_50000; FLUSH TABLES")
+    equal(sql.elsewhere("SELECT COUNT(*), SUM(t = n) FROM d.kept"), "45000\t45000\n")
+    equal(sql.elsewhere("CHECK TABLE d.kept EXTENDED"), "d.kept\tcheck\tstatus\tOK\n")
+    sql.ends()
 
 
 def java():
