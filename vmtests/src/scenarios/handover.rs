@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Scenario;
+use super::single_case;
 use crate::image::Kernel;
 use crate::protocol::Status;
 use crate::vm::{Exec, Outcome, Vm};
@@ -116,10 +117,7 @@ fn volatile_file(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
 
 /// A ring that the next kernel would keep in another form, and one that it would not.
 fn ring(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
-    let hold = "tracker run --name rings -- /usr/lib/tracker/tests/cases uring_used /root/rings";
-    let pid = vm.spawn(Exec::new(["sh", "-c", hold]), None)?;
-    let there = vm.await_file("/root/rings/ready", std::time::Duration::from_secs(60))?;
-    ensure!(there, "The holder does not run");
+    single_case::start(vm, "uring_used")?;
     let own = (Kernel::V6_1.guest_vmlinuz()?, Kernel::V6_1.guest_initrd()?);
     for (kernel, initrd, code) in [(kernel, initrd, 3), (&*own.0, &*own.1, 0)] {
         let words = [&update(kernel, initrd)[..], &["--dry-run"]].concat();
@@ -132,12 +130,7 @@ fn ring(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
             output.status
         );
     }
-    vm.write_file("/root/rings/go", b"")?;
-    let ended = vm.wait(pid, std::time::Duration::from_secs(60))?;
-    ensure!(ended == Some(Status::Exited(0)), "It ended: {ended:?}");
-    let result = vm.read_file("/root/rings/result")?;
-    ensure!(result == b"PASS", "{}", String::from_utf8_lossy(&result));
-    Ok(())
+    single_case::passes(vm)
 }
 
 /// Without reserved memory, it says so.

@@ -4,11 +4,9 @@
 use anyhow::{Context, Result, ensure};
 
 use super::Scenario;
-use super::services::PATIENCE;
-use crate::apps;
+use super::single_case::{checkpoint, passes, refused, restore, start};
 use crate::image::Kernel;
-use crate::payload::TESTS_DIR;
-use crate::vm::{Exec, Output, Vm};
+use crate::vm::Vm;
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
@@ -18,30 +16,16 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
     run: taken,
 }];
 
-const DIR: &str = "/root/taken";
-
-const IMAGE: &str = "/root/image";
-
 /// The case `sysv_msg` has two queues; this is the key of one.
 const KEY: &str = "0x7472616d";
 
 const REMOVE_ALL: &str = "ipcrm --all=msg";
 
-fn restore() -> Exec {
-    Exec::new(["tracker", "restore", "--image", IMAGE, "--detach"]).timeout(PATIENCE)
-}
-
 fn taken(vm: &Vm) -> Result<()> {
-    let program = format!("{TESTS_DIR}/cases");
-    let run = ["tracker", "run", "--name", "queues", "--"];
-    let case = [program.as_str(), "sysv_msg", DIR];
-    vm.spawn(Exec::new([&run[..], &case].concat()), Some("/root/run.log"))?;
-    let ready = vm.await_file(&format!("{DIR}/ready"), PATIENCE)?;
-    ensure!(ready, "The case does not get ready");
+    start(vm, "sysv_msg")?;
     let id = "awk '$1 == 1953653101 {print $2}' /proc/sysvipc/msg";
     let id = vm.sh(id)?.check()?.text().trim().to_owned();
-    let checkpoint = apps::checkpoint("queues", IMAGE, &[]).timeout(PATIENCE);
-    vm.exec(checkpoint)?.check()?;
+    checkpoint(vm)?;
 
     let make = |key: &str| {
         format!("python3 -c 'import ctypes; assert ctypes.CDLL(None).msgget({key}, 0o1600) >= 0'")
@@ -63,23 +47,7 @@ fn taken(vm: &Vm) -> Result<()> {
     ensure!(count(vm)? == 0, "A failed restore leaves queues behind");
 
     vm.exec(restore())?.check()?;
-    vm.write_file(&format!("{DIR}/go"), b"")?;
-    let result = format!("{DIR}/result");
-    ensure!(vm.await_file(&result, PATIENCE)?, "The case does not end");
-    let result = String::from_utf8(vm.read_file(&result)?)?;
-    ensure!(result == "PASS", "{result}");
-    Ok(())
-}
-
-fn refused(vm: &Vm, restore: Exec, text: &str) -> Result<()> {
-    let output: Output = vm.exec(restore)?;
-    let said = output.error_text();
-    ensure!(
-        !output.success() && said.contains(text),
-        "Not refused with {text:?}: {} {said}",
-        output.status
-    );
-    Ok(())
+    passes(vm)
 }
 
 /// Queues of the machine.

@@ -17,6 +17,7 @@ mod message_queues;
 mod mqueue;
 mod programs;
 mod services;
+mod single_case;
 mod terminal;
 mod tracked;
 mod tracking;

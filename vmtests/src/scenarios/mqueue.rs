@@ -4,11 +4,9 @@
 use anyhow::{Result, ensure};
 
 use super::Scenario;
-use super::services::PATIENCE;
-use crate::apps;
+use super::single_case::{checkpoint, passes, refused, restore, start};
 use crate::image::Kernel;
-use crate::payload::TESTS_DIR;
-use crate::vm::{Exec, Output, Vm};
+use crate::vm::Vm;
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
@@ -18,26 +16,12 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
     run: taken,
 }];
 
-const DIR: &str = "/root/taken";
-
-const IMAGE: &str = "/root/image";
-
 /// The queue of the case `mqueue`.
 const QUEUE: &str = "/dev/mqueue/tracker-case";
 
-fn restore() -> Exec {
-    Exec::new(["tracker", "restore", "--image", IMAGE, "--detach"]).timeout(PATIENCE)
-}
-
 fn taken(vm: &Vm) -> Result<()> {
-    let program = format!("{TESTS_DIR}/cases");
-    let run = ["tracker", "run", "--name", "queues", "--"];
-    let case = [program.as_str(), "mqueue", DIR];
-    vm.spawn(Exec::new([&run[..], &case].concat()), Some("/root/run.log"))?;
-    let ready = vm.await_file(&format!("{DIR}/ready"), PATIENCE)?;
-    ensure!(ready, "The case does not get ready");
-    let checkpoint = apps::checkpoint("queues", IMAGE, &[]).timeout(PATIENCE);
-    vm.exec(checkpoint)?.check()?;
+    start(vm, "mqueue")?;
+    checkpoint(vm)?;
     ensure!(queues(vm)? == "tracker-case", "The checkpoint removes it");
 
     // A user without a name for it: what keeps a file open is not to be seen by others.
@@ -59,24 +43,7 @@ fn taken(vm: &Vm) -> Result<()> {
                   echo 0 >queues_max";
     vm.sh(limits)?.check()?;
     vm.exec(restore())?.check()?;
-    vm.write_file(&format!("{DIR}/go"), b"")?;
-    let result = format!("{DIR}/result");
-    ensure!(vm.await_file(&result, PATIENCE)?, "The case does not end");
-    let result = String::from_utf8(vm.read_file(&result)?)?;
-    ensure!(result == "PASS", "{result}");
-    Ok(())
-}
-
-fn refused(vm: &Vm, restore: Exec, text: &str) -> Result<()> {
-    const RESTORE_FAILED: i32 = 7;
-    let output: Output = vm.exec(restore)?;
-    let said = output.error_text();
-    ensure!(
-        output.code() == Some(RESTORE_FAILED) && said.contains(text),
-        "Not refused with {text:?}: {} {said}",
-        output.status
-    );
-    Ok(())
+    passes(vm)
 }
 
 /// Names of all queues.

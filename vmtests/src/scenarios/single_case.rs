@@ -1,0 +1,56 @@
+//! One case, ended and restored step by step.
+
+use anyhow::{Result, ensure};
+
+use super::services::PATIENCE;
+use crate::apps;
+use crate::payload::TESTS_DIR;
+use crate::vm::{Exec, Output, Vm};
+
+const NAME: &str = "single";
+const DIR: &str = "/root/single";
+const IMAGE: &str = "/root/single.image";
+
+/// Starts a case and waits until it is ready.
+pub fn start(vm: &Vm, case: &str) -> Result<()> {
+    let program = format!("{TESTS_DIR}/cases");
+    let run = ["tracker", "run", "--name", NAME, "--", &program, case, DIR];
+    vm.spawn(Exec::new(run), Some("/root/single.log"))?;
+    let ready = vm.await_file(&format!("{DIR}/ready"), PATIENCE)?;
+    ensure!(ready, "The case does not get ready");
+    Ok(())
+}
+
+/// Ends it by a checkpoint.
+pub fn checkpoint(vm: &Vm) -> Result<()> {
+    let checkpoint = apps::checkpoint(NAME, IMAGE, &[]).timeout(PATIENCE);
+    vm.exec(checkpoint)?.check().map(drop)
+}
+
+/// What restores it.
+pub fn restore() -> Exec {
+    Exec::new(["tracker", "restore", "--image", IMAGE, "--detach"]).timeout(PATIENCE)
+}
+
+/// A restore that fails, with this text on stderr.
+pub fn refused(vm: &Vm, restore: Exec, text: &str) -> Result<()> {
+    const RESTORE_FAILED: i32 = 7;
+    let output: Output = vm.exec(restore)?;
+    let said = output.error_text();
+    ensure!(
+        output.code() == Some(RESTORE_FAILED) && said.contains(text),
+        "Not refused with {text:?}: {} {said}",
+        output.status
+    );
+    Ok(())
+}
+
+/// Tells it to go on, and takes its verdict.
+pub fn passes(vm: &Vm) -> Result<()> {
+    vm.write_file(&format!("{DIR}/go"), b"")?;
+    let result = format!("{DIR}/result");
+    ensure!(vm.await_file(&result, PATIENCE)?, "The case does not end");
+    let result = String::from_utf8(vm.read_file(&result)?)?;
+    ensure!(result == "PASS", "{result}");
+    Ok(())
+}
