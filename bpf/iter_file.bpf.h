@@ -264,7 +264,8 @@ int iter_files(struct bpf_iter__task_file *ctx)
 			failed = write_pressure(seq, r, file);
 		break;
 	case FILE_IO_URING:
-		failed = write_uring(seq, file->private_data);
+		if (bpf_core_type_exists(struct io_ring_ctx))
+			failed = write_uring(seq, file->private_data);
 		break;
 	case FILE_SOCKET:
 		failed = write_socket(seq, file);

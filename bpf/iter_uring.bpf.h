@@ -42,12 +42,12 @@ static __always_inline void fill_uring_task(struct thread_rec *r, struct task_st
 	struct io_uring_task *tctx;
 	struct file *rings[16] = {};
 
-	if (task->flags & PF_IO_WORKER && BPF_CORE_READ(worker, cur_work))
-		r->flags |= THREAD_WORKING;
 	r->uring_in_flight = 0;
 	r->uring_registered = 0;
 	if (!bpf_core_field_exists(task->io_uring))
 		return;
+	if (task->flags & PF_IO_WORKER && BPF_CORE_READ(worker, cur_work))
+		r->flags |= THREAD_WORKING;
 	tctx = BPF_CORE_READ(task, io_uring);
 	if (!tctx)
 		return;
