@@ -10,8 +10,6 @@
 
 struct aio_rec out_aio;
 
-u32 possible_cpus; /* set by user space */
-
 struct {
 	u64 table;
 	u64 cpu; /* of the context at hand, an offset into each CPU's area */
@@ -21,11 +19,8 @@ struct {
 
 static long aio_cpu_step(u64 index, void *unused)
 {
-	struct kioctx_cpu *cpu;
-	u64 base = 0;
+	struct kioctx_cpu *cpu = (void *)(cpu_area(index) + aio_walk.cpu);
 
-	bpf_probe_read_kernel(&base, sizeof(base), (void *)(symbols.per_cpu_offset + index * 8));
-	cpu = (void *)(base + aio_walk.cpu);
 	aio_walk.free += BPF_CORE_READ(cpu, reqs_available);
 	return 0;
 }
@@ -36,7 +31,7 @@ static __always_inline u32 aio_in_flight(struct kioctx *context)
 {
 	u32 tail = BPF_CORE_READ(context, tail);
 
-	if (!symbols.per_cpu_offset || !possible_cpus)
+	if (!cpus_are_known())
 		return ~0;
 	aio_walk.cpu = (u64)BPF_CORE_READ(context, cpu);
 	aio_walk.free = BPF_CORE_READ(context, completed_events);

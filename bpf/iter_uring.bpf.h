@@ -4,8 +4,8 @@
  * submission until it has completed and is given back; it may be counted a moment longer.
  */
 
-/* As io_hash_table, whose number of buckets follows from the length of the ring. */
-#define MAX_URING_BUCKETS (1 << 16)
+/* log2 of the buckets of an io_hash_table, which follow from the length of the ring. */
+#define MAX_URING_HASH_BITS 16
 
 struct uring_rec out_uring;
 
@@ -16,11 +16,9 @@ struct {
 
 static long uring_cpu_step(u64 index, void *unused)
 {
-	u64 base = 0;
 	s32 part = 0;
 
-	bpf_probe_read_kernel(&base, sizeof(base), (void *)(symbols.per_cpu_offset + index * 8));
-	bpf_probe_read_kernel(&part, sizeof(part), (void *)(base + uring_sum.counters));
+	bpf_probe_read_kernel(&part, sizeof(part), (void *)(cpu_area(index) + uring_sum.counters));
 	uring_sum.sum += part;
 	return 0;
 }
@@ -28,7 +26,7 @@ static long uring_cpu_step(u64 index, void *unused)
 /* A task takes references for many requests at once and keeps those it has not used. */
 static __always_inline s32 uring_in_flight(struct io_uring_task *tctx)
 {
-	if (!symbols.per_cpu_offset || !possible_cpus)
+	if (!cpus_are_known())
 		return -1;
 	uring_sum.counters = (u64)BPF_CORE_READ(tctx, inflight.counters);
 	uring_sum.sum = BPF_CORE_READ(tctx, inflight.count);
@@ -36,11 +34,21 @@ static __always_inline s32 uring_in_flight(struct io_uring_task *tctx)
 	return uring_sum.sum - BPF_CORE_READ(tctx, cached_refs);
 }
 
+static __always_inline u32 uring_registered(struct io_uring_task *tctx)
+{
+	struct file *rings[IO_RINGFD_REG_MAX] = {};
+	u32 registered = 0;
+
+	BPF_CORE_READ_INTO(&rings, tctx, registered_rings);
+	for (int i = 0; i < IO_RINGFD_REG_MAX; i++)
+		registered += rings[i] != NULL;
+	return registered;
+}
+
 static __always_inline void fill_uring_task(struct thread_rec *r, struct task_struct *task)
 {
 	struct io_worker *worker = task->worker_private;
 	struct io_uring_task *tctx;
-	struct file *rings[16] = {};
 
 	r->uring_in_flight = 0;
 	r->uring_registered = 0;
@@ -52,9 +60,7 @@ static __always_inline void fill_uring_task(struct thread_rec *r, struct task_st
 	if (!tctx)
 		return;
 	r->uring_in_flight = uring_in_flight(tctx);
-	BPF_CORE_READ_INTO(&rings, tctx, registered_rings);
-	for (int i = 0; i < 16; i++)
-		r->uring_registered += rings[i] != NULL;
+	r->uring_registered = uring_registered(tctx);
 }
 
 struct {
@@ -77,7 +83,7 @@ static __always_inline bool uring_has_waiting(struct io_hash_table *table)
 
 	uring_table.buckets = (u64)BPF_CORE_READ(table, hbs);
 	uring_table.used = false;
-	if (uring_table.buckets && bits <= 16)
+	if (uring_table.buckets && bits <= MAX_URING_HASH_BITS)
 		bpf_loop(1 << bits, uring_bucket_step, NULL, 0);
 	return uring_table.used;
 }

@@ -16,6 +16,8 @@ struct {
 	u64 per_cpu_offset; /* where each CPU's area of per-CPU variables begins */
 } symbols;
 
+u32 possible_cpus; /* set by user space */
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 8 << 20);
@@ -59,6 +61,20 @@ static __always_inline bool in_scope(struct task_struct *task)
 		return false;
 	verdict = 1;
 	return true;
+}
+
+static __always_inline bool cpus_are_known(void)
+{
+	return symbols.per_cpu_offset && possible_cpus;
+}
+
+/* Where a CPU's area of per-CPU variables begins; to be asked for only if they are known. */
+static __always_inline u64 cpu_area(u64 cpu)
+{
+	u64 base = 0;
+
+	bpf_probe_read_kernel(&base, sizeof(base), (void *)(symbols.per_cpu_offset + cpu * 8));
+	return base;
 }
 
 /* Returns whether the walk may go on: after a loss the pass is void anyway, and a walk over

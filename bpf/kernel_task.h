@@ -366,9 +366,10 @@ struct percpu_counter {
 struct io_worker {
 	void *cur_work;
 };
+#define IO_RINGFD_REG_MAX 16
 struct io_uring_task {
 	int cached_refs;
-	struct file *registered_rings[16];
+	struct file *registered_rings[IO_RINGFD_REG_MAX];
 	struct percpu_counter inflight;
 };
 
