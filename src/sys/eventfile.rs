@@ -1,19 +1,14 @@
 //! Descriptors that deliver events: timerfd, signalfd, inotify, epoll.
 
+use super::fd::owned;
 use crate::model::frozen::Timerfd;
 use nix::errno::Errno;
 use nix::libc;
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 /// `TFD_IOC_SET_TICKS` of include/uapi/linux/timerfd.h.
 const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
-
-fn owned(result: i32) -> Result<OwnedFd, Errno> {
-    Errno::result(result)?;
-    // SAFETY: the kernel has just handed out this descriptor to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(result) })
-}
 
 fn timespec(ns: u64) -> libc::timespec {
     libc::timespec {

@@ -6,16 +6,23 @@ use nix::errno::Errno;
 use nix::libc;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+/// What a system call returned that makes a descriptor.
+///
+/// # Errors
+/// It made none; `errno` is as it left it.
+pub(super) fn owned(result: i32) -> Result<OwnedFd, Errno> {
+    Errno::result(result)?;
+    // SAFETY: the kernel has just handed out this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(result) })
+}
+
 /// A duplicate at the lowest free number from `least` on, with `FD_CLOEXEC`.
 ///
 /// # Errors
 /// `EMFILE`, `EINVAL`: beyond `RLIMIT_NOFILE`.
 pub fn duplicate_above(fd: BorrowedFd<'_>, least: i32) -> Result<OwnedFd, Errno> {
     // SAFETY: takes integers and returns a new descriptor.
-    let new = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) };
-    Errno::result(new)?;
-    // SAFETY: the kernel has just handed out this descriptor to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+    owned(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) })
 }
 
 /// dup3(2): makes `number` refer to the same description. Whatever was there is closed, so

@@ -1,9 +1,10 @@
 //! POSIX message queues: mq_overview(7).
 
+use super::fd::owned;
 use nix::errno::Errno;
 use nix::libc;
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 /// What a queue has room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -12,12 +13,6 @@ pub struct Room {
     pub maxmsg: i64,
     /// Bytes that each may have, `mq_msgsize`.
     pub msgsize: i64,
-}
-
-fn owned(fd: i32) -> Result<OwnedFd, Errno> {
-    Errno::result(fd)?;
-    // SAFETY: the kernel has just handed out this descriptor to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Makes a queue, for nobody but the superuser yet, and opens it for reading and writing without

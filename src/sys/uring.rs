@@ -1,11 +1,13 @@
 //! io_uring_setup(2) and io_uring_enter(2), and where a ring's parts are.
 
+use super::fd::owned;
 use super::mapped::MappedFile;
 use nix::errno::Errno;
 use nix::libc;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-/// `IORING_SETUP_*` of include/uapi/linux/io_uring.h.
+/// `IORING_SETUP_*` of include/uapi/linux/io_uring.h; those that say how long entries are, and
+/// where, are [`IoUring`](crate::model::frozen::IoUring)'s.
 #[allow(missing_docs)]
 pub mod setup {
     pub const CQSIZE: u32 = 1 << 3;
@@ -14,9 +16,6 @@ pub mod setup {
     pub const SUBMIT_ALL: u32 = 1 << 7;
     pub const COOP_TASKRUN: u32 = 1 << 8;
     pub const TASKRUN_FLAG: u32 = 1 << 9;
-    pub const SQE128: u32 = 1 << 10;
-    pub const CQE32: u32 = 1 << 11;
-    pub const NO_SQARRAY: u32 = 1 << 16;
 }
 
 /// `IORING_OFF_SQ_RING`: both rings in one mapping (`IORING_FEAT_SINGLE_MMAP`).
@@ -94,10 +93,8 @@ pub fn make(sq_entries: u32, cq_entries: u32, flags: u32) -> Result<(OwnedFd, Pa
             std::ptr::from_mut(&mut params),
         )
     };
-    let fd = Errno::result(made)?;
-    let fd = i32::try_from(fd).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just handed out this descriptor to us alone.
-    Ok((unsafe { OwnedFd::from_raw_fd(fd) }, params))
+    let fd = i32::try_from(made).map_err(|_| Errno::EBADF)?;
+    Ok((owned(fd)?, params))
 }
 
 /// Whether the positions of both rings lie side by side, as since Linux 6.6; `None` where there

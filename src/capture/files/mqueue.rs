@@ -1,6 +1,7 @@
 //! POSIX message queues, as the iterators found them. Nothing is borrowed: what is received is
 //! gone, and nothing else shows what is in a queue.
 
+use super::refuse::O_PATH;
 use crate::bpf::events::{FileRec, MqueueDataRec, MqueueFlag as Flag, MqueueRec};
 use crate::bpf::iter::{Detail, File, Files};
 use crate::model::frozen::{MqueueNotify, MqueueState, QueuedMessage};
@@ -8,8 +9,6 @@ use crate::model::ids::Pid;
 use nix::libc;
 use serde_bytes::ByteBuf;
 use std::collections::{BTreeMap, HashMap, HashSet};
-
-const O_PATH: u32 = 0o10_000_000;
 
 /// Why a queue that somebody else has open is not carried.
 pub(super) const OPEN_OUTSIDE: &str =

@@ -16,7 +16,7 @@ use std::collections::{HashMap, HashSet};
 const STATELESS: &[(u32, u32)] = &[(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
 
 /// `O_PATH` descriptors carry no state but their path.
-const O_PATH: u32 = 0o10_000_000;
+pub(super) const O_PATH: u32 = 0o10_000_000;
 
 /// Every open file that keeps the application from being checkpointed.
 #[must_use]

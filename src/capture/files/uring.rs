@@ -22,9 +22,9 @@ const CARRIED: u32 = setup::CQSIZE
     | setup::SUBMIT_ALL
     | setup::COOP_TASKRUN
     | setup::TASKRUN_FLAG
-    | setup::SQE128
-    | setup::CQE32
-    | setup::NO_SQARRAY;
+    | IoUring::SQE128
+    | IoUring::CQE32
+    | IoUring::NO_SQARRAY;
 
 /// Why an instance is not carried; `None` when it is.
 pub fn refusal(rec: &UringRec) -> Option<String> {

@@ -29,9 +29,9 @@ pub struct IoUring {
 
 impl IoUring {
     /// `IORING_SETUP_SQE128`.
-    const SQE128: u32 = 1 << 10;
+    pub const SQE128: u32 = 1 << 10;
     /// `IORING_SETUP_CQE32`.
-    const CQE32: u32 = 1 << 11;
+    pub const CQE32: u32 = 1 << 11;
     /// `IORING_SETUP_NO_SQARRAY`.
     pub const NO_SQARRAY: u32 = 1 << 16;
 

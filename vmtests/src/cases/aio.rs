@@ -1,11 +1,11 @@
 //! Linux AIO: contexts by their ids, and completions in their rings.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
@@ -183,18 +183,9 @@ fn nothing(file: &File, data: u64) -> Request {
     request(PREAD, file.as_raw_fd(), &[], 0, data)
 }
 
-fn open(case: &Case, name: &str) -> Result<File> {
-    let mut options = OpenOptions::new();
-    let options = options.read(true).write(true).create(true);
-    let path = case.path(name);
-    options
-        .open(&path)
-        .with_context(|| format!("Open {}", path.display()))
-}
-
 /// Two contexts of different sizes, used before and after.
 fn contexts(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let (small, large) = (Context::new(1)?, Context::new(1000)?);
     for round in 0..3 {
         small.write(&file, 1 + round, 100, u64::from(round) * 100)?;
@@ -234,7 +225,7 @@ fn contexts(case: &Case) -> Result<()> {
 
 /// Events at the end of a ring and again at its start.
 fn unread(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let (wrapped, full) = (Context::new(16)?, Context::new(16)?);
     let slots = wrapped.ring().nr;
     for at in 0..slots - 5 {
@@ -292,7 +283,7 @@ fn unread(case: &Case) -> Result<()> {
 
 /// The kernel keeps its table of contexts when the last is gone.
 fn destroyed(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let context = Context::new(8)?;
     context.write(&file, 1, 10, 0)?;
     context.destroy()?;
@@ -308,7 +299,7 @@ fn destroyed(case: &Case) -> Result<()> {
 /// As libaio and databases do it, without a system call.
 fn read_by_user(case: &Case) -> Result<()> {
     const MAGIC: u32 = 0xa10a_10a1;
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let context = Context::new(8)?;
     let reap = || -> Result<u64> {
         let ring = context.ring();
@@ -341,7 +332,7 @@ fn read_by_user(case: &Case) -> Result<()> {
 
 /// A thread that waits for completions gets those of requests made later.
 fn waiting_thread(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let context = Context::new(64)?;
     let thread = blocked_thread(libc::SYS_io_getevents, move || {
         Ok(context.events(2, 2, Duration::from_secs(3600))?)
@@ -357,7 +348,7 @@ fn waiting_thread(case: &Case) -> Result<()> {
 
 /// A child does not inherit a context, though it may inherit the ring's mapping.
 fn parent_and_child(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let context = Context::new(8)?;
     context.submit(&mut [nothing(&file, 77)])?;
     let (hold, mut release) = std::io::pipe()?;
@@ -441,7 +432,7 @@ fn in_flight(case: &Case) -> Result<()> {
 
 /// The kernel goes on with its ring, which nothing shows the place of.
 fn unmapped(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let context = Context::new(8)?;
     let mapped = context.0 as *mut libc::c_void;
     // SAFETY: nothing refers to the ring's memory.

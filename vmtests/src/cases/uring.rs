@@ -49,15 +49,6 @@ pub const CASES: &[Entry] = &[
     ),
 ];
 
-fn open(case: &Case, name: &str) -> Result<File> {
-    let mut options = OpenOptions::new();
-    let options = options.read(true).write(true).create(true);
-    let path = case.path(name);
-    options
-        .open(&path)
-        .with_context(|| format!("Open {}", path.display()))
-}
-
 fn push<S: Request, C: Completion>(ring: &mut IoUring<S, C>, request: &S) -> Result<()> {
     // SAFETY: what the requests of these cases point to lives until they have ended.
     unsafe { ring.submission().push(request) }.context("The ring is full")
@@ -104,7 +95,7 @@ fn write_and_read(ring: &mut IoUring, file: &File, line: u64) -> Result<()> {
 
 /// Many more requests than there are slots, before and after.
 fn used(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let mut ring = IoUring::new(8)?;
     for line in 0..501 {
         write_and_read(&mut ring, &file, line)?;
@@ -121,7 +112,7 @@ fn used(case: &Case) -> Result<()> {
 
 /// One that was never used, of another size than the kernel's choice.
 fn fresh(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let mut ring = IoUring::<io_uring::squeue::Entry>::builder()
         .setup_cqsize(512)
         .setup_coop_taskrun()
@@ -305,7 +296,7 @@ fn in_epoll(case: &Case) -> Result<()> {
 
 /// Requests on their way all the time, some done by threads of the kernel (`iou-wrk-*`).
 fn busy(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let mut ring = IoUring::new(16)?;
     let (mut line, mut failure) = (0, None);
     case.ready_polling(Duration::from_millis(1), || {
@@ -341,7 +332,7 @@ fn busy(case: &Case) -> Result<()> {
 
 /// The kernel keeps what it knows of a thread's requests, and for a while its workers.
 fn closed(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let mut ring = IoUring::new(8)?;
     push(&mut ring, &nop(1).flags(Flags::ASYNC))?;
     ensure!(ended(&mut ring, 1)? == [(1, 0)], "Request 1");
@@ -376,7 +367,7 @@ fn polling_thread(case: &Case) -> Result<()> {
 }
 
 fn files(case: &Case) -> Result<()> {
-    let file = open(case, "data")?;
+    let file = case.open("data")?;
     let ring = IoUring::new(4)?;
     ring.submitter().register_files(&[file.as_raw_fd()])?;
     case.ready()?;

@@ -8,7 +8,7 @@
 //! to 2 (`/dev/null` and a log file), and while waiting a `nanosleep`.
 
 use std::fmt;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -112,6 +112,19 @@ impl Case {
     /// A path in that directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// A file of that directory for reading and writing, made if there is none.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn open(&self, name: &str) -> Result<File> {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create(true);
+        let path = self.path(name);
+        options
+            .open(&path)
+            .with_context(|| format!("Open {}", path.display()))
     }
 
     /// Says that the set-up is complete and sleeps until told to go on. All
