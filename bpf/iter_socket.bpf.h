@@ -2,6 +2,7 @@
 /* Sockets, as the descriptor iterator reports them. */
 
 #include "socket.bpf.h"
+#include "iter_raw.bpf.h"
 
 #define SOCK_DGRAM 2
 
@@ -71,14 +72,14 @@ static __always_inline void fill_untold(struct sock_rec *r, struct sock *sk)
 	struct inet_sock *inet = (void *)sk;
 	struct tcp_sock *tcp = (void *)sk;
 	struct udp_sock *udp = (void *)sk;
-	bool datagrams = r->type == SOCK_DGRAM;
+	bool datagrams = r->type == SOCK_DGRAM || r->type == SOCK_RAW;
 	struct ipv6_pinfo *v6 = NULL;
 	void *labels;
 
 	if (bpf_core_field_exists(sk->sk_policy) &&
 	    (BPF_CORE_READ(sk, sk_policy[0]) || BPF_CORE_READ(sk, sk_policy[1])))
 		r->flags |= SOCK_IPSEC;
-	if (r->protocol == IPPROTO_TCP) {
+	if (r->protocol == IPPROTO_TCP && r->type != SOCK_RAW) {
 		if (BPF_CORE_READ(icsk, icsk_ulp_ops))
 			r->flags |= SOCK_ULP;
 		if (bpf_core_field_exists(tcp->md5sig_info) && BPF_CORE_READ(tcp, md5sig_info))
@@ -91,7 +92,7 @@ static __always_inline void fill_untold(struct sock_rec *r, struct sock *sk)
 		r->out_multicast = BPF_CORE_READ(inet, mc_index);
 		r->out_unicast = BPF_CORE_READ(inet, uc_index);
 	}
-	if (datagrams && r->protocol == IPPROTO_UDP && BPF_CORE_READ(udp, pending))
+	if (r->type == SOCK_DGRAM && r->protocol == IPPROTO_UDP && BPF_CORE_READ(udp, pending))
 		r->flags |= SOCK_CORKED;
 	if (r->family == AF_INET6)
 		v6 = BPF_CORE_READ(inet, pinet6);
@@ -175,6 +176,8 @@ static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 	u16 dport = sk->__sk_common.skc_dport;
 
 	fill_untold(r, sk);
+	if (r->type == SOCK_RAW && is_router(r, sk))
+		r->flags |= SOCK_ROUTER;
 	if (r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
 		r->syn_backlog = BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter);
 	r->local_port = sk->__sk_common.skc_num;
@@ -258,6 +261,8 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 		fill_unix(r, sk);
 	else if (r->family == AF_INET || r->family == AF_INET6)
 		fill_inet(r, sk);
+	else if (r->family == AF_PACKET && has_packet_state(r->sock))
+		r->flags |= SOCK_PACKETS;
 	if ((want & WANT_FINGERPRINTS) && r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
 		r->fingerprint = fingerprint(sk);
 	if (r->family == AF_INET || r->family == AF_INET6)

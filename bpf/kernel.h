@@ -79,6 +79,7 @@ struct rb_root_cached {
 #include "kernel_net.h"
 #include "kernel_tty.h"
 #include "kernel_mqueue.h"
+#include "kernel_raw.h"
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 

@@ -18,6 +18,8 @@ enum sock_flag {
 	SOCK_IPSEC = 512,      /* an IPsec policy of its own */
 	SOCK_V6_STICKY = 1024, /* extension headers, a flow label, or a size of fragments */
 	SOCK_CORKED = 2048,    /* a datagram that is sent in parts has begun */
+	SOCK_ROUTER = 4096,    /* raw, and gets packets with Router Alert or routes multicast */
+	SOCK_PACKETS = 8192,   /* of AF_PACKET with a ring, a fanout group or memberships */
 };
 
 /* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted

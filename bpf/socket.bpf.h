@@ -7,6 +7,7 @@
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 #define TCP_LISTEN 10
+#define SOCK_RAW 3
 
 /* include/net/sock.h */
 #define SOCK_SNDBUF_LOCK 1
@@ -105,7 +106,8 @@ static __always_inline void fill_opts(const bool typed, struct sock_opts *o, str
 	o->backlog = MEMBER(typed, sk, sk_max_ack_backlog);
 	if (family != AF_INET && family != AF_INET6)
 		return;
-	if (protocol != IPPROTO_TCP) {
+	/* a raw socket may have any protocol, and is none of it */
+	if (protocol != IPPROTO_TCP || MEMBER(typed, sk, sk_type) == SOCK_RAW) {
 		fill_inet_opts(false, o, (struct inet_sock *)sk, family);
 		return;
 	}

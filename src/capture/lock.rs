@@ -154,6 +154,10 @@ fn entries(files: &[File]) -> impl Iterator<Item = Entry> {
 }
 
 fn entry(sock: &SockRec) -> Option<Entry> {
+    // One of any protocol gets copies of what others are sent.
+    if i32::from(sock.type_) == libc::SOCK_RAW {
+        return None;
+    }
     let v6 = match i32::from(sock.family) {
         libc::AF_INET => false,
         libc::AF_INET6 => true,

@@ -249,6 +249,25 @@ pub fn disconnect(fd: BorrowedFd<'_>) -> Result<(), SocketError> {
     Ok(())
 }
 
+/// Binds a packet socket to a protocol (`ETH_P_*`) and an interface; index 0 is all of them.
+///
+/// # Errors
+/// `ENODEV`: there is no such interface.
+pub fn bind_packet(fd: BorrowedFd<'_>, protocol: u16, index: u32) -> Result<(), SocketError> {
+    // SAFETY: plain data for which zero is valid.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).unwrap_or(0);
+    address.sll_protocol = protocol.to_be();
+    address.sll_ifindex = index.cast_signed();
+    let length = libc::socklen_t::try_from(size_of_val(&address)).unwrap_or(0);
+    let at = (&raw const address).cast();
+    // SAFETY: the kernel reads `length` bytes of the address.
+    if unsafe { libc::bind(fd.as_raw_fd(), at, length) } < 0 {
+        return Err(failed("bind".to_owned()));
+    }
+    Ok(())
+}
+
 /// A new socket of any family, type and protocol.
 ///
 /// # Errors

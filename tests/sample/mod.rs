@@ -514,5 +514,16 @@ fn sockets() -> Vec<SocketState> {
             port: 20_001,
             groups: 1,
         },
+        SocketState::Raw {
+            v6: true,
+            protocol: 58,
+            local: Some(core::net::Ipv6Addr::LOCALHOST.into()),
+            remote: Some(v6()),
+        },
+        SocketState::Packet {
+            socktype: 2,
+            protocol: 0x806,
+            interface: Some(b"eth0".to_vec().into()),
+        },
     ]
 }

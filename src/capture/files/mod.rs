@@ -18,6 +18,7 @@ mod pidfd;
 mod pipe;
 mod pseudo;
 mod pty;
+mod raw;
 mod refuse;
 mod regular;
 mod socket;

@@ -226,6 +226,38 @@ const UDP: &[Known] = &[
     untold(libc::IPPROTO_UDP, 104, 4),
 ];
 
+/// Of raw sockets: `IP_HDRINCL`, `IP_NODEFRAG`, `ICMP_FILTER`, `IPV6_HDRINCL`, `ICMPV6_FILTER`,
+/// `IPV6_CHECKSUM`.
+const RAW: &[Known] = &[
+    untold(libc::IPPROTO_IP, libc::IP_HDRINCL, 4),
+    untold(libc::IPPROTO_IP, 22, 4),
+    untold(SOL_RAW, 1, 4),
+    untold(libc::IPPROTO_IPV6, 36, 4),
+    untold(libc::IPPROTO_ICMPV6, 1, 32),
+    untold(SOL_RAW, libc::IPV6_CHECKSUM, 4),
+];
+
+/// include/linux/socket.h
+const SOL_RAW: i32 = 255;
+
+/// Of packet sockets, in the order of include/uapi/linux/if_packet.h: `PACKET_AUXDATA`,
+/// `PACKET_ORIGDEV`, `PACKET_VERSION`, `PACKET_RESERVE`, `PACKET_LOSS`, `PACKET_VNET_HDR`,
+/// `PACKET_TIMESTAMP`, `PACKET_TX_HAS_OFF`, `PACKET_QDISC_BYPASS`, `PACKET_IGNORE_OUTGOING`,
+/// `PACKET_VNET_HDR_SZ`.
+const PACKET: &[Known] = &[
+    untold(libc::SOL_PACKET, 8, 4),
+    untold(libc::SOL_PACKET, 9, 4),
+    untold(libc::SOL_PACKET, 10, 4),
+    untold(libc::SOL_PACKET, 12, 4),
+    untold(libc::SOL_PACKET, 14, 4),
+    untold(libc::SOL_PACKET, 15, 4),
+    untold(libc::SOL_PACKET, 17, 4),
+    untold(libc::SOL_PACKET, 19, 4),
+    untold(libc::SOL_PACKET, 20, 4),
+    untold(libc::SOL_PACKET, 23, 4),
+    untold(libc::SOL_PACKET, 24, 4),
+];
+
 /// Of sockets that messages with credentials come to; others refuse it since 6.16.
 const CREDENTIALS: &[Known] = &[told(libc::SOL_SOCKET, libc::SO_PASSCRED, 4, |o| {
     u32::from(o.more) & SockMore::PASSCRED == 0
@@ -261,12 +293,17 @@ struct Kind {
 
 impl Kind {
     fn of(rec: &SockRec) -> Self {
-        let protocol = i32::from(rec.protocol);
+        let (family, socktype) = (i32::from(rec.family), i32::from(rec.type_));
+        let stream = socktype == libc::SOCK_STREAM;
+        // A new packet socket must not receive anything.
+        let packet = family == libc::AF_PACKET;
+        let protocol = if packet { 0 } else { rec.protocol.into() };
+        let connected = protocol == libc::IPPROTO_TCP && stream;
         Self {
-            family: rec.family.into(),
-            socktype: rec.type_.into(),
+            family,
+            socktype,
             protocol,
-            connected: protocol == libc::IPPROTO_TCP && !UNCONNECTED.contains(&rec.state),
+            connected: connected && !UNCONNECTED.contains(&rec.state),
         }
     }
 
@@ -277,7 +314,8 @@ impl Kind {
             self.family == libc::AF_INET6,
             matches!(self.family, libc::AF_INET | libc::AF_INET6),
         );
-        let tcp = inet && self.protocol == libc::IPPROTO_TCP;
+        let tcp = inet && !datagram && self.protocol == libc::IPPROTO_TCP;
+        let raw = inet && self.socktype == libc::SOCK_RAW;
         [
             (SOCKET, true),
             (INET, inet),
@@ -287,7 +325,9 @@ impl Kind {
             (IPV6_UNCONNECTED, v6 && !self.connected),
             (TCP, tcp),
             (TCP_UNCONNECTED, tcp && !self.connected),
-            (UDP, inet && self.protocol == libc::IPPROTO_UDP),
+            (UDP, inet && !raw && self.protocol == libc::IPPROTO_UDP),
+            (RAW, raw),
+            (PACKET, self.family == libc::AF_PACKET),
             (CREDENTIALS, !inet),
             (UNIX, self.family == libc::AF_UNIX),
             (NETLINK, self.family == libc::AF_NETLINK),

@@ -2,7 +2,7 @@
 
 use super::borrow::{Borrowed, place};
 use super::options::Defaults;
-use super::{CollectError, filter, interfaces, udp};
+use super::{CollectError, filter, interfaces, raw, udp};
 use crate::bpf::events::{MemberRec, SockFlag, SockRec};
 use crate::bpf::iter::File;
 use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
@@ -87,6 +87,16 @@ const UNTOLD: &[(u32, &str)] = &[
          close it before the update",
     ),
     (
+        SockFlag::ROUTER,
+        "it routes multicast or gets packets with Router Alert (MRT_INIT, IP_ROUTER_ALERT), which \
+         is not carried; close it before the update",
+    ),
+    (
+        SockFlag::PACKETS,
+        "its ring, fanout group or memberships (PACKET_RX_RING, PACKET_FANOUT, \
+         PACKET_ADD_MEMBERSHIP) are not carried; close it before the update",
+    ),
+    (
         SockFlag::CORKED,
         "it holds part of a datagram (MSG_MORE, UDP_CORK); try again",
     ),
@@ -110,7 +120,7 @@ pub fn refusal(rec: &SockRec) -> Option<String> {
             )),
         };
     }
-    if family == libc::AF_UNIX {
+    if family == libc::AF_UNIX || raw::is_carried(family, kind) {
         return None;
     }
     let udp = matches!(family, libc::AF_INET | libc::AF_INET6)
@@ -160,6 +170,9 @@ fn read_state(
 ) -> Result<Read, CollectError> {
     if i32::from(rec.family) == libc::AF_NETLINK {
         return read_netlink(&from, rec, options);
+    }
+    if raw::is_carried(rec.family.into(), rec.type_.into()) {
+        return raw::read(&from, rec, options);
     }
     if i32::from(rec.type_) == libc::SOCK_STREAM {
         return read_tcp(from, rec, options);

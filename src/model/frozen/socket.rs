@@ -116,6 +116,26 @@ pub enum SocketState {
         /// Multicast groups.
         groups: u32,
     },
+    /// `SOCK_RAW` of the internet families, without what is queued.
+    Raw {
+        /// IPv6 rather than IPv4.
+        v6: bool,
+        /// `IPPROTO_*`.
+        protocol: i32,
+        /// Bound address.
+        local: Option<IpAddr>,
+        /// Connected address; the port means nothing.
+        remote: Option<SocketAddr>,
+    },
+    /// `AF_PACKET` without what is queued.
+    Packet {
+        /// `SOCK_RAW` or `SOCK_DGRAM`.
+        socktype: i32,
+        /// `ETH_P_*`; 0 for none.
+        protocol: u16,
+        /// Name of the interface that it is bound to.
+        interface: Option<ByteBuf>,
+    },
 }
 
 /// A datagram that waits to be read, with what recvmsg(2) will tell of it besides.

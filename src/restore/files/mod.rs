@@ -21,6 +21,7 @@ mod peer;
 mod pidfd;
 mod pipe;
 mod pty;
+mod raw;
 mod regular;
 mod tcp;
 mod udp_queue;
@@ -243,6 +244,8 @@ fn open_socket(socket: &Socket) -> Result<Option<OwnedFd>, FilesError> {
         SocketState::Unix(_) => Ok(None),
         SocketState::Udp { .. } => datagram::udp(socket).map(Some),
         SocketState::Netlink { .. } => datagram::netlink(socket).map(Some),
+        SocketState::Raw { .. } => raw::raw(socket).map(Some),
+        SocketState::Packet { .. } => raw::packet(socket).map(Some),
     }
 }
 

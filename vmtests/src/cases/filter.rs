@@ -18,7 +18,7 @@ pub const CASES: &[Entry] = &[
 ];
 
 /// Lets through what has a `y` at this offset.
-fn attach(socket: &impl AsRawFd, offset: u32) -> Result<()> {
+pub(super) fn attach(socket: &impl AsRawFd, offset: u32) -> Result<()> {
     let instruction = |code: u32, jt, jf, k| libc::sock_filter {
         code: u16::try_from(code).unwrap_or(0),
         jt,

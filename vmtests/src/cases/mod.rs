@@ -31,6 +31,7 @@ mod pressure;
 mod probe;
 mod process;
 mod pty;
+mod raw;
 mod refused;
 mod refused_objects;
 mod rewritten;
@@ -80,6 +81,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         job::CASES,
         events::CASES,
         udp::CASES,
+        raw::CASES,
         unix::CASES,
         unix_peers::CASES,
         tcp::CASES,
