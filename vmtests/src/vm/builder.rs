@@ -9,14 +9,22 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::qemu::{Qemu, WorkDir, watch_console};
+use super::qemu::{EXITED, Qemu, WorkDir, watch_console};
 use super::{PATIENCE, Vm};
-use crate::control::{Control, Shared};
+use crate::control::{Control, ControlError, Shared};
 use crate::guest::init::SHELL_WORD;
 use crate::image::{Image, Kernel};
 use crate::payload::{self, Profile};
 use crate::protocol::PORT_NAME;
 use crate::slot::Slot;
+
+/// Boots of one VM at most.
+const ATTEMPTS: u32 = 3;
+
+/// All that QEMU can emulate, but not "fast" string operations: it emulates `rep movsb` byte by
+/// byte, and a kernel that takes it for fast clears and copies pages by it, eight times as slowly
+/// as by other means. Real processors are fastest by it.
+const CPU: &str = "max,-erms,-fsrm";
 
 /// Settings of a VM that has not been started.
 #[derive(Debug, Clone)]
@@ -145,6 +153,36 @@ impl VmBuilder {
     /// If the image is missing, the build fails or the guest does not come up.
     pub fn start(self) -> Result<Vm> {
         payload::build(&self.workspace, self.profile)?;
+        let mut left = ATTEMPTS;
+        loop {
+            left -= 1;
+            let (begun, quiet) = (Instant::now(), self.quiet);
+            let vm = self.clone().launch()?;
+            match vm.control.wait_for_hello(0, Duration::from_secs(120)) {
+                Ok(hello) if quiet => drop(hello),
+                Ok(hello) => eprintln!(
+                    "vm: {} up after {:.1} s (guest: init {:.1} s, hello {:.1} s)",
+                    hello.release,
+                    begun.elapsed().as_secs_f32(),
+                    Duration::from_millis(hello.init_ms).as_secs_f32(),
+                    Duration::from_millis(hello.uptime_ms).as_secs_f32(),
+                ),
+                // One boot in a thousand or so: the emulated machine resets itself while the
+                // kernel looks at its devices, and nothing of ours runs yet.
+                Err(ControlError::Dead(reason)) if reason == EXITED && left > 0 => {
+                    let said = vm.qemu_said();
+                    let last = vm.console_tail(1);
+                    eprintln!("vm: {reason} before the guest's hello, again: {said}{last}");
+                    continue;
+                }
+                Err(error) => return Err(vm.explain(error)),
+            }
+            return Ok(vm);
+        }
+    }
+
+    /// Starts the emulator.
+    fn launch(self) -> Result<Vm> {
         let slot = Slot::take()?;
         let dir = WorkDir::create(&self.workspace, self.keep)?;
         payload::pack(
@@ -192,8 +230,7 @@ impl VmBuilder {
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
         };
-        let quiet = self.quiet;
-        let vm = Vm {
+        Ok(Vm {
             control,
             qemu,
             log,
@@ -201,21 +238,7 @@ impl VmBuilder {
             dir,
             settings: self,
             _slot: slot,
-        };
-        let hello = vm
-            .control
-            .wait_for_hello(0, Duration::from_secs(120))
-            .map_err(|error| vm.explain(error))?;
-        if !quiet {
-            eprintln!(
-                "vm: {} up after {:.1} s (guest: init {:.1} s, hello {:.1} s)",
-                hello.release,
-                begun.elapsed().as_secs_f32(),
-                Duration::from_millis(hello.init_ms).as_secs_f32(),
-                Duration::from_millis(hello.uptime_ms).as_secs_f32(),
-            );
-        }
-        Ok(vm)
+        })
     }
 
     fn arguments(&self, qemu: &mut Command, dir: &Path, ports: &[(u16, u16)]) -> Result<()> {
@@ -232,7 +255,7 @@ impl VmBuilder {
         } else {
             qemu.args(["-accel", "tcg,thread=multi", "-smp", &self.cpus.to_string()]);
         }
-        qemu.args(["-cpu", "max", "-m", &format!("{}M", self.memory_mib)]);
+        qemu.args(["-cpu", CPU, "-m", &format!("{}M", self.memory_mib)]);
         // A reset ends QEMU: a panicking kernel (panic=-1) must not boot again.
         qemu.args([
             "-nodefaults",

@@ -401,12 +401,21 @@ impl Vm {
             .map_err(|error| self.explain(error))
     }
 
+    /// What the emulator had to say, and how it ended.
+    fn qemu_said(&self) -> String {
+        let said = fs::read_to_string(self.dir.path.join("qemu.log")).unwrap_or_default();
+        match self.qemu.ended() {
+            Some(status) => format!("{status}\n{said}"),
+            None => said,
+        }
+    }
+
     /// Adds the console's end to errors that only it explains.
     fn explain(&self, error: ControlError) -> anyhow::Error {
         match error {
             ControlError::Dead(_) | ControlError::Timeout(_) => {
-                let console = self.console_tail(40);
-                anyhow::Error::new(error).context(format!("Console:\n{console}"))
+                let (console, said) = (self.console_tail(40), self.qemu_said());
+                anyhow::Error::new(error).context(format!("{said}\nConsole:\n{console}"))
             }
             error => error.into(),
         }

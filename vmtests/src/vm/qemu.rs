@@ -68,6 +68,9 @@ impl Drop for Qemu {
     }
 }
 
+/// Why a VM ended whose kernel did not panic.
+pub(super) const EXITED: &str = "QEMU exited";
+
 /// Copies the guest's console to a file and looks for a kernel panic.
 pub(super) fn watch_console(
     console: ChildStdout,
@@ -94,5 +97,5 @@ pub(super) fn watch_console(
             .unwrap_or_else(PoisonError::into_inner)
             .push(text);
     }
-    shared.end(|| panic.unwrap_or_else(|| "QEMU exited".to_owned()));
+    shared.end(|| panic.unwrap_or_else(|| EXITED.to_owned()));
 }
