@@ -9,7 +9,7 @@ mod sample;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use tracker::image::{DirectoryStore, RangeStore, Store, decode, encode};
+use tracker::image::{DirectoryStore, Pages, RangeStore, Store, decode, encode};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -51,7 +51,7 @@ fn check(store: &impl Store) {
     store.read_pages(0, &mut pages).unwrap();
     assert_eq!(pages, sample::pages());
     for application in &found.applications {
-        found.slots.verify(application, store).unwrap();
+        Pages::new(store, &found.slots).verify(application).unwrap();
     }
 }
 

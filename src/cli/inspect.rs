@@ -1,7 +1,9 @@
 //! `tracker inspect`: prints what an image holds.
 
 use crate::error::{ExitCode, HasExitCode};
-use crate::image::{DirectoryStore, Image, ImageError, RangeStore, Store, StoreError, decode};
+use crate::image::{
+    DirectoryStore, Image, ImageError, Pages, RangeStore, Store, StoreError, decode,
+};
 use crate::model::frozen::{Application, Backing, FileKind, Process, SyscallInProgress};
 use clap::Args;
 use std::path::PathBuf;
@@ -47,7 +49,7 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, InspectError> {
     };
     let image = decode(&store.metadata()?)?;
     for application in &image.applications {
-        image.slots.verify(application, store.as_ref())?;
+        Pages::new(store.as_ref(), &image.slots).verify(application)?;
     }
     if args.json {
         super::print_json(&json(&image));

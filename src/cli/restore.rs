@@ -2,7 +2,7 @@
 
 use crate::bpf::features::cgroup2_mount;
 use crate::error::ExitCode;
-use crate::image::{DirectoryStore, Store, decode};
+use crate::image::{DirectoryStore, Pages, Store, decode};
 use crate::model::ids::Pid;
 use crate::restore::{RestoreError, RestoreOptions, restore};
 use nix::errno::Errno;
@@ -48,7 +48,7 @@ pub fn run(args: &RestoreArgs) -> Result<ExitCode, RestoreError> {
         cgroup_root: cgroup2_mount().map_err(RestoreError::io("find cgroup2"))?,
         network_lock: Some(Path::new(NETWORK_LOCKS).join(&app.header.name)),
     };
-    let restored = restore(app, &store, &image.slots, &options, || Ok(()))?;
+    let restored = restore(app, Pages::new(&store, &image.slots), &options, || Ok(()))?;
     Ok(match restored.roots.first() {
         Some(first) if wait => wait_for_all(*first),
         _ => ExitCode::Done,

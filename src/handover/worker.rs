@@ -4,6 +4,7 @@
 use super::early::{NAME, timeout};
 use super::stage::{APPLICATION, open_application};
 use crate::bpf::features::cgroup2_mount;
+use crate::image::Pages;
 use crate::model::ids::Pid;
 use crate::restore::{self, RestoreError, RestoreOptions};
 use crate::sys::process::pidfd_open;
@@ -139,7 +140,7 @@ fn restore_one(index: usize) -> Result<(), String> {
         // The stage holds the lock itself, over all applications.
         network_lock: None,
     };
-    let restored = restore::restore(app, &store, &image.slots, &options, ask_stage);
+    let restored = restore::restore(app, Pages::new(&store, &image.slots), &options, ask_stage);
     let restored = restored.map_err(|e| e.to_string())?;
     tracing::debug!("{} runs, {:?}", app.header.name, restored.roots);
     Ok(())

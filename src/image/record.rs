@@ -37,7 +37,11 @@ impl RecordKind {
     /// Version of this kind's payload that is written.
     #[must_use]
     pub fn version(self) -> u16 {
-        1
+        match self {
+            // Version 1 had CRC-32s.
+            Self::Slots => 2,
+            _ => 1,
+        }
     }
 
     fn from_u16(value: u16) -> Option<Self> {

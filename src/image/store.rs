@@ -9,7 +9,7 @@ use nix::sys::stat::{Mode, fstat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -82,9 +82,8 @@ pub trait Store: Send + Sync {
     /// The carrier refuses or ends before.
     fn read_pages(&self, slot: u64, bytes: &mut [u8]) -> Result<(), StoreError>;
 
-    /// The descriptor that holds the page slots and the byte offset of slot 0
-    /// in it, so that a restored task can read its pages itself.
-    fn page_file(&self) -> (BorrowedFd<'_>, u64);
+    /// The byte offset of slot 0 on the carrier.
+    fn first_slot(&self) -> u64;
 
     /// Seals the image: `slots` page slots are in use, `metadata` describes them.
     ///
@@ -226,8 +225,8 @@ impl Store for DirectoryStore {
             .map_err(io_error("read", &self.path))
     }
 
-    fn page_file(&self) -> (BorrowedFd<'_>, u64) {
-        (self.pages.as_fd(), 0)
+    fn first_slot(&self) -> u64 {
+        0
     }
 
     fn commit(&mut self, metadata: &[u8], slots: u64) -> Result<(), StoreError> {
@@ -408,8 +407,8 @@ impl Store for RangeStore {
         self.read_at(bytes, (slot + 1) * PAGE_SIZE)
     }
 
-    fn page_file(&self) -> (BorrowedFd<'_>, u64) {
-        (self.file.as_fd(), PAGE_SIZE)
+    fn first_slot(&self) -> u64 {
+        PAGE_SIZE
     }
 
     fn commit(&mut self, metadata: &[u8], slots: u64) -> Result<(), StoreError> {

@@ -1,5 +1,5 @@
 //! An address space put back: the calls that unmap what the restorer left, map what the
-//! application had, fill it and protect it.
+//! application had, and protect it when it is filled.
 
 use super::RestoreError;
 use super::aio;
@@ -16,16 +16,13 @@ use std::ops::Range;
 /// The calls for one process, in three scripts, and bytes written in between from outside.
 #[derive(Debug, Default)]
 pub struct MemoryPlan {
-    /// Unmaps, maps and fills.
+    /// Unmaps and maps.
     pub build: Script,
-    /// (address, bytes) to write after `build`.
+    /// (address, bytes) to write when the pages of the image are there.
     pub pokes: Vec<(u64, Vec<u8>)>,
     /// Protects, locks, sets the bounds.
     pub seal: Script,
 }
-
-/// Longest read one call makes; the kernel cuts reads at 2 GiB.
-const READ_MAX: u64 = 1 << 30;
 
 /// One process's address space, about to be replaced.
 #[derive(Debug)]
@@ -40,8 +37,6 @@ pub struct Rebuild<'a> {
     pub pages: &'a [PageRun],
     /// Its descriptors.
     pub sources: &'a Sources,
-    /// Byte offset of page slot 0 in the page file.
-    pub slot_base: u64,
     /// rseq registration left by the restorer's C library.
     pub stale_rseq: Option<Rseq>,
 }
@@ -54,6 +49,11 @@ impl Rebuild<'_> {
     pub fn plan(&self, tape: &mut Tape) -> Result<MemoryPlan, RestoreError> {
         let mut plan = MemoryPlan::default();
         self.clear(&mut plan.build, tape.addr());
+        if self.process.thp_disable {
+            // Its memory must not be filled by huge pages either.
+            let option = u64::from(libc::PR_SET_THP_DISABLE.cast_unsigned());
+            plan.build.zero(libc::SYS_prctl, &[option, 1]);
+        }
         let vdso_move = self.layout.vdso_move(self.mm);
         self.move_vdso(&mut plan.build, vdso_move);
         for vma in &self.mm.vmas {
@@ -73,7 +73,6 @@ impl Rebuild<'_> {
             })?;
             plan.pokes.push((old.addr, code));
         }
-        self.fill(&mut plan.build)?;
         for vma in &self.mm.vmas {
             if let Backing::AioRing(ring) = &vma.backing
                 && ring.max_reqs.is_none()
@@ -219,23 +218,6 @@ impl Rebuild<'_> {
         }
     }
 
-    fn fill(&self, script: &mut Script) -> Result<(), RestoreError> {
-        let fd = self.sources.pages().ok_or(RestoreError::NoRoom)?;
-        for run in self.pages {
-            let (mut at, end) = (run.addr, run.addr + run.pages * PAGE_SIZE);
-            let mut offset = self.slot_base + run.slot * PAGE_SIZE;
-            while at < end {
-                let len = READ_MAX.min(end - at);
-                let args = [u64::from(fd.cast_unsigned()), at, len, offset];
-                let expect = Expect::Is(len.cast_signed());
-                script.add(libc::SYS_pread64, &args, expect);
-                at += len;
-                offset += len;
-            }
-        }
-        Ok(())
-    }
-
     fn protect(&self, script: &mut Script, vdso_move: VdsoMove) {
         for vma in &self.mm.vmas {
             let is_vdso = matches!(vma.backing, Backing::Vdso | Backing::Vvar);
@@ -366,7 +348,6 @@ mod tests {
             pages: &mm.pages,
             layout: &layout,
             sources: &sources,
-            slot_base: 4096,
             stale_rseq: None,
         };
         let plan = rebuild.plan(&mut tape).unwrap();
@@ -378,8 +359,6 @@ mod tests {
             of(&plan.build, libc::SYS_mmap)[0][..3],
             [0x10000, 0x10000, 3]
         );
-        let reads = of(&plan.build, libc::SYS_pread64);
-        assert_eq!(reads[0][1..4], [0x11000, 0x2000, 8 * 4096]);
         assert_eq!(of(&plan.build, libc::SYS_madvise)[0][2], 10);
         assert_eq!(
             of(&plan.seal, libc::SYS_mprotect)[0][..3],

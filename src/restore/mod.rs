@@ -3,7 +3,7 @@
 //! The caller forks a *restorer*: one thread, all signals quiet, in the application's cgroup
 //! and session. It opens every open file description, creates the processes with their PIDs
 //! (`tree`), and as their tracer has each replace its own address space by a tape of system
-//! calls (`tape`, `memory`), become many threads (`threads`, `creds`, `signals`) and go on
+//! calls (`tape`, `memory`), which its caller fills (`fill`), become many threads (`threads`, `creds`, `signals`) and go on
 //! (`resume`). Nothing here consults BPF or a running agent.
 
 mod aio;
@@ -11,6 +11,7 @@ mod cgroups;
 mod creds;
 mod error;
 pub mod files;
+mod fill;
 mod groups;
 mod huge;
 mod jobs;

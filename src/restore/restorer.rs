@@ -4,13 +4,14 @@ use super::RestoreError;
 use super::cgroups;
 use super::creds::Rights;
 use super::files;
+use super::fill;
 use super::groups;
 use super::huge;
 use super::layout::Layout;
 use super::message_queues;
 use super::pids;
 use super::semaphores;
-use super::sources::{PageFile, check_files};
+use super::sources::check_files;
 use super::supervisor::Supervisor;
 use super::sysv;
 use super::tape::Tape;
@@ -19,7 +20,7 @@ use super::tree::Births;
 use crate::bpf::netlock::NetLock;
 use crate::error::{ExitCode, HasExitCode};
 use crate::fault::Fault;
-use crate::image::{SlotSums, Store};
+use crate::image::Pages;
 use crate::model::frozen::{Application, Process};
 use crate::model::ids::Pid;
 use crate::model::plan::{self, Step};
@@ -58,16 +59,14 @@ pub struct Restored {
     pub roots: Vec<Pid>,
 }
 
-/// Restores `app`, whose pages are in `store` and have the checksums `sums`. To be called with
-/// a single thread. When all of it stands and nothing of it runs, `stands` is called; what that
+/// Restores `app`, whose pages are in `image`. To be called with a single thread. When all of it stands and nothing of it runs, `stands` is called; what that
 /// refuses does not run.
 ///
 /// # Errors
 /// The application cannot be restored; nothing of it is left running then.
 pub fn restore(
     app: &Application,
-    store: &dyn Store,
-    sums: &SlotSums,
+    image: Pages<'_>,
     options: &RestoreOptions,
     stands: impl FnOnce() -> Result<(), RestoreError>,
 ) -> Result<Restored, RestoreError> {
@@ -85,7 +84,7 @@ pub fn restore(
             &with_stand_ins
         },
         stand_ins: &stand_ins,
-        store,
+        image,
         options,
     };
     pids::check_free(task.app)?;
@@ -110,19 +109,27 @@ pub fn restore(
         }
         Fork::Parent(pid) => {
             drop((writer, gate));
-            // Other CPUs read the pages a second time while the restorer puts them back: that
-            // costs less time than before or after it, and nothing runs until all are right.
-            let mut allowed = sums.verify(app, store).map_err(RestoreError::from);
             let mut reader = File::from(reader);
-            let mut said = read_byte(&mut reader);
-            if said == Some(STANDS) {
-                allowed = allowed.and_then(|()| stands());
-                if allowed.is_ok() {
-                    let _ = File::from(opener).write_all(&[OPEN]);
+            let mut opener = Some(File::from(opener));
+            let mut allowed = Ok(());
+            let mut allow = |step: Result<(), RestoreError>| {
+                if let Some(opener) = &mut opener
+                    && step.is_ok()
+                {
+                    let _ = opener.write_all(&[OPEN]);
                 } else {
                     // One whose gate is closed ends.
-                    drop(opener);
+                    opener = None;
+                    allowed = step;
                 }
+            };
+            let mut said = read_byte(&mut reader);
+            if said == Some(MAPPED) {
+                allow(fill::fill(app, image));
+                said = read_byte(&mut reader);
+            }
+            if said == Some(STANDS) {
+                allow(stands());
                 said = read_byte(&mut reader);
             }
             let report = said.map(|code| (code, rest(reader)));
@@ -161,11 +168,14 @@ fn rest(mut pipe: File) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// What the restorer is told when the application may run.
+/// What the restorer is told when it may go on.
 const OPEN: u8 = b'o';
 
-/// What the restorer says when everything stands. Otherwise it says its exit code and, when
-/// that is not 0, why.
+/// What the restorer says when all memory is mapped and waits to be filled.
+const MAPPED: u8 = b'm';
+
+/// What the restorer says when everything stands and waits to run. Otherwise it says its exit code
+/// and, when that is not 0, why.
 const STANDS: u8 = b's';
 
 /// The restorer's side of what it and its caller tell each other.
@@ -175,9 +185,9 @@ struct Caller {
 }
 
 impl Caller {
-    /// Says that everything stands and waits until it may run.
-    fn await_leave(&mut self) -> Result<(), RestoreError> {
-        let told = self.report.write_all(&[STANDS]);
+    /// Says that `what` is so and waits until it may go on.
+    fn await_leave(&mut self, what: u8) -> Result<(), RestoreError> {
+        let told = self.report.write_all(&[what]);
         match told.ok().and_then(|()| read_byte(&mut self.gate)) {
             Some(OPEN) => Ok(()),
             _ => Err(RestoreError::Withheld),
@@ -192,7 +202,7 @@ struct Task<'a> {
     app: &'a Application,
     /// Processes that are needed only while groups are made.
     stand_ins: &'a [Process],
-    store: &'a dyn Store,
+    image: Pages<'a>,
     options: &'a RestoreOptions,
 }
 
@@ -242,19 +252,18 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
     let Task {
         app,
         stand_ins,
-        store,
+        image,
         options,
     } = *task;
     let steps = plan::processes(&app.processes)?;
     become_supervisor(app)?;
     let mut lock = open_lock(options)?;
-    let (page_file, slot_base) = store.page_file();
     // The clocks run from here on: timers armed after it may be late by them, never early.
     let clocks = RestoredClocks::start(&app.header.clocks)?;
-    sysv::create_all(app, store, &mut made.segments)?;
+    sysv::create_all(app, image, &mut made.segments)?;
     semaphores::create_all(app, &mut made.semaphores)?;
     message_queues::create_all(app, &mut made.message_queues)?;
-    let mut opened = files::open_all(app, store, &mut made.mqueues)?;
+    let mut opened = files::open_all(app, image, &mut made.mqueues)?;
     let departed = opened.take_departed();
     Fault::RestoreFiles.point_of(&app.header.name)?;
 
@@ -292,7 +301,6 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
         tapes: &tapes,
         files: &opened,
         restorer,
-        pages: PageFile::of(page_file).map_err(RestoreError::system("fcntl(F_GETFL)"))?,
         go_betweens,
     };
     births.create(&mut made.born)?;
@@ -304,7 +312,6 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
         app,
         layout: &layout,
         tapes,
-        slot_base,
         rights: Rights::own()?,
         clocks,
     };
@@ -316,11 +323,13 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
     supervisor.bury_all(&steps)?;
     supervisor.reap(stand_ins)?;
     supervisor.stop_jobs()?;
-    supervisor.rebuild_all()?;
+    let plans = supervisor.map_all()?;
+    caller.await_leave(MAPPED)?;
+    supervisor.rebuild_all(&plans)?;
     sysv::mark_destroyed(app)?;
     Fault::RestoreMemory.point_of(&app.header.name)?;
     supervisor.make_ready()?;
-    caller.await_leave()?;
+    caller.await_leave(STANDS)?;
     Fault::RestoreRelease.point_of(&app.header.name)?;
     // What a connection sends when it goes live must not be dropped: sent again, it would be
     // sent after a time-out.

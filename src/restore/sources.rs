@@ -7,21 +7,18 @@ use crate::model::frozen::{
 };
 use crate::model::ids::{Fd, OfdId, Pid};
 use crate::sys::pidfds::Pidfds;
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, stat};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 /// Something a descriptor is needed for while memory is put back.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Source {
-    /// The image's page slots.
-    Pages,
     /// Bytes held in memory, for reading or for writing too.
     Content(ContentId, bool),
     /// An io_uring instance.
@@ -30,27 +27,6 @@ enum Source {
     Exe,
     /// A mapped file, for reading or for writing too.
     File(Vec<u8>, bool),
-}
-
-/// The image's page slots in the restorer.
-#[derive(Clone, Copy, Debug)]
-pub struct PageFile {
-    fd: i32,
-    flags: OFlag,
-}
-
-impl PageFile {
-    /// Opened again for reading, it goes past the page cache if the store does.
-    ///
-    /// # Errors
-    /// fcntl(2) fails.
-    pub fn of(fd: BorrowedFd<'_>) -> Result<Self, Errno> {
-        let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-        Ok(Self {
-            fd: fd.as_raw_fd(),
-            flags: OFlag::O_RDONLY | (flags & OFlag::O_DIRECT),
-        })
-    }
 }
 
 /// The sources of one process and the numbers they get.
@@ -103,12 +79,6 @@ impl Sources {
         Some(self.base + i32::try_from(index).ok()?)
     }
 
-    /// Descriptor of the page slots.
-    #[must_use]
-    pub fn pages(&self) -> Option<i32> {
-        self.number(&Source::Pages)
-    }
-
     /// Descriptor of the program file.
     #[must_use]
     pub fn exe(&self) -> Option<i32> {
@@ -128,7 +98,7 @@ impl Sources {
         (self.base, self.base.saturating_add(len - 1))
     }
 
-    /// Opens what is reached through the restorer's own descriptors: page slots and contents.
+    /// Opens what is reached through the restorer's own descriptors.
     /// To be called by the process itself, with the machine's root directory, as
     /// [`Self::open_named`].
     ///
@@ -137,7 +107,6 @@ impl Sources {
     pub fn open_shared(
         &self,
         restorer: Pid,
-        pages: PageFile,
         content: impl Fn(ContentId) -> Option<i32>,
         description: impl Fn(OfdId) -> Option<i32>,
     ) -> Result<(), String> {
@@ -152,7 +121,6 @@ impl Sources {
                     self.settle(source, fd)?;
                     continue;
                 }
-                Source::Pages => (Some(pages.fd), pages.flags),
                 Source::Content(id, true) => (content(*id), OFlag::O_RDWR),
                 Source::Content(id, false) => (content(*id), OFlag::O_RDONLY),
                 Source::Exe | Source::File(..) => continue,
@@ -213,7 +181,7 @@ fn exe(app: &Application, process: &Process) -> Source {
 }
 
 fn list(app: &Application, process: &Process) -> Vec<Source> {
-    let mut list = vec![Source::Pages, exe(app, process)];
+    let mut list = vec![exe(app, process)];
     let vmas = app.mms.get(&process.mm).map_or(&[][..], |mm| &mm.vmas);
     list.extend(vmas.iter().filter_map(source));
     list.sort_unstable();
@@ -401,7 +369,7 @@ mod tests {
         };
         app.processes.push(sharer);
         let ranges = [0, 1].map(|at| Sources::of(&app, &app.processes[at]).range());
-        assert_eq!(ranges, [(0, 2), (3, 5)]);
+        assert_eq!(ranges, [(0, 1), (2, 3)]);
     }
 
     #[test]
@@ -410,7 +378,7 @@ mod tests {
         let vmas = &mut app.mms.get_mut(&MmId(1)).unwrap().vmas;
         vmas.push(vmas[0].clone());
         let sources = Sources::of(&app, &app.processes[0]);
-        assert_eq!(sources.range(), (0, 2));
+        assert_eq!(sources.range(), (0, 1));
         let vma = &app.mms[&MmId(1)].vmas[1];
         assert!(
             sources

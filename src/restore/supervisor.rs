@@ -2,7 +2,7 @@
 
 use super::creds::{Rights, option};
 use super::layout::Layout;
-use super::memory::Rebuild;
+use super::memory::{MemoryPlan, Rebuild};
 use super::resume::{self, Resumption, Timeout};
 use super::signals::{self, number};
 use super::sources::Sources;
@@ -27,8 +27,6 @@ pub struct Supervisor<'a> {
     pub layout: &'a Layout,
     /// A tape for each process.
     pub tapes: BTreeMap<Pid, Tape>,
-    /// Byte offset of page slot 0 in the page file.
-    pub slot_base: u64,
     /// What may be handed on.
     pub rights: Rights,
     /// The application's clocks.
@@ -37,7 +35,7 @@ pub struct Supervisor<'a> {
 
 type Result<T> = std::result::Result<T, RestoreError>;
 
-impl Supervisor<'_> {
+impl<'a> Supervisor<'a> {
     pub(super) fn tape(&mut self, pid: Pid) -> Result<&mut Tape> {
         self.tapes.get_mut(&pid).ok_or(RestoreError::NoRoom)
     }
@@ -107,21 +105,33 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Address spaces, signal actions and threads of all processes.
+    /// Has all processes map what they had; what is left to be done to their memory when its
+    /// pages are there.
     ///
     /// # Errors
     /// The kernel refuses a call.
-    pub fn rebuild_all(&mut self) -> Result<()> {
+    pub fn map_all(&mut self) -> Result<Vec<(&'a Process, MemoryPlan)>> {
         let app = self.app;
         let living: Vec<_> = self.living().map(|p| p.pid).collect();
-        for process in app.processes.iter().filter(|p| living.contains(&p.pid)) {
-            self.rebuild_memory(process)?;
+        let living = app.processes.iter().filter(|p| living.contains(&p.pid));
+        let plans = living.map(|process| Ok((process, self.map(process)?)));
+        plans.collect()
+    }
+
+    /// The rest of the address spaces, signal actions and threads of all processes.
+    ///
+    /// # Errors
+    /// The kernel refuses a call.
+    pub fn rebuild_all(&mut self, plans: &[(&Process, MemoryPlan)]) -> Result<()> {
+        let app = self.app;
+        for (process, plan) in plans {
+            self.finish_memory(process, plan)?;
             self.rebuild_process(process)?;
             self.rebuild_threads(process)?;
         }
         // Now that nobody closes anything any more: closing any descriptor of a file gives up
         // all POSIX locks of the table on it (fcntl_locking(2)).
-        for process in app.processes.iter().filter(|p| living.contains(&p.pid)) {
+        for (process, _) in plans {
             let tape = self.tape(process.pid)?;
             tape.clear_data();
             let mut script = Script::default();
@@ -131,7 +141,7 @@ impl Supervisor<'_> {
         Ok(())
     }
 
-    fn rebuild_memory(&mut self, process: &Process) -> Result<()> {
+    fn map(&mut self, process: &Process) -> Result<MemoryPlan> {
         let app = self.app;
         let pid = process.pid;
         let mm = app.mms.get(&process.mm).ok_or(RestoreError::NoRoom)?;
@@ -143,15 +153,21 @@ impl Supervisor<'_> {
             pages: &pages,
             layout: self.layout,
             sources: &Sources::of(app, process),
-            slot_base: self.slot_base,
             stale_rseq: ptrace::rseq_configuration(pid.leader())?,
         };
-        let sources = rebuild.sources;
-        let readable = sources.exe().ok_or(RestoreError::NoRoom)?;
         let tape = self.tape(pid)?;
         tape.clear_data();
         let plan = rebuild.plan(tape)?;
         self.run(pid, pid.leader(), &plan.build)?;
+        Ok(plan)
+    }
+
+    fn finish_memory(&mut self, process: &Process, plan: &MemoryPlan) -> Result<()> {
+        let app = self.app;
+        let pid = process.pid;
+        let mm = app.mms.get(&process.mm).ok_or(RestoreError::NoRoom)?;
+        let sources = &Sources::of(app, process);
+        let readable = sources.exe().ok_or(RestoreError::NoRoom)?;
         for (addr, bytes) in &plan.pokes {
             write_memory(pid, *addr, bytes)?;
         }
@@ -178,7 +194,6 @@ impl Supervisor<'_> {
             }
         };
         flag(libc::PR_SET_CHILD_SUBREAPER, process.child_subreaper);
-        flag(libc::PR_SET_THP_DISABLE, process.thp_disable);
         semaphores::values(&mut script, app, process);
         self.run(pid, pid.leader(), &script)?;
         let path = format!("/proc/{pid}/oom_score_adj");

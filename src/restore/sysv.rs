@@ -2,7 +2,7 @@
 
 use super::RestoreError;
 use super::files::content;
-use crate::image::Store;
+use crate::image::Pages;
 use crate::model::frozen::{Application, Content, ContentKind, Segment};
 use crate::sys::sysv::{Attached, create_segment, remove_segment, set_owner};
 use nix::errno::Errno;
@@ -29,7 +29,7 @@ fn refused(id: i32, call: &str) -> impl FnOnce(Errno) -> RestoreError + use<> {
 /// An id or key is in use, or the kernel refuses a step.
 pub fn create_all(
     app: &Application,
-    store: &dyn Store,
+    image: Pages<'_>,
     created: &mut Vec<i32>,
 ) -> Result<(), RestoreError> {
     for (content, segment) in all(app) {
@@ -40,7 +40,7 @@ pub fn create_all(
             set_owner(segment.id, content.uid, content.gid, content.mode)
                 .map_err(refused(segment.id, "shmctl(IPC_SET)"))?;
         }
-        fill(content, segment.id, left, store)?;
+        fill(content, segment.id, left, image)?;
     }
     Ok(())
 }
@@ -135,13 +135,13 @@ fn create(content: &Content, segment: &Segment) -> Result<(), RestoreError> {
     )
 }
 
-fn fill(content: &Content, id: i32, left: bool, store: &dyn Store) -> Result<(), RestoreError> {
+fn fill(content: &Content, id: i32, left: bool, image: Pages<'_>) -> Result<(), RestoreError> {
     let size = usize::try_from(content.size).unwrap_or(usize::MAX);
     let mut memory = Attached::new(id, size).map_err(refused(id, "shmat"))?;
     if left {
         memory.clear();
     }
-    content::read(content, store, |at, bytes| {
+    content::read(content, image, |at, bytes| {
         memory.write(usize::try_from(at).unwrap_or(usize::MAX), bytes);
         Ok(())
     })

@@ -6,7 +6,7 @@
 
 use super::RestoreError;
 use super::files::{self, OpenedFiles};
-use super::sources::{PageFile, Sources, os_path};
+use super::sources::{Sources, os_path};
 use super::tape::Tape;
 use crate::model::frozen::{Application, Process};
 use crate::model::ids::{Pid, Tid};
@@ -33,8 +33,6 @@ pub struct Births<'a> {
     pub files: &'a OpenedFiles,
     /// The restorer.
     pub restorer: Pid,
-    /// Descriptor of the page slots in the restorer.
-    pub pages: PageFile,
     /// A number that is not needed otherwise for the go-between of each orphan.
     pub go_betweens: BTreeMap<Pid, Pid>,
 }
@@ -254,7 +252,6 @@ impl Births<'_> {
         let sources = Sources::of(self.app, process);
         sources.open_shared(
             self.restorer,
-            self.pages,
             |id| self.files.content(id),
             |id| self.files.description(id),
         )?;

@@ -376,8 +376,17 @@ pub fn read_memory_exact(pid: Pid, addr: u64, buffer: &mut [u8]) -> Result<(), C
 /// # Errors
 /// `EFAULT`: some of it is not writable.
 pub fn write_memory(pid: Pid, addr: u64, bytes: &[u8]) -> Result<(), CallError> {
+    scatter_memory(pid, bytes, &[(addr, bytes.len())])
+}
+
+/// Writes `bytes` to memory of another process in pieces, (address, length) of each in their
+/// order (process_vm_writev(2)); writable mappings only. At most `IOV_MAX`, 1,024, pieces.
+///
+/// # Errors
+/// `EFAULT`: some of it is not writable, or there is no memory for it.
+pub fn scatter_memory(pid: Pid, bytes: &[u8], pieces: &[(u64, usize)]) -> Result<(), CallError> {
     use nix::sys::uio::process_vm_writev;
-    let remote = [remote_iov(addr, bytes.len())];
+    let remote: Vec<_> = pieces.iter().map(|p| remote_iov(p.0, p.1)).collect();
     let local = [io::IoSlice::new(bytes)];
     match process_vm_writev(nix::unistd::Pid::from_raw(pid.0), &local, &remote) {
         Ok(written) if written == bytes.len() => Ok(()),

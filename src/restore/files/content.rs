@@ -1,7 +1,7 @@
 //! Memfds, shared anonymous memory and deleted files: bytes that come from the image.
 
 use super::error::{FilesError, call, io_call};
-use crate::image::{Store, StoreError};
+use crate::image::{PART, Pages, StoreError, bytes};
 use crate::model::frozen::{Content, ContentKind, PAGE_SIZE};
 use crate::sys::huge::size_flag;
 use crate::sys::mapped::MappedFile;
@@ -16,14 +16,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes copied at once.
-const CHUNK_PAGES: u64 = 256;
-
 /// Makes the object and fills it; seals are set last.
 ///
 /// # Errors
 /// The kernel refuses a step, or the image cannot be read.
-pub fn make(content: &Content, store: &dyn Store) -> Result<OwnedFd, FilesError> {
+pub fn make(content: &Content, image: Pages<'_>) -> Result<OwnedFd, FilesError> {
     let object = name(content);
     let memfd = |name: &str, flags: MFdFlags| {
         let flags = flags | MFdFlags::MFD_CLOEXEC | huge_pages(content);
@@ -57,7 +54,7 @@ pub fn make(content: &Content, store: &dyn Store) -> Result<OwnedFd, FilesError>
     let size = i64::try_from(content.size).unwrap_or(i64::MAX);
     ftruncate(fd.as_fd(), size).map_err(call(&object, "ftruncate"))?;
     let file = File::from(fd);
-    fill(&object, &file, content, store)?;
+    fill(&object, &file, content, image)?;
     if let ContentKind::Memfd { seals, .. } = &content.kind {
         let seals = SealFlag::from_bits_retain(seals.cast_signed());
         fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))
@@ -85,16 +82,16 @@ fn name(content: &Content) -> String {
     }
 }
 
-fn fill(object: &str, file: &File, content: &Content, store: &dyn Store) -> Result<(), FilesError> {
+fn fill(object: &str, file: &File, content: &Content, image: Pages<'_>) -> Result<(), FilesError> {
     if content.huge_page > 0 && !content.pages.is_empty() {
         // write(2) is not for files on hugetlbfs.
         let mut mapped = allocate_huge(object, file, content)?;
-        return read(content, store, |at, bytes| {
+        return read(content, image, |at, bytes| {
             mapped.write(usize::try_from(at).unwrap_or(usize::MAX), bytes);
             Ok(())
         });
     }
-    read(content, store, |at, bytes| {
+    read(content, image, |at, bytes| {
         file.write_all_at(bytes, at)
             .map_err(io_call(object, "pwrite"))
     })
@@ -106,17 +103,17 @@ fn fill(object: &str, file: &File, content: &Content, store: &dyn Store) -> Resu
 /// The image cannot be read, or `put` fails.
 pub fn read<E: From<StoreError>>(
     content: &Content,
-    store: &dyn Store,
+    image: Pages<'_>,
     mut put: impl FnMut(u64, &[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut buffer = Vec::new();
     for run in &content.pages {
         let mut done = 0;
         while done < run.pages {
-            let pages = CHUNK_PAGES.min(run.pages - done);
-            let len = usize::try_from(pages * PAGE_SIZE).unwrap_or(usize::MAX);
+            let pages = PART.min(run.pages - done);
+            let len = bytes(pages);
             buffer.resize(len, 0);
-            store.read_pages(run.slot + done, &mut buffer)?;
+            image.read(run.slot + done, &mut buffer)?;
             let at = run.addr + done * PAGE_SIZE;
             // The last page may reach beyond the end of a file of odd length.
             let end = usize::try_from(content.size.saturating_sub(at)).unwrap_or(usize::MAX);

@@ -32,7 +32,7 @@ mod uring;
 pub use error::FilesError;
 pub(super) use mqueue::remove as remove_mqueues;
 
-use crate::image::Store;
+use crate::image::Pages;
 use crate::model::frozen::{
     Application, Content, ContentId, ContentKind, FdEntry, FileKind, FilesTable, OpenFile, Socket,
     SocketState, proc_owner,
@@ -103,7 +103,7 @@ impl OpenedFiles {
 /// What was created goes with the caller's descriptors and with these names; no packet was sent.
 pub fn open_all(
     app: &Application,
-    store: &dyn Store,
+    image: Pages<'_>,
     mqueues: &mut Vec<CString>,
 ) -> Result<OpenedFiles, FilesError> {
     let mut opened = OpenedFiles::default();
@@ -111,7 +111,7 @@ pub fn open_all(
     let is_file = |content: &Content| !matches!(content.kind, ContentKind::SysvShm(_));
     let programs = programs(app);
     for (&id, content) in app.contents.iter().filter(|(_, content)| is_file(content)) {
-        let mut fd = content::make(content, store)?;
+        let mut fd = content::make(content, image)?;
         if programs.contains(&id) {
             // What somebody may write to cannot be executed.
             fd = content::reopen(&fd, OFlag::O_RDONLY.bits().cast_unsigned(), 0)?;
