@@ -3,18 +3,17 @@
 use super::creds::{Rights, option};
 use super::layout::Layout;
 use super::memory::{MemoryPlan, Rebuild};
-use super::resume::{self, Resumption, Timeout};
 use super::signals::{self, number};
 use super::sources::Sources;
-use super::tape::{Call, Expect, Script, Tape};
+use super::tape::{Expect, Script, Tape};
 use super::time::RestoredClocks;
 use super::tree::{OPTIONS, lost};
 use super::{RestoreError, semaphores, threads};
-use crate::model::frozen::{Application, LockKind, Process, Registers, Thread};
+use crate::model::frozen::{Application, LockKind, Process, Thread};
 use crate::model::ids::{Pid, Tid};
 use crate::model::plan::Step;
 use crate::sys::process::{prlimit, write_memory};
-use crate::sys::ptrace::{self, EVENT_CLONE, Stop};
+use crate::sys::ptrace::{self, Options, Stop};
 use nix::libc;
 use std::collections::BTreeMap;
 
@@ -114,8 +113,16 @@ impl<'a> Supervisor<'a> {
         let app = self.app;
         let living: Vec<_> = self.living().map(|p| p.pid).collect();
         let living = app.processes.iter().filter(|p| living.contains(&p.pid));
-        let plans = living.map(|process| Ok((process, self.map(process)?)));
-        plans.collect()
+        let mut plans = Vec::new();
+        for process in living {
+            let plan = self.plan_memory(process)?;
+            self.begin(process.pid, process.pid.leader(), &plan.build)?;
+            plans.push((process, plan));
+        }
+        for (process, plan) in &plans {
+            self.complete(process.pid, process.pid.leader(), &plan.build)?;
+        }
+        Ok(plans)
     }
 
     /// The rest of the address spaces, signal actions and threads of all processes.
@@ -125,23 +132,56 @@ impl<'a> Supervisor<'a> {
     pub fn rebuild_all(&mut self, plans: &[(&Process, MemoryPlan)]) -> Result<()> {
         let app = self.app;
         for (process, plan) in plans {
-            self.finish_memory(process, plan)?;
-            self.rebuild_process(process)?;
-            self.rebuild_threads(process)?;
+            self.complete_memory(process, plan)?;
+            self.begin(process.pid, process.pid.leader(), &plan.seal)?;
+        }
+        for (process, plan) in plans {
+            self.complete(process.pid, process.pid.leader(), &plan.seal)?;
+        }
+        let processes: Vec<_> = plans.iter().map(|(process, _)| *process).collect();
+        self.run_all(&processes, |tape, process| actions(tape, app, process))?;
+        for process in &processes {
+            adjust(process)?;
+            self.install_filters(process)?;
+        }
+        self.clone_threads(&processes)?;
+        self.settle_all(&processes)?;
+        for process in &processes {
+            self.restore_timers(process)?;
+        }
+        self.run_all(&processes, last_calls)?;
+        for process in &processes {
+            for (resource, limit) in (0_u32..).zip(&process.rlimits) {
+                prlimit(process.pid, resource, Some(*limit))?;
+            }
         }
         // Now that nobody closes anything any more: closing any descriptor of a file gives up
         // all POSIX locks of the table on it (fcntl_locking(2)).
-        for (process, _) in plans {
-            let tape = self.tape(process.pid)?;
+        self.run_all(&processes, |tape, process| posix_locks(tape, app, process))
+    }
+
+    /// Has the leaders of all processes execute a script each.
+    pub(super) fn run_all(
+        &mut self,
+        processes: &[&Process],
+        write: impl Fn(&mut Tape, &Process) -> Result<Script>,
+    ) -> Result<()> {
+        let mut scripts = Vec::with_capacity(processes.len());
+        for process in processes {
+            let pid = process.pid;
+            let tape = self.tape(pid)?;
             tape.clear_data();
-            let mut script = Script::default();
-            posix_locks(&mut script, tape, app, process)?;
-            self.run(process.pid, process.pid.leader(), &script)?;
+            let script = write(tape, process)?;
+            self.begin(pid, pid.leader(), &script)?;
+            scripts.push((pid, script));
+        }
+        for (pid, script) in &scripts {
+            self.complete(*pid, pid.leader(), script)?;
         }
         Ok(())
     }
 
-    fn map(&mut self, process: &Process) -> Result<MemoryPlan> {
+    fn plan_memory(&mut self, process: &Process) -> Result<MemoryPlan> {
         let app = self.app;
         let pid = process.pid;
         let mm = app.mms.get(&process.mm).ok_or(RestoreError::NoRoom)?;
@@ -157,12 +197,11 @@ impl<'a> Supervisor<'a> {
         };
         let tape = self.tape(pid)?;
         tape.clear_data();
-        let plan = rebuild.plan(tape)?;
-        self.run(pid, pid.leader(), &plan.build)?;
-        Ok(plan)
+        rebuild.plan(tape)
     }
 
-    fn finish_memory(&mut self, process: &Process, plan: &MemoryPlan) -> Result<()> {
+    /// What is neither pages nor to be sealed.
+    fn complete_memory(&mut self, process: &Process, plan: &MemoryPlan) -> Result<()> {
         let app = self.app;
         let pid = process.pid;
         let mm = app.mms.get(&process.mm).ok_or(RestoreError::NoRoom)?;
@@ -172,72 +211,74 @@ impl<'a> Supervisor<'a> {
             write_memory(pid, *addr, bytes)?;
         }
         self.make_contexts(pid, mm, readable)?;
-        self.map_rings(pid, mm, sources)?;
-        self.run(pid, pid.leader(), &plan.seal)?;
-        Ok(())
+        self.map_rings(pid, mm, sources)
     }
 
-    fn rebuild_process(&mut self, process: &Process) -> Result<()> {
-        let app = self.app;
-        let pid = process.pid;
-        let tape = self.tape(pid)?;
-        tape.clear_data();
-        let mut script = Script::default();
-        signals::actions(&mut script, tape, process)?;
-        if process.personality != 0 {
-            let args = [process.personality.into()];
-            script.add(libc::SYS_personality, &args, Expect::Ok);
+    /// All threads but the leaders.
+    fn clone_threads(&mut self, processes: &[&Process]) -> Result<()> {
+        let several = processes.iter().filter(|p| p.threads.len() > 1);
+        let several: Vec<_> = several.copied().collect();
+        for process in &several {
+            // They are traced from birth for being cloned so. An event of each would stop the
+            // leader.
+            let mut options = OPTIONS.difference(Options::TRACE_CLONE);
+            options.set(Options::SUSPEND_SECCOMP, !process.seccomp.is_empty());
+            ptrace::set_options(process.pid.leader(), options)?;
         }
-        let mut flag = |option_: i32, set: bool| {
-            if set {
-                script.zero(libc::SYS_prctl, &[option(option_), 1]);
+        self.run_all(&several, threads::clone_all)?;
+        for process in several {
+            for thread in process.threads.iter().skip(1) {
+                match ptrace::wait_stop(thread.tid)? {
+                    Stop::Interrupted(_) => {}
+                    other => return Err(lost(process.pid, other, "")),
+                }
             }
-        };
-        flag(libc::PR_SET_CHILD_SUBREAPER, process.child_subreaper);
-        semaphores::values(&mut script, app, process);
-        self.run(pid, pid.leader(), &script)?;
-        let path = format!("/proc/{pid}/oom_score_adj");
-        std::fs::write(&path, process.oom_score_adj.to_string())
-            .map_err(RestoreError::io(format!("write {path}")))?;
-        let Some(filter) = process.coredump_filter else {
-            return Ok(());
-        };
-        let path = format!("/proc/{pid}/coredump_filter");
-        std::fs::write(&path, format!("{filter:#x}"))
-            .map_err(RestoreError::io(format!("write {path}")))
-    }
-
-    fn rebuild_threads(&mut self, process: &Process) -> Result<()> {
-        let pid = process.pid;
-        self.install_filters(process)?;
-        let tape = self.tape(pid)?;
-        tape.clear_data();
-        let mut script = Script::default();
-        threads::clone_all(&mut script, tape, process)?;
-        self.run_cloning(process, &script)?;
-        for thread in &process.threads {
-            let rights = self.rights;
-            let tape = self.tape(pid)?;
-            tape.clear_data();
-            let mut script = Script::default();
-            threads::settle(&mut script, tape, process, thread, rights)?;
-            self.run(pid, thread.tid, &script)?;
-        }
-        self.restore_timers(process)?;
-        let tape = self.tape(pid)?;
-        tape.clear_data();
-        let mut script = Script::default();
-        signals::queue(&mut script, tape, process, None, &process.pending)?;
-        // Changing ids resets it; 2 cannot be set, it comes with the change.
-        if process.dumpable < 2 {
-            let args = [option(libc::PR_SET_DUMPABLE), process.dumpable.into()];
-            script.zero(libc::SYS_prctl, &args);
-        }
-        self.run(pid, pid.leader(), &script)?;
-        for (resource, limit) in (0_u32..).zip(&process.rlimits) {
-            prlimit(pid, resource, Some(*limit))?;
         }
         Ok(())
+    }
+
+    /// What each thread has of its own.
+    fn settle_all(&mut self, processes: &[&Process]) -> Result<()> {
+        let mut begun = Vec::with_capacity(processes.len());
+        for process in processes {
+            let scripts = self.settlements(process, &process.threads)?;
+            self.begin_together(process.pid, &scripts)?;
+            begun.push(scripts);
+        }
+        for (process, mut scripts) in processes.iter().zip(begun) {
+            let mut left = &process.threads[..];
+            loop {
+                self.complete_together(process.pid, &scripts)?;
+                left = &left[scripts.len()..];
+                if left.is_empty() {
+                    break;
+                }
+                scripts = self.settlements(process, left)?;
+                self.begin_together(process.pid, &scripts)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The scripts of as many threads as the tape has room for, and of one at least.
+    fn settlements(&mut self, process: &Process, left: &[Thread]) -> Result<Vec<(Tid, Script)>> {
+        let rights = self.rights;
+        let tape = self.tape(process.pid)?;
+        tape.clear_data();
+        let (mut scripts, mut calls) = (Vec::new(), 0);
+        for thread in left {
+            let mut script = Script::default();
+            match threads::settle(&mut script, tape, process, thread, rights) {
+                Err(RestoreError::NoRoom) if !scripts.is_empty() => break,
+                settled => settled?,
+            }
+            calls += script.calls.len();
+            if calls > Tape::CAPACITY && !scripts.is_empty() {
+                break;
+            }
+            scripts.push((thread.tid, script));
+        }
+        Ok(scripts)
     }
 
     /// Filters of system calls, while there is one thread: those it clones share them, which
@@ -248,7 +289,7 @@ impl<'a> Supervisor<'a> {
         if process.seccomp.is_empty() {
             return Ok(());
         }
-        let options = OPTIONS.union(ptrace::Options::SUSPEND_SECCOMP);
+        let options = OPTIONS.union(Options::SUSPEND_SECCOMP);
         ptrace::set_options(pid.leader(), options)?;
         for filter in &process.seccomp {
             let tape = self.tape(pid)?;
@@ -287,180 +328,6 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    /// Executes a script on one stopped thread; its results.
-    pub(super) fn run(&mut self, pid: Pid, tid: Tid, script: &Script) -> Result<Vec<i64>> {
-        let mut results = Vec::with_capacity(script.calls.len());
-        for calls in script.calls.chunks(Tape::CAPACITY) {
-            self.start(pid, tid, 0, calls)?;
-            await_trap(pid, tid)?;
-            results.extend(self.finish(pid, tid, calls)?);
-        }
-        Ok(results)
-    }
-
-    fn start(&self, pid: Pid, tid: Tid, first: usize, calls: &[Call]) -> Result<()> {
-        let tape = self.tapes.get(&pid).ok_or(RestoreError::NoRoom)?;
-        tape.load(first, calls);
-        let regs = ptrace::registers(tid)?;
-        ptrace::set_registers(tid, &tape.registers(&regs, first, calls.len()))?;
-        ptrace::cont(tid, 0)?;
-        Ok(())
-    }
-
-    fn finish(&self, pid: Pid, tid: Tid, calls: &[Call]) -> Result<Vec<i64>> {
-        let tape = self.tapes.get(&pid).ok_or(RestoreError::NoRoom)?;
-        let results = tape.results(0, calls.len());
-        match Script::refused(calls, &results) {
-            None => Ok(results),
-            Some(refusal) => Err(RestoreError::Refused {
-                pid,
-                tid,
-                refusal: Box::new(refusal),
-            }),
-        }
-    }
-
-    /// Executes the leader's script of clones: each makes it stop, and a new thread stop.
-    fn run_cloning(&mut self, process: &Process, script: &Script) -> Result<()> {
-        let pid = process.pid;
-        let leader = pid.leader();
-        let is_new = |tid: Tid| process.threads.iter().skip(1).any(|t| t.tid == tid);
-        let mut missing = process.threads.len() - 1;
-        for calls in script.calls.chunks(Tape::CAPACITY) {
-            self.start(pid, leader, 0, calls)?;
-            loop {
-                match ptrace::wait_any()? {
-                    (tid, Stop::Event(EVENT_CLONE)) if tid == leader => ptrace::cont(tid, 0)?,
-                    (tid, Stop::Signal(libc::SIGTRAP)) if tid == leader => break,
-                    (tid, Stop::Interrupted(_)) if is_new(tid) => missing -= 1,
-                    (_, other) => return Err(lost(pid, other, "")),
-                }
-            }
-            self.finish(pid, leader, calls)?;
-        }
-        while missing > 0 {
-            match ptrace::wait_any()? {
-                (tid, Stop::Interrupted(_)) if is_new(tid) => missing -= 1,
-                (_, other) => return Err(lost(pid, other, "")),
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives every thread the state it goes on with. After this nothing but [`Self::release`]
-    /// may be done to it.
-    ///
-    /// # Errors
-    /// The kernel refuses a call.
-    pub fn make_ready(&mut self) -> Result<()> {
-        let app = self.app;
-        let living: Vec<_> = self.living().map(|p| p.pid).collect();
-        for process in app.processes.iter().filter(|p| living.contains(&p.pid)) {
-            let mut ready = Vec::with_capacity(process.threads.len());
-            for thread in &process.threads {
-                ready.push(self.primed(process.pid, thread)?);
-            }
-            self.drop_tape(process)?;
-            for (thread, regs) in process.threads.iter().zip(&ready) {
-                put_registers(thread, regs)?;
-            }
-            // A running tape clears it: the last thing before the thread runs.
-            for rseq in process.threads.iter().filter_map(|t| t.rseq) {
-                if rseq.cs != 0 {
-                    const RSEQ_CS_OFFSET: u64 = 8;
-                    let addr = rseq.addr + RSEQ_CS_OFFSET;
-                    write_memory(process.pid, addr, &rseq.cs.to_le_bytes())?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Issues a call that was sleeping with a timeout, so that the kernel holds its restart
-    /// block again; the registers the thread goes on with.
-    fn primed(&mut self, pid: Pid, thread: &Thread) -> Result<Registers> {
-        let now = self.clocks.now()?;
-        let (mut call, timeout) = match resume::resumption(thread, now) {
-            Resumption::Registers(regs) => return Ok(regs),
-            Resumption::Prime { call, timeout } => (call, timeout),
-        };
-        if let Timeout::Timespec { index, nanos } = timeout {
-            let tape = self.tape(pid)?;
-            tape.clear_data();
-            let words = [nanos / 1_000_000_000, nanos % 1_000_000_000];
-            call.args[index] = signals::words_to(tape, &words)?;
-        }
-        let tid = thread.tid;
-        let tape = self.tapes.get(&pid).ok_or(RestoreError::NoRoom)?;
-        tape.load(0, &[call]);
-        let regs = ptrace::registers(tid)?;
-        ptrace::set_registers(tid, &tape.registers(&regs, 0, 1))?;
-        ptrace::run_to_syscall(tid)?;
-        match ptrace::wait_stop(tid)? {
-            Stop::Syscall => {}
-            other => return Err(lost(pid, other, "")),
-        }
-        // Asked to stop at its entry, the call finds a signal pending as soon as it would
-        // sleep: no need to wait until it does.
-        ptrace::interrupt(tid)?;
-        ptrace::cont(tid, 0)?;
-        match ptrace::wait_stop(tid)? {
-            Stop::Interrupted(_) => {}
-            other => return Err(lost(pid, other, "")),
-        }
-        let result = ptrace::registers(tid)?.rax.cast_signed();
-        Ok(resume::after_priming(&thread.regs, result))
-    }
-
-    /// The leader's last calls: timers start to run, `SIGTRAP` gets its action, the tape goes.
-    /// No `int3` any more from here on, so it is followed from one system call to the next.
-    fn drop_tape(&mut self, process: &Process) -> Result<()> {
-        let pid = process.pid;
-        let tid = pid.leader();
-        let elapsed = self.clocks.elapsed()?;
-        let tape = self.tape(pid)?;
-        tape.clear_data();
-        let mut script = Script::default();
-        signals::arm(&mut script, tape, process, elapsed)?;
-        self.run(pid, tid, &script)?;
-        let tape = self.tape(pid)?;
-        let mut script = Script::default();
-        signals::trap_action(&mut script, tape, process)?;
-        let addr = tape.addr();
-        script.zero(libc::SYS_munmap, &[addr, Tape::LEN as u64]);
-        tape.load(0, &script.calls);
-        let regs = ptrace::registers(tid)?;
-        ptrace::set_registers(tid, &tape.registers(&regs, 0, script.calls.len()))?;
-        for call in &script.calls {
-            for _ in ["entry", "exit"] {
-                ptrace::run_to_syscall(tid)?;
-                match ptrace::wait_stop(tid)? {
-                    Stop::Syscall => {}
-                    other => return Err(lost(pid, other, "")),
-                }
-            }
-            let result = ptrace::registers(tid)?.rax.cast_signed();
-            if result != 0 {
-                let refusal = super::tape::Refusal {
-                    call: *call,
-                    result,
-                };
-                return Err(RestoreError::Refused {
-                    pid,
-                    tid,
-                    refusal: Box::new(refusal),
-                });
-            }
-        }
-        // From a system call stop the kernel would not restart what the saved registers say.
-        ptrace::interrupt(tid)?;
-        ptrace::cont(tid, 0)?;
-        match ptrace::wait_stop(tid)? {
-            Stop::Interrupted(_) => Ok(()),
-            other => Err(lost(pid, other, "")),
-        }
-    }
-
     /// Lets all threads run.
     ///
     /// # Errors
@@ -475,13 +342,50 @@ impl<'a> Supervisor<'a> {
     }
 }
 
-/// Adds the calls that take the process's POSIX locks.
-fn posix_locks(
-    script: &mut Script,
-    tape: &mut Tape,
-    app: &Application,
-    process: &Process,
-) -> Result<()> {
+/// Signal actions and what the process alone may say of itself.
+fn actions(tape: &mut Tape, app: &Application, process: &Process) -> Result<Script> {
+    let mut script = Script::default();
+    signals::actions(&mut script, tape, process)?;
+    if process.personality != 0 {
+        let args = [process.personality.into()];
+        script.add(libc::SYS_personality, &args, Expect::Ok);
+    }
+    if process.child_subreaper {
+        script.zero(libc::SYS_prctl, &[option(libc::PR_SET_CHILD_SUBREAPER), 1]);
+    }
+    semaphores::values(&mut script, app, process);
+    Ok(script)
+}
+
+/// What is said of a process through procfs.
+fn adjust(process: &Process) -> Result<()> {
+    let pid = process.pid;
+    let write = |file: &str, value: String| {
+        let path = format!("/proc/{pid}/{file}");
+        std::fs::write(&path, value).map_err(RestoreError::io(format!("write {path}")))
+    };
+    write("oom_score_adj", process.oom_score_adj.to_string())?;
+    match process.coredump_filter {
+        None => Ok(()),
+        Some(filter) => write("coredump_filter", format!("{filter:#x}")),
+    }
+}
+
+/// The last calls before the process's limits apply.
+fn last_calls(tape: &mut Tape, process: &Process) -> Result<Script> {
+    let mut script = Script::default();
+    signals::queue(&mut script, tape, process, None, &process.pending)?;
+    // Changing ids resets it; 2 cannot be set, it comes with the change.
+    if process.dumpable < 2 {
+        let args = [option(libc::PR_SET_DUMPABLE), process.dumpable.into()];
+        script.zero(libc::SYS_prctl, &args);
+    }
+    Ok(script)
+}
+
+/// The calls that take the process's POSIX locks.
+fn posix_locks(tape: &mut Tape, app: &Application, process: &Process) -> Result<Script> {
+    let mut script = Script::default();
     let table = app.files.get(&process.files).map_or(&[][..], |t| &t.fds);
     for entry in table {
         let locks = app.ofds.get(&entry.ofd).map_or(&[][..], |o| &o.locks);
@@ -501,27 +405,5 @@ fn posix_locks(
             script.zero(libc::SYS_fcntl, &args);
         }
     }
-    Ok(())
-}
-
-fn await_trap(pid: Pid, tid: Tid) -> Result<()> {
-    match ptrace::wait_stop(tid)? {
-        Stop::Signal(libc::SIGTRAP) => Ok(()),
-        other => Err(lost(pid, other, "")),
-    }
-}
-
-fn put_registers(thread: &Thread, regs: &Registers) -> Result<()> {
-    let tid = thread.tid;
-    if !thread.xstate.is_empty() {
-        let current = ptrace::xstate(tid)?;
-        let (state, lost) = resume::fit_xstate(&thread.xstate, &current);
-        if lost != 0 {
-            tracing::warn!(%tid, "This CPU lacks extended register sets {lost:#x}; they are lost");
-        }
-        ptrace::set_xstate(tid, &state)?;
-    }
-    ptrace::set_registers(tid, regs)?;
-    ptrace::set_sigmask(tid, thread.sigmask)?;
-    Ok(())
+    Ok(script)
 }

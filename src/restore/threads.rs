@@ -14,6 +14,7 @@ const CLONE_FLAGS: i32 = libc::CLONE_VM
     | libc::CLONE_FILES
     | libc::CLONE_SIGHAND
     | libc::CLONE_THREAD
+    | libc::CLONE_PTRACE
     | libc::CLONE_SYSVSEM;
 
 /// The calls of the leader that create all other threads, with their TIDs. A new thread stops
@@ -21,11 +22,8 @@ const CLONE_FLAGS: i32 = libc::CLONE_VM
 ///
 /// # Errors
 /// The tape has no room for the data.
-pub fn clone_all(
-    script: &mut Script,
-    tape: &mut Tape,
-    process: &Process,
-) -> Result<(), RestoreError> {
+pub fn clone_all(tape: &mut Tape, process: &Process) -> Result<Script, RestoreError> {
+    let mut script = Script::default();
     for thread in process.threads.iter().skip(1) {
         let mut flags = option(CLONE_FLAGS);
         if thread.clear_child_tid != 0 {
@@ -41,7 +39,7 @@ pub fn clone_all(
         let expect = Expect::Is(thread.tid.0.into());
         script.add(libc::SYS_clone3, &[addr, size_of_val(&args) as u64], expect);
     }
-    Ok(())
+    Ok(script)
 }
 
 /// The call that installs a filter of system calls.
@@ -168,8 +166,7 @@ mod tests {
             })
             .to_vec();
         let mut tape = Tape::new(0x2900_0000_0000).unwrap();
-        let mut script = Script::default();
-        clone_all(&mut script, &mut tape, &process).unwrap();
+        let script = clone_all(&mut tape, &process).unwrap();
         let expected: Vec<_> = script.calls.iter().map(|c| c.expect).collect();
         assert_eq!(expected, [Expect::Is(41), Expect::Is(43)]);
     }
