@@ -282,6 +282,8 @@ impl Engine {
     fn settle(&mut self) {
         self.note_misses();
         if self.hooks.set == HookSet::Fallback {
+            // One that is under way may have read them before what is not told of.
+            self.finish_reading();
             self.suspect_unseen();
         }
         for _ in 0..SETTLE_ROUNDS {

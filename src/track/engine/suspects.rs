@@ -137,7 +137,8 @@ impl Engine {
 
     /// No tracepoint tells that a watch went with what it watched, or after its one event,
     /// nor that a socket was bound because it sent, nor that who is not tracked shut or closed
-    /// the other end of a Unix connection.
+    /// the other end of a Unix connection. Whether that end is tracked its address does not tell
+    /// for sure: it may be one's that was tracked before.
     pub(super) fn suspect_unseen(&mut self) {
         let inotifies = self.state.inotifies.iter();
         let watching = inotifies.filter(|(_, inotify)| !inotify.watches.is_empty());
@@ -145,10 +146,9 @@ impl Engine {
         let sockets = self.state.sockets.iter();
         let unbound = sockets
             .filter(|(_, socket)| socket.info.local_port == 0 && socket.info.name.is_empty());
-        let unknown = |peer| !self.state.sockets.contains_key(&peer);
         let sockets = self.state.sockets.iter();
-        let led_out = sockets.filter(|(_, socket)| socket.info.peer.is_some_and(unknown));
-        let sockets = unbound.chain(led_out);
+        let connected = sockets.filter(|(_, socket)| socket.info.peer.is_some());
+        let sockets = unbound.chain(connected);
         let sockets = sockets.map(|(id, _)| Object::Socket(*id));
         for object in watching.chain(sockets).collect::<Vec<_>>() {
             self.state.suspect(object);
