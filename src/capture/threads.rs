@@ -9,6 +9,7 @@ use crate::model::ids::{Pid, Tid};
 use crate::sys::process::{CallError, read_memory_exact};
 use crate::sys::ptrace::{self, Options, Stop};
 use nix::errno::Errno;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// Of `task_struct.__state` (include/linux/sched.h): "D" to /proc.
@@ -35,6 +36,8 @@ pub struct Tracees {
     seized: Vec<Tid>,
     /// In the order of the records given.
     pub threads: Vec<Stopped>,
+    /// Where each is among them.
+    places: HashMap<Tid, usize>,
     untouched: bool,
 }
 
@@ -101,6 +104,7 @@ impl Tracees {
                 found => found?,
             };
             let (syscall, regs) = restart::classify(&found, rec, now, signalled);
+            this.places.insert(tid, this.threads.len());
             this.threads.push(Stopped {
                 tid,
                 pid: Pid(rec.tgid.cast_signed()),
@@ -118,12 +122,12 @@ impl Tracees {
         deadline: Instant,
         limit: Duration,
     ) -> Result<(), CheckpointError> {
-        let mut pending = self.seized.clone();
-        loop {
-            let mut left = Vec::new();
-            for tid in pending {
+        // One after another: all will have stopped when the last one has, and each that reports
+        // wakes us.
+        for &tid in &self.seized {
+            loop {
                 match ptrace::poll_stop(tid)? {
-                    None => left.push(tid),
+                    None => {}
                     Some(Stop::Exited(_) | Stop::Killed(_)) => {
                         return Err(CallError {
                             call: "ptrace(INTERRUPT)",
@@ -132,36 +136,34 @@ impl Tracees {
                         }
                         .into());
                     }
-                    Some(_) => {}
+                    Some(_) => break,
+                }
+                // A request to abort waits until all have stopped: one that is let go before
+                // could not have its call repaired.
+                let rest = deadline.saturating_duration_since(Instant::now());
+                if rest.is_zero() {
+                    return Err(CheckpointError::Deadline {
+                        task: format!("Thread {tid}"),
+                        limit,
+                        hint: "it is in vfork(2) or waits for a device: try again later",
+                    });
+                }
+                // SIGCHLD wakes us; should another thread of tracker have taken it, look again.
+                let pause = rest.min(Duration::from_millis(20));
+                match wakeups {
+                    Some(wakeups) => wakeups.wait_for_child(pause)?,
+                    None => std::thread::sleep(pause.min(Duration::from_millis(1))),
                 }
             }
-            let Some(first) = left.first() else {
-                return Ok(());
-            };
-            // A request to abort waits until all have stopped: one that is let go before could
-            // not have its call repaired.
-            let rest = deadline.saturating_duration_since(Instant::now());
-            if rest.is_zero() {
-                return Err(CheckpointError::Deadline {
-                    task: format!("Thread {first}"),
-                    limit,
-                    hint: "it is in vfork(2) or waits for a device: try again later",
-                });
-            }
-            // SIGCHLD wakes us; should another thread of tracker have taken it, look again.
-            let pause = rest.min(Duration::from_millis(20));
-            match wakeups {
-                Some(wakeups) => wakeups.wait_for_child(pause)?,
-                None => std::thread::sleep(pause.min(Duration::from_millis(1))),
-            }
-            pending = left;
         }
+        Ok(())
     }
 
     /// The registers of one thread.
     #[must_use]
     pub fn of(&self, tid: Tid) -> Option<&Stopped> {
-        self.threads.iter().find(|thread| thread.tid == tid)
+        let at = self.places.get(&tid)?;
+        self.threads.get(*at)
     }
 
     /// Lets go without undoing anything: the threads are about to be killed.
