@@ -3,8 +3,9 @@
 //! The caller forks a *restorer*: one thread, all signals quiet, in the application's cgroup
 //! and session. It opens every open file description, creates the processes with their PIDs
 //! (`tree`), and as their tracer has each replace its own address space by a tape of system
-//! calls (`tape`, `memory`), which its caller fills (`fill`), become many threads (`threads`, `creds`, `signals`) and go on
-//! (`resume`). Nothing here consults BPF or a running agent.
+//! calls (`tape`, `memory`, `execute`), which the caller fills (`fill`), become many threads
+//! (`threads`, `creds`, `signals`) and go on (`ready`, `resume`). Nothing here consults BPF or a
+//! running agent.
 
 mod aio;
 mod cgroups;

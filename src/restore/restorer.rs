@@ -59,8 +59,8 @@ pub struct Restored {
     pub roots: Vec<Pid>,
 }
 
-/// Restores `app`, whose pages are in `image`. To be called with a single thread. When all of it stands and nothing of it runs, `stands` is called; what that
-/// refuses does not run.
+/// Restores `app`, whose pages are in `image`. To be called with a single thread. When all of it
+/// stands and nothing of it runs, `stands` is called; what that refuses does not run.
 ///
 /// # Errors
 /// The application cannot be restored; nothing of it is left running then.
