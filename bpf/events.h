@@ -48,6 +48,7 @@ enum rec_kind {
 	REC_PRESSURE = 22,
 	REC_MQUEUE = 23,
 	REC_MQUEUE_DATA = 24,
+	REC_SEM_UNDO = 25,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -63,6 +64,7 @@ enum iter_want {
 	WANT_AIO = 256,
 	WANT_MEMBERS = 512,
 	WANT_MQUEUE_DATA = 1024, /* and nothing else */
+	WANT_SEM_UNDO = 2048,
 };
 
 /* What every record starts with; size counts the header itself. */
@@ -117,7 +119,7 @@ enum thread_flag {
 	THREAD_WORKING = 4, /* an io_uring worker with a request at hand */
 	THREAD_FROZEN = 8,  /* stopped by the cgroup freezer */
 	THREAD_PTRACED = 16,
-	THREAD_SEM_UNDO = 32,         /* has System V semaphore operations to undo when it ends */
+	THREAD_SEM_UNDO = 32,         /* has operations to undo that its leader has not */
 	THREAD_SECCOMP_LISTENER = 64, /* a supervisor listens to one of its filters */
 };
 
@@ -284,6 +286,20 @@ struct mm_rec {
 	__u64 auxv[TRK_AUXV_WORDS];
 };
 TRK_ASSERT_SIZE(struct mm_rec, 680);
+
+/* What is added to semaphores of a set when a process ends, see semop(2). */
+#define TRK_SEM_ADJUSTMENTS 256
+struct sem_undo_rec {
+	struct rec_hdr hdr;
+	__u64 list; /* struct sem_undo_list; whose sharers end last add it */
+	__u32 tgid;
+	__s32 semid;  /* -1: the set is gone */
+	__u32 failed; /* adjust could not be read */
+	__u32 pad;
+	__s16 adjust[TRK_SEM_ADJUSTMENTS]; /* of the first semaphores; more than there are, if few
+					    */
+};
+TRK_ASSERT_SIZE(struct sem_undo_rec, 544);
 
 /* An AIO context, io_setup(2). */
 struct aio_rec {

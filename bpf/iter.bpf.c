@@ -4,8 +4,8 @@
  * descriptors, mappings. They need no agent and change nothing. User space chooses
  * by the variables below what a pass reports; records travel through the iterator's
  * own seq_file, except those of which one object can have more than fit its 32 KiB
- * buffer (epoll items, watches, timers, AIO contexts, locks, bytes of
- * terminals, messages): they go to the side ring.
+ * buffer (epoll items, watches, timers, AIO contexts, adjustments of semaphores, locks,
+ * bytes of terminals, messages): they go to the side ring.
  */
 #include "common.bpf.h"
 
@@ -13,6 +13,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
 #include "iter_vars.bpf.h"
 #include "iter_aio.bpf.h"
+#include "iter_sem.bpf.h"
 #include "iter_uring.bpf.h"
 #include "iter_pressure.bpf.h"
 #include "iter_task.bpf.h"

@@ -114,18 +114,6 @@ static __always_inline void fill_namespaces(struct thread_rec *r, struct nsproxy
 	r->cgroup_ns = ns ? BPF_CORE_READ(ns, cgroup_ns, ns.inum) : 0;
 }
 
-/* A list that is its own next is empty. */
-static __always_inline bool has_undo(struct task_struct *task)
-{
-	struct sem_undo_list *list;
-
-	if (!bpf_core_field_exists(task->sysvsem))
-		return false;
-	list = BPF_CORE_READ(task, sysvsem.undo_list);
-	return list && (u64)BPF_CORE_READ(list, list_proc.next) !=
-			       (u64)list + bpf_core_field_offset(struct sem_undo_list, list_proc);
-}
-
 /* After the flags. With more filters than are looked through, one may have a listener. */
 static __always_inline void fill_seccomp(struct thread_rec *r, struct task_struct *task)
 {
@@ -186,7 +174,7 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 		r->flags |= THREAD_FROZEN;
 	if (task->atomic_flags & PFA_NO_NEW_PRIVS)
 		r->flags |= THREAD_NO_NEW_PRIVS;
-	if (has_undo(task))
+	if (has_own_undo(task))
 		r->flags |= THREAD_SEM_UNDO;
 	r->state = task->__state;
 	r->exit_state = task->exit_state;
@@ -475,5 +463,7 @@ int iter_tasks(struct bpf_iter__task *ctx)
 		emit_timers(task, signal);
 	if ((want & WANT_AIO) && mm)
 		emit_aio(task, mm);
+	if (want & WANT_SEM_UNDO)
+		emit_undos(task);
 	return 0;
 }

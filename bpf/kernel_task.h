@@ -33,6 +33,16 @@ struct cpu_itimer {
 struct sem_undo_list {
 	struct list_head list_proc;
 };
+struct sem_undo {
+	struct list_head list_proc;
+	int semid;
+	short *semadj;
+};
+/* since 6.11 */
+struct sem_undo___array {
+	int semid;
+	short semadj[];
+};
 struct sysv_sem {
 	struct sem_undo_list *undo_list;
 };

@@ -2,8 +2,9 @@
 
 use super::events::{
     AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, MqueueDataRec, MqueueRec,
-    PidfdRec, PipeRec, PressureRec, ProcessFlag, ProcessRec, RecKind, SigactionsRec, SignalfdRec,
-    SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec, WatchRec,
+    PidfdRec, PipeRec, PressureRec, ProcessFlag, ProcessRec, RecKind, SemUndoRec, SigactionsRec,
+    SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec,
+    WatchRec,
 };
 use super::record::{Malformed, Raw, c_text};
 
@@ -22,6 +23,8 @@ pub struct Tasks {
     pub timers: Vec<TimerRec>,
     /// Every AIO context.
     pub aio: Vec<AioRec>,
+    /// What is undone of System V semaphore operations when a process ends.
+    pub sem_undos: Vec<SemUndoRec>,
 }
 
 /// An open descriptor.

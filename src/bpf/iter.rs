@@ -23,8 +23,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
-        AIO, EPOLL, FINGERPRINTS, LOCKS, MEMBERS, MQUEUE_DATA, SIGACTIONS, TASKS, TIMERS, TTY_DATA,
-        WATCHES,
+        AIO, EPOLL, FINGERPRINTS, LOCKS, MEMBERS, MQUEUE_DATA, SEM_UNDO, SIGACTIONS, TASKS, TIMERS,
+        TTY_DATA, WATCHES,
     };
 }
 
@@ -184,7 +184,7 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn tasks(&mut self, scope: Scope) -> Result<Tasks, ReadError> {
-        let want = want::TASKS | want::SIGACTIONS | want::TIMERS | want::AIO;
+        let want = want::TASKS | want::SIGACTIONS | want::TIMERS | want::AIO | want::SEM_UNDO;
         self.read_tasks(scope, want)
     }
 
@@ -302,6 +302,7 @@ impl Iterators {
             let raw = raw?;
             match raw.kind {
                 RecKind::AIO => found.aio.push(raw.decode()?),
+                RecKind::SEM_UNDO => found.sem_undos.push(raw.decode()?),
                 _ => found.timers.push(raw.decode()?),
             }
         }

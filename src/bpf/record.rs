@@ -49,6 +49,7 @@ impl_record! {
     events::PressureRec => RecKind::PRESSURE,
     events::MqueueRec => RecKind::MQUEUE,
     events::MqueueDataRec => RecKind::MQUEUE_DATA,
+    events::SemUndoRec => RecKind::SEM_UNDO,
 }
 
 /// A record whose bytes do not fit its kind.

@@ -1,11 +1,12 @@
-//! System V semaphore sets: those that a process of the application used last.
+//! System V semaphore sets: those that a process of the application used last, or that change
+//! when one ends.
 //!
 //! The namespace is the machine's and a set belongs to nobody; who did the last operation on
 //! each semaphore is all that tells whose it is.
 
 use super::error::CheckpointError;
 use super::sysv::table;
-use crate::bpf::events::{ThreadFlag, ThreadRec};
+use crate::bpf::events::{SemUndoRec, ThreadFlag, ThreadRec};
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{Blocker, SemaphoreSet};
 use crate::model::ids::Pid;
@@ -16,27 +17,17 @@ use std::path::Path;
 
 /// What cannot be carried of these sets, which the application uses.
 pub fn blockers(tasks: &Tasks, sets: &[SemaphoreSet]) -> Vec<Blocker> {
-    let undo = |rec: &&ThreadRec| rec.flags & ThreadFlag::SEM_UNDO != 0;
-    let mut pids: Vec<u32> = tasks.threads.iter().filter(undo).map(|t| t.tgid).collect();
-    pids.dedup();
-    let mut found: Vec<Blocker> = pids
-        .into_iter()
-        .map(|pid| Blocker {
-            pid: Pid(pid.cast_signed()),
-            fd: None,
-            object: "System V semaphore adjustments".to_owned(),
-            reason: "operations with SEM_UNDO are not carried yet; stop the process first"
-                .to_owned(),
-        })
-        .collect();
+    let mut found = adjustments_not_carried(tasks, sets);
     let inside = inside(tasks);
     for set in sets {
         let outside = set.semaphores.iter().map(|(_, pid)| *pid).find(|pid| {
             pid.0 > 0 && !inside.contains(pid) && Path::new(&format!("/proc/{pid}")).exists()
         });
-        let user = set.semaphores.iter().find(|(_, pid)| inside.contains(pid));
-        found.extend(outside.zip(user).map(|(outside, (_, user))| Blocker {
-            pid: *user,
+        let last = set.semaphores.iter().map(|(_, pid)| *pid);
+        let adjusting = set.adjustments.iter().map(|(pid, ..)| *pid);
+        let user = last.chain(adjusting).find(|pid| inside.contains(pid));
+        found.extend(outside.zip(user).map(|(outside, user)| Blocker {
+            pid: user,
             fd: None,
             object: format!("System V semaphore set {}", set.id),
             reason: format!(
@@ -46,6 +37,58 @@ pub fn blockers(tasks: &Tasks, sets: &[SemaphoreSet]) -> Vec<Blocker> {
         }));
     }
     found
+}
+
+/// What is undone at an end that is not a process's own.
+fn adjustments_not_carried(tasks: &Tasks, sets: &[SemaphoreSet]) -> Vec<Blocker> {
+    let blocker = |tgid: u32, reason: &str| Blocker {
+        pid: Pid(tgid.cast_signed()),
+        fd: None,
+        object: "System V semaphore adjustments".to_owned(),
+        reason: format!("{reason} (SEM_UNDO), which is not carried; stop the process first"),
+    };
+    let of_thread = |rec: &&ThreadRec| rec.flags & ThreadFlag::SEM_UNDO != 0;
+    let threads = tasks.threads.iter().filter(of_thread);
+    let threads = threads.map(|rec| (rec.tgid, "one of its threads has some of its own"));
+    let undos = tasks.sem_undos.iter().filter(|rec| rec.semid >= 0);
+    let cannot = |rec: &SemUndoRec| {
+        let others = tasks
+            .sem_undos
+            .iter()
+            .filter(|other| other.list == rec.list);
+        let count = |set: &&SemaphoreSet| set.id == rec.semid;
+        let count = sets
+            .iter()
+            .find(count)
+            .map_or(0, |set| set.semaphores.len());
+        let reason = if rec.failed != 0 {
+            "they cannot be read"
+        } else if others.into_iter().any(|other| other.tgid != rec.tgid) {
+            "it shares them with another process"
+        } else if count > rec.adjust.len() {
+            "they are of a set with more than 256 semaphores"
+        } else {
+            return None;
+        };
+        Some((rec.tgid, reason))
+    };
+    let mut found: Vec<_> = threads.chain(undos.filter_map(cannot)).collect();
+    found.dedup();
+    found
+        .into_iter()
+        .map(|(tgid, reason)| blocker(tgid, reason))
+        .collect()
+}
+
+/// What is added to the semaphores of a set when processes end.
+fn adjustments(tasks: &Tasks, set: i32, count: usize) -> Vec<(Pid, u16, i16)> {
+    let undos = tasks.sem_undos.iter().filter(|rec| rec.semid == set);
+    let each = undos.flat_map(|rec| {
+        let adjust = (0_u16..).zip(rec.adjust).take(count);
+        let adjust = adjust.filter(|(_, by)| *by != 0);
+        adjust.map(|(number, by)| (Pid(rec.tgid.cast_signed()), number, by))
+    });
+    each.collect()
 }
 
 /// PIDs of the application.
@@ -80,7 +123,9 @@ pub fn read(tasks: &Tasks) -> Result<Vec<SemaphoreSet>, CheckpointError> {
         else {
             continue;
         };
-        if semaphores.iter().any(|(_, pid)| inside.contains(pid)) {
+        set.adjustments = adjustments(tasks, set.id, semaphores.len());
+        let used = semaphores.iter().any(|(_, pid)| inside.contains(pid));
+        if used || !set.adjustments.is_empty() {
             set.semaphores = semaphores;
             found.push(set);
         }
@@ -103,6 +148,7 @@ fn set(line: &[i64]) -> Option<SemaphoreSet> {
         creator_uid: number(cuid),
         creator_gid: number(cgid),
         semaphores: Vec::new(),
+        adjustments: Vec::new(),
     })
 }
 

@@ -140,6 +140,7 @@ impl<'a> Supervisor<'a> {
         }
         let processes: Vec<_> = plans.iter().map(|(process, _)| *process).collect();
         self.run_all(&processes, |tape, process| actions(tape, app, process))?;
+        self.undo_semaphores(&processes)?;
         for process in &processes {
             adjust(process)?;
             self.install_filters(process)?;
@@ -158,6 +159,21 @@ impl<'a> Supervisor<'a> {
         // Now that nobody closes anything any more: closing any descriptor of a file gives up
         // all POSIX locks of the table on it (fcntl_locking(2)).
         self.run_all(&processes, |tape, process| posix_locks(tape, app, process))
+    }
+
+    /// What is undone of semaphore operations when a process ends.
+    fn undo_semaphores(&mut self, processes: &[&Process]) -> Result<()> {
+        let app = self.app;
+        let sets = &app.header.semaphores;
+        if sets.iter().all(|set| set.adjustments.is_empty()) {
+            return Ok(());
+        }
+        self.run_all(processes, |tape, process| {
+            semaphores::adjust(tape, app, process)
+        })?;
+        self.run_all(processes, |tape, process| {
+            semaphores::touch(tape, app, process)
+        })
     }
 
     /// Has the leaders of all processes execute a script each.

@@ -298,6 +298,8 @@ fn name(nr: i64) -> String {
         libc::SYS_timer_settime => "timer_settime",
         libc::SYS_timer_delete => "timer_delete",
         libc::SYS_msgsnd => "msgsnd",
+        libc::SYS_semop => "semop",
+        libc::SYS_semctl => "semctl",
         libc::SYS_msgrcv => "msgrcv",
         libc::SYS_io_setup => "io_setup",
         libc::SYS_io_submit => "io_submit",

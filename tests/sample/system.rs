@@ -27,6 +27,7 @@ pub fn semaphores() -> Vec<SemaphoreSet> {
         creator_uid: 3,
         creator_gid: 4,
         semaphores: vec![(5, Pid(20_001)), (6, Pid(0))],
+        adjustments: vec![(Pid(20_001), 0, -2)],
     }]
 }
 

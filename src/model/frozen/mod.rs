@@ -91,6 +91,9 @@ pub struct SemaphoreSet {
     pub creator_gid: u32,
     /// Value of each semaphore and who did the last operation on it; 0 = nobody.
     pub semaphores: Vec<(u16, Pid)>,
+    /// What is added to a semaphore when a process ends (`SEM_UNDO`): (who, which, how much).
+    #[serde(default)]
+    pub adjustments: Vec<(Pid, u16, i16)>,
 }
 
 /// A System V message queue.

@@ -22,7 +22,12 @@ pub const CASES: &[Entry] = &[
     ),
     Entry::carried("sysv_sem", semaphores),
     Entry::carried("sysv_sem_waits", semaphore_waits),
-    Entry::refused("refused_sysv_sem_undo", "SEM_UNDO", undo),
+    Entry::carried("sysv_sem_undo", undo),
+    Entry::refused(
+        "refused_sysv_sem_undo_shared",
+        "shares them with another process",
+        undo_shared,
+    ),
 ];
 
 const LEN: usize = 5 * 4096 + 100;
@@ -334,13 +339,65 @@ fn semaphore_waits(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// An operation that is to be undone when the process ends.
+/// Operations that are to be undone when the processes end that did them; of one semaphore by two,
+/// and of one that has its largest value.
 fn undo(case: &Case) -> Result<()> {
+    let id = semaphore_set(libc::IPC_PRIVATE, 4, 0o600)?;
+    operate(id, 0, 5, 0)?;
+    operate(id, 3, i16::MAX, 0)?;
+    let holder = Child::start(case.dir(), "holder", move |turn| {
+        operate(id, 0, -2, libc::SEM_UNDO)?;
+        operate(id, 1, 3, libc::SEM_UNDO)?;
+        operate(id, 3, -7, libc::SEM_UNDO)?;
+        operate(id, 3, 7, 0)?;
+        turn.wait();
+        operate(id, 0, -1, libc::SEM_UNDO)?;
+        operate(id, 3, -7, 0)?;
+        Ok(())
+    })?;
+    holder.waits()?;
+    let other = Child::start(case.dir(), "other", move |turn| {
+        operate(id, 0, -1, libc::SEM_UNDO)?;
+        turn.wait();
+        Ok(())
+    })?;
+    other.waits()?;
+    operate(id, 2, 1, 0)?;
+
+    case.ready()?;
+
+    let is = |when: &str, wanted: [i32; 4]| -> Result<()> {
+        let values = (0..4).map(|number| ask(id, number, libc::GETVAL));
+        let values = values.collect::<Result<Vec<_>>>()?;
+        ensure!(values == wanted, "{when}: {values:?}, not {wanted:?}");
+        Ok(())
+    };
+    is("Restored", [2, 3, 1, 32_767])?;
+    let users = (0..4).map(|number| ask(id, number, libc::GETPID));
+    let users = users.collect::<Result<Vec<_>>>()?;
+    let (me, holds) = (getpid().as_raw(), holder.pid.as_raw());
+    let wanted = [other.pid.as_raw(), holds, me, holds];
+    ensure!(users == wanted, "Used by {users:?}, not {wanted:?}");
+    holder.finish()?;
+    is("One has ended", [4, 0, 1, 32_767])?;
+    other.finish()?;
+    is("Both have ended", [5, 0, 1, 32_767])?;
+    ask(id, 0, libc::IPC_RMID)?;
+    Ok(())
+}
+
+/// What is undone when the last of two processes ends.
+fn undo_shared(case: &Case) -> Result<()> {
     let id = semaphore_set(libc::IPC_PRIVATE, 1, 0o600)?;
+    let child = Child::sharing(libc::CLONE_SYSVSEM, case.dir(), "child", |turn| {
+        turn.wait();
+        Ok(())
+    })?;
+    child.waits()?;
     operate(id, 0, 2, libc::SEM_UNDO)?;
     case.ready()?;
     let value = ask(id, 0, libc::GETVAL)?;
     ask(id, 0, libc::IPC_RMID)?;
     ensure!(value == 2, "The value is {value}");
-    Ok(())
+    child.finish()
 }
