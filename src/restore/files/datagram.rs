@@ -56,10 +56,14 @@ pub fn udp(described: &Socket) -> Result<OwnedFd, FilesError> {
 }
 
 /// Binds, if need be to an address that no interface has yet.
-fn bind(object: &str, fd: BorrowedFd<'_>, local: SocketAddr) -> Result<(), FilesError> {
+pub(super) fn bind(object: &str, fd: BorrowedFd<'_>, local: SocketAddr) -> Result<(), FilesError> {
     let address = ns::SockaddrStorage::from(local);
-    let freebind =
-        |on| set_int_option(fd, libc::IPPROTO_IP, libc::IP_FREEBIND, on).map_err(socket(object));
+    // A raw socket of IPv6 has only the one of its own.
+    let (level, name) = match local {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_FREEBIND),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_FREEBIND),
+    };
+    let freebind = |on| set_int_option(fd, level, name, on).map_err(socket(object));
     match ns::bind(fd.as_raw_fd(), &address) {
         Err(Errno::EADDRNOTAVAIL) => {
             freebind(1)?;

@@ -1,16 +1,16 @@
 //! Raw and packet sockets, whose queues are empty.
 
+use super::datagram::bind;
 use super::error::{FilesError, call, socket};
 use super::filter;
 use super::tcp::replay;
 use crate::model::frozen::{Socket, SocketState};
-use crate::sys::socket::{bind_packet, new, set_int_option};
-use nix::errno::Errno;
+use crate::sys::socket::{bind_packet, new};
 use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket as ns;
 use std::ffi::OsStr;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
@@ -43,7 +43,7 @@ pub fn raw(described: &Socket) -> Result<OwnedFd, FilesError> {
     replay(&object, fd, &described.options, |_| true)?;
     filter::attach(fd, described)?;
     if let Some(local) = local {
-        bind(&object, fd, *local)?;
+        bind(&object, fd, SocketAddr::new(*local, 0))?;
     }
     if let Some(remote) = remote {
         ns::connect(fd.as_raw_fd(), &ns::SockaddrStorage::from(*remote))
@@ -51,25 +51,6 @@ pub fn raw(described: &Socket) -> Result<OwnedFd, FilesError> {
     }
     drain(fd);
     Ok(owned)
-}
-
-/// Binds, if need be to an address that no interface has yet.
-fn bind(object: &str, fd: BorrowedFd<'_>, local: IpAddr) -> Result<(), FilesError> {
-    const IPV6_FREEBIND: i32 = 78;
-    let address = ns::SockaddrStorage::from(SocketAddr::new(local, 0));
-    let (level, name) = match local {
-        IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_FREEBIND),
-        IpAddr::V6(_) => (libc::IPPROTO_IPV6, IPV6_FREEBIND),
-    };
-    let freebind = |on| set_int_option(fd, level, name, on).map_err(socket(object));
-    match ns::bind(fd.as_raw_fd(), &address) {
-        Err(Errno::EADDRNOTAVAIL) => {
-            freebind(1)?;
-            ns::bind(fd.as_raw_fd(), &address).map_err(call(object, "bind"))?;
-            freebind(0)
-        }
-        result => result.map_err(call(object, "bind")),
-    }
 }
 
 /// Takes out what has arrived before the filter and the address were there.
