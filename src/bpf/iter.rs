@@ -4,7 +4,7 @@
 //! (more than a second under emulation) and is done before anything is frozen, or was done by
 //! somebody who lends them; a pass in the frozen window costs about as much as copying the records.
 
-use super::events::{MqueueDataRec, RecKind, TRK_MQUEUE_WINDOW, VmaRec};
+use super::events::{MqueueDataRec, ProcessRec, RecKind, TRK_MQUEUE_WINDOW, VmaRec};
 pub use super::found::{Detail, File, Files, Tasks, user_dev};
 pub use super::instance::LoadError;
 use super::instance::{Instance, Pass};
@@ -27,6 +27,13 @@ mod want {
         TTY_DATA, WATCHES,
     };
 }
+
+/// What [`Files`] has besides descriptors.
+const ALL_OF_FILES: u32 =
+    want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::MEMBERS | want::FINGERPRINTS;
+
+/// How many processes are walked one by one; each walk has to be begun.
+const FEW_WALKS: usize = 64;
 
 /// Why a pass failed. Nothing was changed, and another pass may be tried.
 #[derive(Debug, thiserror::Error)]
@@ -194,7 +201,7 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn descriptors(&mut self, scope: Scope) -> Result<Vec<File>, ReadError> {
-        Ok(self.read_files(scope, 0)?.files)
+        Ok(self.read_files(scope, &[scope.target()], 0)?.files)
     }
 
     /// The same with the fingerprints of TCP listeners.
@@ -203,7 +210,9 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn fingerprinted(&mut self, scope: Scope) -> Result<Vec<File>, ReadError> {
-        Ok(self.read_files(scope, want::FINGERPRINTS)?.files)
+        Ok(self
+            .read_files(scope, &[scope.target()], want::FINGERPRINTS)?
+            .files)
     }
 
     /// Descriptors with what epoll and inotify instances hold, without locks and bytes of
@@ -213,7 +222,7 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn files_and_sets(&mut self, scope: Scope) -> Result<Files, ReadError> {
-        self.read_files(scope, want::EPOLL | want::WATCHES)
+        self.read_files(scope, &[scope.target()], want::EPOLL | want::WATCHES)
     }
 
     /// Everything a [`Files`] holds.
@@ -222,8 +231,21 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn files(&mut self, scope: Scope) -> Result<Files, ReadError> {
-        let sets = want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::MEMBERS;
-        self.read_files(scope, sets | want::FINGERPRINTS)
+        self.read_files(scope, &[scope.target()], ALL_OF_FILES)
+    }
+
+    /// As [`Self::files`], of a scope that has these processes and no others. The kernel walks the
+    /// descriptors of a few alone, and not those of the whole machine.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn files_of(&mut self, scope: Scope, processes: &[ProcessRec]) -> Result<Files, ReadError> {
+        if processes.len() > FEW_WALKS {
+            return self.files(scope);
+        }
+        let targets = processes.iter().map(|rec| Target::Process(rec.pid));
+        self.read_files(scope, &targets.collect::<Vec<_>>(), ALL_OF_FILES)
     }
 
     /// The messages in the POSIX message queues that are open, in the order in which each queue
@@ -309,10 +331,17 @@ impl Iterators {
         Ok(found)
     }
 
-    fn read_files(&mut self, scope: Scope, want: u32) -> Result<Files, ReadError> {
+    fn read_files(
+        &mut self,
+        scope: Scope,
+        targets: &[Target],
+        want: u32,
+    ) -> Result<Files, ReadError> {
         let what = "descriptors";
         self.prepare(what, scope, want)?;
-        self.run(Pass::Files, scope.target(), what)?;
+        for target in targets {
+            self.run(Pass::Files, *target, what)?;
+        }
         let mut found = Files::default();
         for raw in records(self.buffer.filled()) {
             let raw = raw?;

@@ -158,12 +158,13 @@ impl Capture {
             return Ok(Vec::new());
         };
         let (tasks, mut iterators) = (&frozen.tasks, self.iterators.borrow_mut());
-        let mut open = iterators.files(scope)?;
+        // Whatever else the machine has open must not keep the application waiting.
+        let mut open = iterators.files_of(scope, &tasks.processes)?;
         let mut blockers = files::blockers(&open, tasks);
         blockers.extend(files::unaccepted(&open));
         blockers.extend(files::controlling(tasks, &open));
         if blockers.is_empty() && files::has_terminals(&open) {
-            let again = iterators.files(scope)?;
+            let again = iterators.files_of(scope, &tasks.processes)?;
             blockers.extend(files::unsettled(&open, &again));
         }
         if blockers.is_empty() && files::has_messages(&open.files) {
