@@ -201,7 +201,7 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn descriptors(&mut self, scope: Scope) -> Result<Vec<File>, ReadError> {
-        Ok(self.read_files(scope, &[scope.target()], 0)?.files)
+        Ok(self.read_files(scope, 0)?.files)
     }
 
     /// The same with the fingerprints of TCP listeners.
@@ -210,9 +210,7 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn fingerprinted(&mut self, scope: Scope) -> Result<Vec<File>, ReadError> {
-        Ok(self
-            .read_files(scope, &[scope.target()], want::FINGERPRINTS)?
-            .files)
+        Ok(self.read_files(scope, want::FINGERPRINTS)?.files)
     }
 
     /// Descriptors with what epoll and inotify instances hold, without locks and bytes of
@@ -222,7 +220,7 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn files_and_sets(&mut self, scope: Scope) -> Result<Files, ReadError> {
-        self.read_files(scope, &[scope.target()], want::EPOLL | want::WATCHES)
+        self.read_files(scope, want::EPOLL | want::WATCHES)
     }
 
     /// Everything a [`Files`] holds.
@@ -231,7 +229,7 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn files(&mut self, scope: Scope) -> Result<Files, ReadError> {
-        self.read_files(scope, &[scope.target()], ALL_OF_FILES)
+        self.read_files(scope, ALL_OF_FILES)
     }
 
     /// As [`Self::files`], of a scope that has these processes and no others. The kernel walks the
@@ -245,7 +243,7 @@ impl Iterators {
             return self.files(scope);
         }
         let targets = processes.iter().map(|rec| Target::Process(rec.pid));
-        self.read_files(scope, &targets.collect::<Vec<_>>(), ALL_OF_FILES)
+        self.walk_files(scope, &targets.collect::<Vec<_>>(), ALL_OF_FILES)
     }
 
     /// The messages in the POSIX message queues that are open, in the order in which each queue
@@ -331,7 +329,11 @@ impl Iterators {
         Ok(found)
     }
 
-    fn read_files(
+    fn read_files(&mut self, scope: Scope, want: u32) -> Result<Files, ReadError> {
+        self.walk_files(scope, &[scope.target()], want)
+    }
+
+    fn walk_files(
         &mut self,
         scope: Scope,
         targets: &[Target],

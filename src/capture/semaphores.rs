@@ -52,18 +52,15 @@ fn adjustments_not_carried(tasks: &Tasks, sets: &[SemaphoreSet]) -> Vec<Blocker>
     let threads = threads.map(|rec| (rec.tgid, "one of its threads has some of its own"));
     let undos = tasks.sem_undos.iter().filter(|rec| rec.semid >= 0);
     let cannot = |rec: &SemUndoRec| {
-        let others = tasks
+        let mut sharers = tasks
             .sem_undos
             .iter()
             .filter(|other| other.list == rec.list);
-        let count = |set: &&SemaphoreSet| set.id == rec.semid;
-        let count = sets
-            .iter()
-            .find(count)
-            .map_or(0, |set| set.semaphores.len());
+        let set = sets.iter().find(|set| set.id == rec.semid);
+        let count = set.map_or(0, |set| set.semaphores.len());
         let reason = if rec.failed != 0 {
             "they cannot be read"
-        } else if others.into_iter().any(|other| other.tgid != rec.tgid) {
+        } else if sharers.any(|other| other.tgid != rec.tgid) {
             "it shares them with another process"
         } else if count > rec.adjust.len() {
             "they are of a set with more than 256 semaphores"

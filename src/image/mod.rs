@@ -16,7 +16,7 @@ mod sums;
 pub use decode::{decode, decode_one};
 pub use encode::encode;
 pub use header::{FORMAT_VERSION, Header};
-pub use pages::{PART, Pages, bytes, each};
+pub use pages::{PART, Pages, bytes, each, parts};
 pub use record::RecordKind;
 pub use store::{DirectoryStore, RangeStore, Store, StoreError};
 pub use sums::{SlotSums, Written, while_writing};

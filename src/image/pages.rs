@@ -58,7 +58,7 @@ impl<'a> Pages<'a> {
 }
 
 /// A run in pieces of at most [`PART`] pages.
-fn parts(run: &PageRun) -> impl Iterator<Item = PageRun> + use<> {
+pub fn parts(run: &PageRun) -> impl Iterator<Item = PageRun> + use<> {
     let run = *run;
     (0..run.pages.div_ceil(PART)).map(move |number| {
         let done = number * PART;

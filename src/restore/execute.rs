@@ -77,10 +77,7 @@ impl Supervisor<'_> {
 
     /// Waits until a thread has executed its calls; their results.
     fn finish(&self, pid: Pid, tid: Tid, first: usize, calls: &[Call]) -> Result<Vec<i64>> {
-        match ptrace::wait_stop(tid)? {
-            Stop::Signal(libc::SIGTRAP) => {}
-            other => return Err(lost(pid, other, "")),
-        }
+        await_stop(pid, tid, |stop| matches!(stop, Stop::Signal(libc::SIGTRAP)))?;
         let tape = self.tapes.get(&pid).ok_or(RestoreError::NoRoom)?;
         let results = tape.results(first, calls.len());
         match Script::refused(calls, &results) {
@@ -91,5 +88,13 @@ impl Supervisor<'_> {
                 refusal: Box::new(refusal),
             }),
         }
+    }
+}
+
+/// Waits for a stop of a thread, which must be of this kind.
+pub(super) fn await_stop(pid: Pid, tid: Tid, is_it: impl Fn(&Stop) -> bool) -> Result<()> {
+    match ptrace::wait_stop(tid)? {
+        stop if is_it(&stop) => Ok(()),
+        other => Err(lost(pid, other, "")),
     }
 }

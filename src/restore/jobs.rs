@@ -22,7 +22,7 @@ impl Supervisor<'_> {
     /// # Errors
     /// The kernel refuses a call.
     pub fn foreground(&mut self, files: &OpenedFiles, restorer: Pid) -> Result<()> {
-        let leaders: Vec<Pid> = self.living().map(|p| p.pid).collect();
+        let leaders: Vec<Pid> = self.living().iter().map(|p| p.pid).collect();
         for leader in leaders {
             // With a terminal its leader's own group comes to the foreground (TIOCSCTTY).
             let Some((fd, group)) = files.terminal(self.app, leader) else {
@@ -66,7 +66,7 @@ impl Supervisor<'_> {
     /// A process does not stop.
     pub fn stop_jobs(&mut self) -> Result<()> {
         let app = self.app;
-        let living: Vec<Pid> = self.living().map(|p| p.pid).collect();
+        let living: Vec<Pid> = self.living().iter().map(|p| p.pid).collect();
         for process in app.processes.iter().filter(|p| living.contains(&p.pid)) {
             let parent = process.parent.filter(|parent| living.contains(parent));
             match (process.stopped, parent) {

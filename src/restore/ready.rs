@@ -2,13 +2,13 @@
 //! registers. The tape goes with it.
 
 use super::RestoreError;
+use super::execute::await_stop;
 use super::resume::{self, Resumption, Timeout};
 use super::signals;
 use super::supervisor::Supervisor;
 use super::tape::{Refusal, Script, Tape};
-use super::tree::lost;
 use crate::model::frozen::{Process, Registers, Thread};
-use crate::model::ids::{Pid, Tid};
+use crate::model::ids::Pid;
 use crate::sys::process::write_memory;
 use crate::sys::ptrace::{self, Stop};
 use nix::libc;
@@ -22,10 +22,7 @@ impl Supervisor<'_> {
     /// # Errors
     /// The kernel refuses a call.
     pub fn make_ready(&mut self) -> Result<()> {
-        let app = self.app;
-        let living: Vec<_> = self.living().map(|p| p.pid).collect();
-        let living = app.processes.iter().filter(|p| living.contains(&p.pid));
-        let processes: Vec<_> = living.collect();
+        let processes = self.living();
         let ready = self.prime_all(&processes)?;
         let elapsed = self.clocks.elapsed()?;
         self.run_all(&processes, |tape, process| {
@@ -73,14 +70,14 @@ impl Supervisor<'_> {
                 }
             }
             for (_, _, pid, thread) in &primed {
-                expect(*pid, thread.tid, |stop| matches!(stop, Stop::Syscall))?;
+                await_stop(*pid, thread.tid, |stop| matches!(stop, Stop::Syscall))?;
                 // Asked to stop at its entry, the call finds a signal pending as soon as it
                 // would sleep: no need to wait until it does.
                 ptrace::interrupt(thread.tid)?;
                 ptrace::cont(thread.tid, 0)?;
             }
             for (number, at, pid, thread) in primed {
-                expect(pid, thread.tid, |stop| matches!(stop, Stop::Interrupted(_)))?;
+                await_stop(pid, thread.tid, |stop| matches!(stop, Stop::Interrupted(_)))?;
                 let result = ptrace::registers(thread.tid)?.rax.cast_signed();
                 ready[number][at] = resume::after_priming(&thread.regs, result);
             }
@@ -131,9 +128,9 @@ impl Supervisor<'_> {
                 if number > 0 {
                     ptrace::run_to_syscall(tid)?;
                 }
-                expect(*pid, tid, |stop| matches!(stop, Stop::Syscall))?;
+                await_stop(*pid, tid, |stop| matches!(stop, Stop::Syscall))?;
                 ptrace::run_to_syscall(tid)?;
-                expect(*pid, tid, |stop| matches!(stop, Stop::Syscall))?;
+                await_stop(*pid, tid, |stop| matches!(stop, Stop::Syscall))?;
                 let result = ptrace::registers(tid)?.rax.cast_signed();
                 if result != 0 {
                     let refusal = Box::new(Refusal {
@@ -149,19 +146,11 @@ impl Supervisor<'_> {
             ptrace::cont(tid, 0)?;
         }
         for (pid, _) in &scripts {
-            expect(*pid, pid.leader(), |stop| {
+            await_stop(*pid, pid.leader(), |stop| {
                 matches!(stop, Stop::Interrupted(_))
             })?;
         }
         Ok(())
-    }
-}
-
-/// Waits for a stop of a thread, which must be of this kind.
-fn expect(pid: Pid, tid: Tid, is_it: impl Fn(&Stop) -> bool) -> Result<()> {
-    match ptrace::wait_stop(tid)? {
-        stop if is_it(&stop) => Ok(()),
-        other => Err(lost(pid, other, "")),
     }
 }
 

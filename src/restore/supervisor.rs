@@ -1,6 +1,7 @@
 //! Drives the parked processes through their tapes until every thread stands, then lets go.
 
 use super::creds::{Rights, option};
+use super::execute::await_stop;
 use super::layout::Layout;
 use super::memory::{MemoryPlan, Rebuild};
 use super::signals::{self, number};
@@ -39,10 +40,9 @@ impl<'a> Supervisor<'a> {
         self.tapes.get_mut(&pid).ok_or(RestoreError::NoRoom)
     }
 
-    pub(super) fn living(&self) -> impl Iterator<Item = &Process> + use<'_> {
-        let tapes = &self.tapes;
-        let all = self.app.processes.iter();
-        all.filter(|p| p.zombie.is_none() && tapes.contains_key(&p.pid))
+    pub(super) fn living(&self) -> Vec<&'a Process> {
+        let lives = |p: &&Process| p.zombie.is_none() && self.tapes.contains_key(&p.pid);
+        self.app.processes.iter().filter(lives).collect()
     }
 
     /// Process groups that others lead.
@@ -110,11 +110,8 @@ impl<'a> Supervisor<'a> {
     /// # Errors
     /// The kernel refuses a call.
     pub fn map_all(&mut self) -> Result<Vec<(&'a Process, MemoryPlan)>> {
-        let app = self.app;
-        let living: Vec<_> = self.living().map(|p| p.pid).collect();
-        let living = app.processes.iter().filter(|p| living.contains(&p.pid));
         let mut plans = Vec::new();
-        for process in living {
+        for process in self.living() {
             let plan = self.plan_memory(process)?;
             self.begin(process.pid, process.pid.leader(), &plan.build)?;
             plans.push((process, plan));
@@ -142,7 +139,7 @@ impl<'a> Supervisor<'a> {
         self.run_all(&processes, |tape, process| actions(tape, app, process))?;
         self.undo_semaphores(&processes)?;
         for process in &processes {
-            adjust(process)?;
+            write_proc(process)?;
             self.install_filters(process)?;
         }
         self.clone_threads(&processes)?;
@@ -244,10 +241,9 @@ impl<'a> Supervisor<'a> {
         self.run_all(&several, threads::clone_all)?;
         for process in several {
             for thread in process.threads.iter().skip(1) {
-                match ptrace::wait_stop(thread.tid)? {
-                    Stop::Interrupted(_) => {}
-                    other => return Err(lost(process.pid, other, "")),
-                }
+                await_stop(process.pid, thread.tid, |stop| {
+                    matches!(stop, Stop::Interrupted(_))
+                })?;
             }
         }
         Ok(())
@@ -374,7 +370,7 @@ fn actions(tape: &mut Tape, app: &Application, process: &Process) -> Result<Scri
 }
 
 /// What is said of a process through procfs.
-fn adjust(process: &Process) -> Result<()> {
+fn write_proc(process: &Process) -> Result<()> {
     let pid = process.pid;
     let write = |file: &str, value: String| {
         let path = format!("/proc/{pid}/{file}");

@@ -3,10 +3,9 @@
 
 use super::CollectError;
 use super::borrow::Borrowed;
-use super::filter;
-use super::socket::Read;
+use super::socket::{Read, whole};
 use crate::bpf::events::SockRec;
-use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
+use crate::model::frozen::{SockOption, SocketState};
 use crate::sys::socket::own_address;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use nix::errno::Errno;
@@ -37,16 +36,7 @@ pub fn read(
     } else {
         raw(rec)
     };
-    Ok(Read {
-        socket: Socket {
-            inode: rec.ino,
-            options,
-            filter: filter::read(from, rec)?,
-            interfaces: Interfaces::default(),
-            state,
-        },
-        repaired: None,
-    })
+    whole(from, rec, options, state)
 }
 
 fn raw(rec: &SockRec) -> SocketState {

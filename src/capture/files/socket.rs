@@ -189,11 +189,21 @@ fn read_state(
             Vec::new()
         },
     };
+    whole(&from, rec, options, state)
+}
+
+/// A socket in this state that reading has not put into repair mode.
+pub(super) fn whole(
+    from: &Borrowed,
+    rec: &SockRec,
+    options: Vec<SockOption>,
+    state: SocketState,
+) -> Result<Read, CollectError> {
     Ok(Read {
         socket: Socket {
             inode: rec.ino,
             options,
-            filter: filter::read(&from, rec)?,
+            filter: filter::read(from, rec)?,
             interfaces: Interfaces::default(),
             state,
         },
@@ -213,16 +223,7 @@ fn read_netlink(
         port: address.pid(),
         groups: address.groups(),
     };
-    Ok(Read {
-        socket: Socket {
-            inode: rec.ino,
-            options,
-            filter: filter::read(from, rec)?,
-            interfaces: Interfaces::default(),
-            state,
-        },
-        repaired: None,
-    })
+    whole(from, rec, options, state)
 }
 
 /// Reads a TCP socket.

@@ -1,7 +1,7 @@
 //! Memfds, shared anonymous memory and deleted files: bytes that come from the image.
 
 use super::error::{FilesError, call, io_call};
-use crate::image::{PART, Pages, StoreError, bytes};
+use crate::image::{Pages, StoreError, bytes, parts};
 use crate::model::frozen::{Content, ContentKind, PAGE_SIZE};
 use crate::sys::huge::size_flag;
 use crate::sys::mapped::MappedFile;
@@ -107,19 +107,14 @@ pub fn read<E: From<StoreError>>(
     mut put: impl FnMut(u64, &[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut buffer = Vec::new();
-    for run in &content.pages {
-        let mut done = 0;
-        while done < run.pages {
-            let pages = PART.min(run.pages - done);
-            let len = bytes(pages);
-            buffer.resize(len, 0);
-            image.read(run.slot + done, &mut buffer)?;
-            let at = run.addr + done * PAGE_SIZE;
-            // The last page may reach beyond the end of a file of odd length.
-            let end = usize::try_from(content.size.saturating_sub(at)).unwrap_or(usize::MAX);
-            put(at, &buffer[..len.min(end)])?;
-            done += pages;
-        }
+    for part in content.pages.iter().flat_map(parts) {
+        let len = bytes(part.pages);
+        buffer.resize(len, 0);
+        image.read(part.slot, &mut buffer)?;
+        // The last page may reach beyond the end of a file of odd length.
+        let end = content.size.saturating_sub(part.addr);
+        let end = usize::try_from(end).unwrap_or(usize::MAX);
+        put(part.addr, &buffer[..len.min(end)])?;
     }
     Ok(())
 }

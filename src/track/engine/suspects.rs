@@ -4,7 +4,7 @@ use super::Engine;
 use crate::bpf::track::HookSet;
 use crate::bpf::wire;
 use crate::model::apply::Anomaly;
-use crate::model::event::{Body, Event, Object};
+use crate::model::event::{Body, Event, Object, SockInfo};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -143,12 +143,10 @@ impl Engine {
         let inotifies = self.state.inotifies.iter();
         let watching = inotifies.filter(|(_, inotify)| !inotify.watches.is_empty());
         let watching = watching.map(|(id, _)| Object::Inotify(*id));
+        let unseen =
+            |info: &SockInfo| info.peer.is_some() || (info.local_port == 0 && info.name.is_empty());
         let sockets = self.state.sockets.iter();
-        let unbound = sockets
-            .filter(|(_, socket)| socket.info.local_port == 0 && socket.info.name.is_empty());
-        let sockets = self.state.sockets.iter();
-        let connected = sockets.filter(|(_, socket)| socket.info.peer.is_some());
-        let sockets = unbound.chain(connected);
+        let sockets = sockets.filter(|(_, socket)| unseen(&socket.info));
         let sockets = sockets.map(|(id, _)| Object::Socket(*id));
         for object in watching.chain(sockets).collect::<Vec<_>>() {
             self.state.suspect(object);
