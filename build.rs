@@ -10,7 +10,7 @@ use bindgen::callbacks::{EnumVariantValue, ItemInfo, ParseCallbacks};
 use libbpf_cargo::SkeletonBuilder;
 
 /// One skeleton per purpose, so that reading state works where tracing does not load.
-const OBJECTS: &[&str] = &["iter", "track", "netlock", "probe"];
+const OBJECTS: &[&str] = &["iter", "track", "netlock", "accept", "probe"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let bpf = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?).join("bpf");

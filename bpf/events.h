@@ -19,6 +19,8 @@
 #define TRK_NR_RLIMITS 16
 #define TRK_NR_SIGNALS 64
 #define TRK_AUXV_WORDS 64
+/* As many long records are told of in one pass: more would not fit the side ring. */
+#define TRK_WINDOW 4096
 
 #define TRK_ASSERT_SIZE(type, size)                                                                \
 	_Static_assert(sizeof(type) == (size), #type " must be " #size " bytes")
@@ -49,6 +51,8 @@ enum rec_kind {
 	REC_MQUEUE = 23,
 	REC_MQUEUE_DATA = 24,
 	REC_SEM_UNDO = 25,
+	REC_WAITING = 26,
+	REC_WAITING_DATA = 27,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -65,6 +69,7 @@ enum iter_want {
 	WANT_MEMBERS = 512,
 	WANT_MQUEUE_DATA = 1024, /* and nothing else */
 	WANT_SEM_UNDO = 2048,
+	WANT_WAITING = 4096, /* and nothing else */
 };
 
 /* What every record starts with; size counts the header itself. */
@@ -594,6 +599,7 @@ enum lock_direction {
 #include "sock_events.h"
 #include "tty_events.h"
 #include "mqueue_events.h"
+#include "accept_events.h"
 #include "track_events.h"
 
 #endif

@@ -5,7 +5,7 @@
  * by the variables below what a pass reports; records travel through the iterator's
  * own seq_file, except those of which one object can have more than fit its 32 KiB
  * buffer (epoll items, watches, timers, AIO contexts, adjustments of semaphores, locks,
- * bytes of terminals, messages): they go to the side ring.
+ * bytes of terminals, messages, connections to accept): they go to the side ring.
  */
 #include "common.bpf.h"
 
@@ -20,6 +20,8 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #include "iter_socket.bpf.h"
 #include "iter_sets.bpf.h"
 #include "iter_tty.bpf.h"
+#include "iter_window.bpf.h"
 #include "iter_mqueue.bpf.h"
+#include "iter_accept.bpf.h"
 #include "iter_file.bpf.h"
 #include "iter_vma.bpf.h"

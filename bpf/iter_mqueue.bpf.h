@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
 /*
  * POSIX message queues. Nothing but the kernel's own memory shows the messages without taking
- * them out. There may be more of them than fit the side ring: they are read in a pass of their
- * own, or in several, each of which writes out a window of them.
+ * them out. There may be more of them than fit the side ring: see iter_window.bpf.h.
  */
 
 #define MAX_MQUEUE_STEPS (1 << 23)          /* what bpf_loop() allows */
@@ -11,9 +10,6 @@
 
 struct mqueue_rec out_mqueue;
 struct mqueue_data_rec out_mqueue_data;
-
-u64 mqueue_first; /* first record of the window, counted over all queues of a pass */
-u64 mqueue_count; /* records that the pass came across */
 
 /* In-order walk of a queue's tree from the highest priority to the lowest, one edge or one
  * record per step; see epoll_walk. */
@@ -124,7 +120,7 @@ static __always_inline bool mqueue_chunk(void)
 
 	if (len > MQUEUE_CHUNK)
 		len = MQUEUE_CHUNK;
-	if (mqueue_count++ - mqueue_first < TRK_MQUEUE_WINDOW) {
+	if (in_window()) {
 		/* Linux 6.1 forgets the bound of a word that it spills. */
 		barrier_var(len);
 		len &= MQUEUE_CHUNK;

@@ -48,6 +48,8 @@ int find_symbols(void *ctx)
 	FIND("posix_cpu_nsleep_restart", restarts.cpu_nanosleep);
 	FIND("alarm_timer_nsleep_restart", restarts.alarm_nanosleep);
 	FIND("__per_cpu_offset", symbols.per_cpu_offset);
+	FIND("vmemmap_base", symbols.vmemmap_base);
+	FIND("page_offset_base", symbols.page_offset_base);
 	return 0;
 }
 

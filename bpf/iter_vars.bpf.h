@@ -13,7 +13,9 @@ u32 root_count;
 
 /* Addresses of the kernel's variables, 0 where they are not to be found. */
 struct {
-	u64 per_cpu_offset; /* where each CPU's area of per-CPU variables begins */
+	u64 per_cpu_offset;   /* where each CPU's area of per-CPU variables begins */
+	u64 vmemmap_base;     /* where the descriptors of pages begin */
+	u64 page_offset_base; /* where memory itself does */
 } symbols;
 
 u32 possible_cpus; /* set by user space */

@@ -32,7 +32,32 @@ struct sock_common {
 	struct in6_addr skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
 };
+struct sk_buff {
+	struct sk_buff *next;
+	unsigned int len;
+	unsigned int data_len;
+	char cb[48];
+	unsigned int end; /* from the head */
+	unsigned char *head;
+	unsigned char *data;
+};
+struct tcp_skb_cb {
+	u32 seq;
+};
+struct page {
+	unsigned long flags;
+};
+/* struct bio_vec until 6.8 */
+struct skb_frag {
+	unsigned int len;
+};
+struct skb_shared_info {
+	u8 nr_frags;
+	struct sk_buff *frag_list;
+	struct skb_frag frags[1];
+};
 struct sk_buff_head {
+	struct sk_buff *next;
 	u32 qlen;
 };
 struct sock_cgroup_data {
@@ -133,9 +158,14 @@ struct inet_sock {
 	int mc_index;
 	struct ip_mc_socklist *mc_list;
 };
+struct request_sock {
+	struct request_sock *dl_next;
+	struct sock *sk;
+};
 struct request_sock_queue {
 	atomic_t qlen;
 	u8 rskq_defer_accept;
+	struct request_sock *rskq_accept_head;
 };
 struct tcp_congestion_ops {
 	char name[16];
@@ -146,7 +176,29 @@ struct inet_connection_sock {
 	u32 icsk_user_timeout;
 	void *icsk_ulp_ops;
 };
+struct tcp_options_received {
+	u32 ts_recent;
+	u16 tstamp_ok : 1;
+	u16 wscale_ok : 1;
+	u16 sack_ok : 3;
+	u16 snd_wscale : 4;
+	u16 rcv_wscale : 4;
+	u16 mss_clamp;
+};
 struct tcp_sock {
+	struct tcp_options_received rx_opt;
+	u32 copied_seq;
+	u32 rcv_nxt;
+	u32 snd_una;
+	u32 write_seq;
+	u32 snd_wl1;
+	u32 snd_wnd;
+	u32 max_window;
+	u32 rcv_wnd;
+	u32 rcv_wup;
+	u32 tsoffset;
+	u16 urg_data;
+	u8 tcp_usec_ts : 1; /* since 6.7 */
 	u8 nonagle : 4;
 	u8 keepalive_probes;
 	u32 keepalive_time;

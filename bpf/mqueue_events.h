@@ -34,8 +34,6 @@ struct mqueue_rec {
 TRK_ASSERT_SIZE(struct mqueue_rec, 344);
 
 #define TRK_MQUEUE_CHUNK 1024
-/* As many records are told of in one pass: more would not fit the side ring. */
-#define TRK_MQUEUE_WINDOW 4096
 
 /* Part of a message, in the order in which a receiver gets them. */
 struct mqueue_data_rec {

@@ -4,7 +4,7 @@ use super::events::{
     AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, MqueueDataRec, MqueueRec,
     PidfdRec, PipeRec, PressureRec, ProcessFlag, ProcessRec, RecKind, SemUndoRec, SigactionsRec,
     SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec,
-    WatchRec,
+    WaitingDataRec, WaitingRec, WatchRec,
 };
 use super::record::{Malformed, Raw, c_text};
 
@@ -82,6 +82,24 @@ pub struct Files {
     /// What is in the POSIX message queues among them, in order for each; only if
     /// [`Iterators::messages`](super::iter::Iterators::messages) was asked for it.
     pub messages: Vec<MqueueDataRec>,
+}
+
+/// A connection that nobody has accepted.
+#[derive(Clone, Debug)]
+pub struct Waiting {
+    /// What the kernel keeps of it.
+    pub rec: WaitingRec,
+    /// What it has received.
+    pub data: Vec<WaitingDataRec>,
+}
+
+impl Waiting {
+    pub(super) fn new(rec: WaitingRec) -> Self {
+        Self {
+            rec,
+            data: Vec::new(),
+        }
+    }
 }
 
 impl Detail {

@@ -4,15 +4,15 @@
 //! (more than a second under emulation) and is done before anything is frozen, or was done by
 //! somebody who lends them; a pass in the frozen window costs about as much as copying the records.
 
-use super::events::{MqueueDataRec, ProcessRec, RecKind, TRK_MQUEUE_WINDOW, VmaRec};
-pub use super::found::{Detail, File, Files, Tasks, user_dev};
+use super::events::{MqueueDataRec, ProcessRec, RecKind, TRK_WINDOW, VmaRec};
+pub use super::found::{Detail, File, Files, Tasks, Waiting, user_dev};
 pub use super::instance::LoadError;
 use super::instance::{Instance, Pass};
 use super::lent::Lent;
 pub use super::lent::{Loan, LoanError};
 use super::pass::{self, Buffer, Target};
 use super::programs::Programs;
-use super::record::{Malformed, records};
+use super::record::{Malformed, Raw, records};
 use libbpf_rs::{RingBuffer, RingBufferBuilder};
 use serde::Serialize;
 use std::io;
@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 mod want {
     pub use crate::bpf::events::IterWant::{
         AIO, EPOLL, FINGERPRINTS, LOCKS, MEMBERS, MQUEUE_DATA, SEM_UNDO, SIGACTIONS, TASKS, TIMERS,
-        TTY_DATA, WATCHES,
+        TTY_DATA, WAITING, WATCHES,
     };
 }
 
@@ -239,36 +239,81 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn files_of(&mut self, scope: Scope, processes: &[ProcessRec]) -> Result<Files, ReadError> {
-        if processes.len() > FEW_WALKS {
-            return self.files(scope);
-        }
-        let targets = processes.iter().map(|rec| Target::Process(rec.pid));
-        self.walk_files(scope, &targets.collect::<Vec<_>>(), ALL_OF_FILES)
+        self.walk_files(scope, &targets(scope, processes), ALL_OF_FILES)
     }
 
     /// The messages in the POSIX message queues that are open, in the order in which each queue
-    /// gives them. To be called while nobody uses these queues.
+    /// gives them. To be called while nobody uses these queues, for a scope of these processes.
     ///
     /// # Errors
     ///
     /// See [`ReadError`].
-    pub fn messages(&mut self, scope: Scope) -> Result<Vec<MqueueDataRec>, ReadError> {
-        let what = "messages";
+    pub fn messages(
+        &mut self,
+        scope: Scope,
+        processes: &[ProcessRec],
+    ) -> Result<Vec<MqueueDataRec>, ReadError> {
         let mut found = Vec::new();
+        let targets = targets(scope, processes);
+        self.windows("messages", scope, &targets, want::MQUEUE_DATA, |raw| {
+            found.push(raw.decode()?);
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// The connections that wait in the accept queues of TCP listeners, in the order in which each
+    /// gives them, with what they have received. To be called while nobody accepts any and no
+    /// packet comes, for a scope of these processes.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn waiting(
+        &mut self,
+        scope: Scope,
+        processes: &[ProcessRec],
+    ) -> Result<Vec<Waiting>, ReadError> {
+        let mut found: Vec<Waiting> = Vec::new();
+        let targets = targets(scope, processes);
+        let what = "connections to accept";
+        self.windows(what, scope, &targets, want::WAITING, |raw| {
+            if raw.kind == RecKind::WAITING {
+                found.push(Waiting::new(raw.decode()?));
+            } else if let Some(waiting) = found.last_mut() {
+                // its own: they follow
+                waiting.data.push(raw.decode()?);
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// Passes over the descriptors that find more than fits the ring: each brings a window of it.
+    fn windows(
+        &mut self,
+        what: &'static str,
+        scope: Scope,
+        targets: &[Target],
+        want: u32,
+        mut take: impl FnMut(&Raw<'_>) -> Result<(), Malformed>,
+    ) -> Result<(), ReadError> {
         let mut first = 0;
         loop {
-            self.prepare(what, scope, want::MQUEUE_DATA)?;
+            self.prepare(what, scope, want)?;
             if let Some(vars) = self.instance.vars() {
-                (vars.mqueue_first, vars.mqueue_count) = (first, 0);
+                (vars.window_first, vars.window_count) = (first, 0);
             }
-            self.run(Pass::Files, scope.target(), what)?;
+            for target in targets {
+                self.run(Pass::Files, *target, what)?;
+            }
             for raw in records(&self.take_side(what)?) {
-                found.push(raw?.decode()?);
+                take(&raw?)?;
             }
-            first += u64::from(TRK_MQUEUE_WINDOW);
-            let count = self.instance.vars().map_or(0, |vars| vars.mqueue_count);
+            first += u64::from(TRK_WINDOW);
+            let count = self.instance.vars().map_or(0, |vars| vars.window_count);
             if count <= first {
-                return Ok(found);
+                return Ok(());
             }
         }
     }
@@ -426,6 +471,18 @@ impl Scope {
             Self::System | Self::Cgroup(_) => Target::System,
             Self::Process(pid) => Target::Process(pid),
         }
+    }
+}
+
+/// The walks over a scope of these processes: of a few alone, so that whatever else the machine
+/// has open takes no time.
+fn targets(scope: Scope, processes: &[ProcessRec]) -> Vec<Target> {
+    match processes.len() {
+        1..=FEW_WALKS => processes
+            .iter()
+            .map(|rec| Target::Process(rec.pid))
+            .collect(),
+        _ => vec![scope.target()],
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! `bpf/events.h` is the only source of the record layouts; [`events`] is generated from it.
 
+pub mod accept;
 pub mod adopted;
 pub mod features;
 pub mod fill;

@@ -87,7 +87,7 @@ pub(super) fn run(link: BorrowedFd<'_>, buffer: &mut Buffer) -> io::Result<()> {
 }
 
 /// Takes over what libbpf returned: a new descriptor, or an error number negated.
-fn own(fd: i32) -> io::Result<OwnedFd> {
+pub(super) fn own(fd: i32) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::from_raw_os_error(-fd));
     }

@@ -50,6 +50,8 @@ impl_record! {
     events::MqueueRec => RecKind::MQUEUE,
     events::MqueueDataRec => RecKind::MQUEUE_DATA,
     events::SemUndoRec => RecKind::SEM_UNDO,
+    events::WaitingRec => RecKind::WAITING,
+    events::WaitingDataRec => RecKind::WAITING_DATA,
 }
 
 /// A record whose bytes do not fit its kind.

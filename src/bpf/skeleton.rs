@@ -16,6 +16,7 @@ macro_rules! skeleton {
     };
 }
 
+skeleton!(accept, "accept");
 skeleton!(iter, "iter");
 skeleton!(netlock, "netlock");
 skeleton!(probe, "probe");

@@ -49,7 +49,7 @@ impl Capture {
     pub fn freeze(&mut self) -> Result<(), CheckpointError> {
         for attempt in 1.. {
             let blockers = self.freeze_once()?;
-            let settled = !self.handshakes() || attempt >= BLOCKED_ATTEMPTS;
+            let settled = !self.awaits_clients() || attempt >= BLOCKED_ATTEMPTS;
             if blockers.is_empty() && settled && self.worst_standing() == Standing::Outside {
                 break;
             }
@@ -77,11 +77,14 @@ impl Capture {
         self.may_go_on()
     }
 
-    /// A handshake that ends while memory is read would leave a connection to accept, when it is
-    /// too late. One that does not end soon has nobody behind it.
-    fn handshakes(&self) -> bool {
+    /// With new connections held off, an application that runs on accepts those it has soon, and
+    /// they are carried as any other. A handshake that does not end soon has nobody behind it; one
+    /// that ends while memory is read leaves a connection to accept.
+    fn awaits_clients(&self) -> bool {
         let frozen = self.frozen.as_ref();
-        frozen.is_some_and(|frozen| files::handshakes(&frozen.open))
+        frozen.is_some_and(|frozen| {
+            files::handshakes(&frozen.open) || files::any_unaccepted(&frozen.open)
+        })
     }
 
     /// Freezes it, and says whether that took no longer than `limit`.
@@ -158,17 +161,22 @@ impl Capture {
             return Ok(Vec::new());
         };
         let (tasks, mut iterators) = (&frozen.tasks, self.iterators.borrow_mut());
+        let accept_queues = &self.accept_queues;
         // Whatever else the machine has open must not keep the application waiting.
         let mut open = iterators.files_of(scope, &tasks.processes)?;
         let mut blockers = files::blockers(&open, tasks);
-        blockers.extend(files::unaccepted(&open));
+        if files::any_unaccepted(&open)
+            && let Some(reason) = accept_queues.get_or_init(files::accept_queues_refusal)
+        {
+            blockers.extend(files::unaccepted(&open, reason));
+        }
         blockers.extend(files::controlling(tasks, &open));
         if blockers.is_empty() && files::has_terminals(&open) {
             let again = iterators.files_of(scope, &tasks.processes)?;
             blockers.extend(files::unsettled(&open, &again));
         }
         if blockers.is_empty() && files::has_messages(&open.files) {
-            open.messages = iterators.messages(scope)?;
+            open.messages = iterators.messages(scope, &tasks.processes)?;
         }
         frozen.open = open;
         Ok(blockers)

@@ -51,11 +51,11 @@ use crate::sys::cgroup::{Cgroup, Event};
 use crate::sys::process::raise_descriptor_limit;
 use clocks::Offsets;
 use eligibility::Namespaces;
-use files::{Listeners, Repaired};
+use files::{CollectError, Listeners, Repaired};
 use guard::{Guard, Watch};
 use memory::Memory;
 use restart::Now;
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -156,6 +156,9 @@ pub struct Capture {
     guard: Option<Guard>,
     lock: Option<NetLock>,
     listeners: Listeners,
+    /// Why connections that nobody has accepted are not carried, if they are not; found out when
+    /// there are any.
+    accept_queues: OnceCell<Option<String>>,
     /// The lock stays behind for a restore.
     lock_left: bool,
     code: vdso::Code,
@@ -207,6 +210,7 @@ impl Capture {
             guard: Some(guard),
             lock: None,
             listeners: Listeners::default(),
+            accept_queues: OnceCell::new(),
             lock_left: false,
             code: vdso::Code::ours(),
             ours: Namespaces::ours(),
@@ -270,6 +274,12 @@ impl Capture {
         let open = self.iterators.borrow_mut().files(self.scope())?;
         self.blockers.extend(files::rings(&open, reason));
         Ok(())
+    }
+
+    /// Whether connections that nobody has accepted are carried, as far as whoever restores them
+    /// is concerned: if not, for this reason. Unless this is called it is this kernel.
+    pub fn set_accept_queues(&mut self, refusal: Option<String>) {
+        self.accept_queues = OnceCell::from(refusal);
     }
 
     /// Fails once an abort was asked for, or the application stands still for too long.
@@ -384,15 +394,20 @@ impl Capture {
         let Some(frozen) = &mut self.frozen else {
             return Err(CheckpointError::Unstable("It is not frozen".into()));
         };
+        let scope = Scope::Cgroup(self.target.cgroup.id());
         let read = files::collect(
             &frozen.open,
             &frozen.tasks,
             &mut self.iterators.borrow_mut(),
             &frozen.now,
             self.memory.contents(),
+            scope,
             std::mem::take(&mut self.listeners),
         )
-        .map_err(|e| CheckpointError::Files(e.to_string()))?;
+        .map_err(|error| match error {
+            CollectError::Blocked(blocker) => CheckpointError::Blocked(vec![blocker]),
+            error => CheckpointError::Files(error.to_string()),
+        })?;
         frozen.repaired = read.repaired;
         self.timeline.done("files");
         Fault::Files.point()?;

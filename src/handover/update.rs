@@ -11,8 +11,8 @@ use super::filesystems::{self, FilesystemError, Filesystems};
 use super::huge;
 use super::kexec::{self, KexecError};
 use super::network::{self, NetworkError};
+use super::next;
 use super::report::{TscRate, step};
-use super::rings;
 use super::sysctl;
 use crate::applications::{ApplicationError, NamedApplication};
 use crate::bpf::netlock::{LockError, NetLock};
@@ -233,10 +233,14 @@ impl Update {
         for capture in &mut captures {
             on(capture, |capture| capture.refuse_devices(&volatile))?;
         }
-        if let Some(reason) = rings::refusal(&request.kernel) {
+        if let Some(reason) = next::refuses_rings(&request.kernel) {
             for capture in &mut captures {
                 on(capture, |capture| capture.refuse_rings(&reason))?;
             }
+        }
+        let accept_queues = next::refuses_accept_queues(&request.kernel);
+        for capture in &mut captures {
+            capture.set_accept_queues(accept_queues.clone());
         }
         check_blockers(&applications, &captures)?;
         let filesystems = Filesystems::find()?;

@@ -18,7 +18,8 @@ use tracker::model::frozen::{
     OpenFile, Origin, Outgoing, PathRef, PeerCredentials, PipeState, PosixTimer, Process,
     Registers, Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket,
     SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow,
-    Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState,
+    Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState, WaitingConnection,
+    WaitingEnd,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
@@ -434,6 +435,12 @@ fn open_files() -> Vec<OpenFile> {
 fn sockets() -> Vec<SocketState> {
     let v4 = || "10.0.2.15:6379".parse().unwrap();
     let v6 = || "[fe80::1]:6379".parse().unwrap();
+    let negotiated = || TcpOptions {
+        mss_clamp: 1460,
+        wscale: Some((7, 8)),
+        sack: true,
+        timestamp: Some(9),
+    };
     let connection = TcpConnection {
         v6: true,
         local: v4(),
@@ -452,12 +459,18 @@ fn sockets() -> Vec<SocketState> {
             rcv_wnd: 4,
             rcv_wup: 5,
         },
-        negotiated: TcpOptions {
-            mss_clamp: 1460,
-            wscale: Some((7, 8)),
-            sack: true,
-            timestamp: Some(9),
-        },
+        negotiated: negotiated(),
+    };
+    let waiting = |end| WaitingConnection {
+        local: v4(),
+        remote: v6(),
+        write_seq: 1000,
+        received_seq: 2000,
+        received: b"to be read".to_vec().into(),
+        end,
+        window: 3000,
+        negotiated: negotiated(),
+        peer_timestamp: 10,
     };
     let someone = || PeerCredentials {
         pid: Pid(77),
@@ -491,6 +504,14 @@ fn sockets() -> Vec<SocketState> {
             local: v6(),
             backlog: 511,
             v6: true,
+            waiting: [
+                WaitingEnd::Open,
+                WaitingEnd::Closed,
+                WaitingEnd::Reset,
+                WaitingEnd::ClosedAndReset,
+            ]
+            .map(waiting)
+            .into(),
         },
         SocketState::TcpConnection(Box::new(connection)),
         unix(path, UnixState::Unconnected),

@@ -4,8 +4,8 @@ use super::borrow::{Lender, place};
 use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
-    CollectError, FrozenFiles, Repaired, filter, lease, mqueue, pipe, pseudo, pty, regular, socket,
-    unix, uring,
+    CollectError, FrozenFiles, Repaired, accept, filter, lease, mqueue, pipe, pseudo, pty, regular,
+    socket, unix, uring,
 };
 use crate::bpf::events::{
     EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, MqueueRec, PipeRec, SockRec,
@@ -52,6 +52,7 @@ pub(super) struct Reader<'a> {
     /// By the address of a pseudo-terminal: where an end is, and what ends there are.
     terminals: BTreeMap<u64, (Pid, Fd, TtyRec, pty::Ends)>,
     messages: mqueue::Messages,
+    accept_queues: accept::Queues,
     /// By the address of a message queue's inode: where it is open, and how often.
     mqueues: BTreeMap<u64, (Pid, Fd, MqueueRec, u32)>,
 }
@@ -71,6 +72,7 @@ impl<'a> Reader<'a> {
         now: &'a Now,
         contents: &'a mut Contents,
         listeners: Listeners,
+        accept_queues: accept::Queues,
     ) -> Self {
         Self {
             now,
@@ -90,6 +92,7 @@ impl<'a> Reader<'a> {
             tty_data: grouped(&found.tty_data, |data| data.tty),
             terminals: BTreeMap::new(),
             messages: mqueue::Messages::of(&found.messages),
+            accept_queues,
             mqueues: BTreeMap::new(),
         }
     }
@@ -410,18 +413,30 @@ impl<'a> Reader<'a> {
         locks
     }
 
+    fn with_accept_queue(
+        &self,
+        file: &File,
+        sock: &SockRec,
+        mut socket: Socket,
+    ) -> Result<FileKind, CollectError> {
+        if let SocketState::TcpListen { waiting, .. } = &mut socket.state {
+            *waiting = self.accept_queues.take(file, sock)?;
+        }
+        Ok(FileKind::Socket(Box::new(socket)))
+    }
+
     fn socket(&mut self, id: OfdId, file: &File, sock: &SockRec) -> Result<FileKind, CollectError> {
         if let Some(options) = self.listeners.options(sock)
-            && let Some(socket) = socket::listener(file, sock, options)?
+            && let Some(socket) = socket::listener(sock, options)
         {
-            return Ok(FileKind::Socket(Box::new(socket)));
+            return self.with_accept_queue(file, sock, socket);
         }
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
             let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
             let read = socket::read(from, sock, self.listeners.defaults(), members)?;
             self.repaired.0.extend(read.repaired);
-            return Ok(FileKind::Socket(Box::new(read.socket)));
+            return self.with_accept_queue(file, sock, read.socket);
         }
         let state = unix::state(sock, &self.survey.sockets).map_err(|reason| {
             let (pid, fd) = place(file);
@@ -515,7 +530,8 @@ impl<'a> Reader<'a> {
         let own = Scope::Process(std::process::id());
         let found = iterators.descriptors(own).map_err(failed)?;
         if mqueue::has_messages(&found) {
-            self.messages.add(&iterators.messages(own).map_err(failed)?);
+            self.messages
+                .add(&iterators.messages(own, &[]).map_err(failed)?);
         }
         Ok(found
             .into_iter()

@@ -1,5 +1,6 @@
 //! Why the open files of a frozen application could not be read.
 
+use crate::bpf::iter::ReadError;
 use crate::image::StoreError;
 use crate::model::frozen::Blocker;
 use crate::model::ids::{Fd, Pid};
@@ -38,21 +39,9 @@ pub enum CollectError {
     /// A descriptor could not be borrowed.
     #[error(transparent)]
     Borrow(#[from] CallError),
-    /// A listener's accept queue was not empty.
-    #[error(
-        "PID {pid} fd {fd}: TCP listener {address} has {connections} connections that were not accepted; \
-         they cannot be carried: try again when the application keeps up"
-    )]
-    AcceptQueue {
-        /// Owner of the listener.
-        pid: Pid,
-        /// The listener.
-        fd: Fd,
-        /// Its address.
-        address: String,
-        /// Connections waiting in it.
-        connections: u32,
-    },
+    /// The iterators failed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// Pages could not be written.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -4,6 +4,7 @@
 //! borrowed (pidfd_getfd(2)) only for what they cannot give: contents of queues
 //! and memfds, socket options. Borrowed descriptors are dropped before the thaw.
 
+mod accept;
 mod borrow;
 mod describe;
 mod error;
@@ -27,6 +28,7 @@ mod udp;
 mod unix;
 mod uring;
 
+pub use accept::{is_any as any_unaccepted, refusal as accept_queues_refusal};
 pub use error::CollectError;
 pub(in crate::capture) use lease::mapped as leased_and_mapped;
 pub use listeners::Listeners;
@@ -36,7 +38,7 @@ pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{blockers, handshakes, unaccepted};
 pub use uring::refused as rings;
 
-use crate::bpf::iter::{Files, Iterators, Tasks};
+use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
 use crate::model::frozen::{FdEntry, FilesTable, OpenFile};
@@ -114,7 +116,7 @@ pub struct FrozenFiles {
 
 /// Reads the open files of frozen processes.
 ///
-/// `found` and `tasks` are the iterators' passes over them, `now` what the clocks showed when they
+/// `found` and `tasks` are the iterators' passes over them, of this `scope`, `now` what the clocks showed when they
 /// stopped, `listeners` what is known from before. Bytes that no filesystem keeps are noted in
 /// `contents`. On an error everything borrowed is given back and every connection left as it was.
 ///
@@ -126,9 +128,11 @@ pub(in crate::capture) fn collect(
     iterators: &mut Iterators,
     now: &Now,
     contents: &mut Contents,
+    scope: Scope,
     listeners: Listeners,
 ) -> Result<FrozenFiles, CollectError> {
-    let mut reader = Reader::new(found, tasks, now, contents, listeners);
+    let queues = accept::Queues::read(found, tasks, scope, iterators)?;
+    let mut reader = Reader::new(found, tasks, now, contents, listeners, queues);
     for file in &found.files {
         reader.describe(file)?;
     }

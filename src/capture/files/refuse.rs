@@ -3,7 +3,7 @@
 use super::borrow::place;
 use super::owner::Owners;
 use super::pidfd::Processes;
-use super::{lease, mqueue, pseudo, pty, regular, socket, unix, uring};
+use super::{accept, lease, mqueue, pseudo, pty, regular, socket, unix, uring};
 use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, MqueueRec, SockRec, TtyRec};
 use crate::bpf::iter::{Detail, File, Files, Tasks};
 use crate::capture::huge;
@@ -29,25 +29,18 @@ pub fn blockers(found: &Files, tasks: &Tasks) -> Vec<Blocker> {
         .collect()
 }
 
-/// Listeners of a frozen application with connections that it has not accepted: they can be
-/// neither read nor carried. With new ones held off, one that runs on accepts them soon.
+/// Listeners of a frozen application with connections that it has not accepted, for this reason
+/// why whoever restores it cannot make them again.
 #[must_use]
-pub fn unaccepted(found: &Files) -> Vec<Blocker> {
+pub fn unaccepted(found: &Files, reason: &str) -> Vec<Blocker> {
     let blocker = |file: &File| {
-        let Detail::Socket(sock) = &file.detail else {
-            return None;
-        };
-        let tcp = i32::from(sock.protocol) == nix::libc::IPPROTO_TCP;
-        let connections = sock.ack_backlog;
+        let connections = accept::unaccepted(file)?.ack_backlog;
         let (pid, fd) = place(file);
-        (tcp && sock.state == socket::LISTEN && connections > 0).then(|| Blocker {
+        Some(Blocker {
             pid,
             fd: Some(fd),
             object: "TCP listener".to_owned(),
-            reason: format!(
-                "it has {connections} connections that were not accepted, which are not carried \
-                 yet; try again when the application keeps up"
-            ),
+            reason: format!("it has {connections} connections that were not accepted: {reason}"),
         })
     };
     found.files.iter().filter_map(blocker).collect()

@@ -1,10 +1,9 @@
 //! Sockets: options and addresses through a borrowed descriptor, the rest from the iterators.
 
-use super::borrow::{Borrowed, place};
+use super::borrow::Borrowed;
 use super::options::Defaults;
 use super::{CollectError, filter, interfaces, raw, udp};
 use crate::bpf::events::{MemberRec, SockFlag, SockRec};
-use crate::bpf::iter::File;
 use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
 use crate::sys::socket::{int_option, set_int_option};
 use crate::sys::tcp as repair;
@@ -14,14 +13,15 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// `TCP_ESTABLISHED` of include/net/tcp_states.h.
-const ESTABLISHED: u8 = 1;
-const CLOSE: u8 = 7;
+pub(super) const ESTABLISHED: u8 = 1;
+pub(super) const CLOSE: u8 = 7;
+pub(super) const CLOSE_WAIT: u8 = 8;
 /// `TCP_LISTEN`, which Unix sockets use too.
 pub(super) const LISTEN: u8 = 10;
 
 /// Connections: established, or with one or both directions closed: `FIN_WAIT1`,
 /// `FIN_WAIT2`, `CLOSE_WAIT`, `LAST_ACK`, `CLOSING`.
-const CONNECTED: &[u8] = &[ESTABLISHED, 4, 5, 8, 9, 11];
+const CONNECTED: &[u8] = &[ESTABLISHED, 4, 5, CLOSE_WAIT, 9, 11];
 
 /// A socket that was borrowed and, when it is a connection, put in repair mode.
 pub struct Read {
@@ -42,19 +42,21 @@ pub struct Connection {
 
 /// Local and remote address of an internet socket; `None` where it has none.
 pub fn addresses(rec: &SockRec) -> (Option<SocketAddr>, Option<SocketAddr>) {
-    let ip = |bytes: &[u8; 16]| -> IpAddr {
-        if i32::from(rec.family) == libc::AF_INET6 {
-            Ipv6Addr::from(*bytes).into()
-        } else {
-            Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into()
-        }
-    };
-    let address =
-        |bytes: &[u8; 16], port: u16| (port != 0).then(|| SocketAddr::new(ip(bytes), port));
+    let known = |bytes: &[u8; 16], port: u16| (port != 0).then(|| address(rec.family, bytes, port));
     (
-        address(&rec.local_addr, rec.local_port),
-        address(&rec.remote_addr, rec.remote_port),
+        known(&rec.local_addr, rec.local_port),
+        known(&rec.remote_addr, rec.remote_port),
     )
+}
+
+/// One end as a record has it.
+pub(super) fn address(family: u16, bytes: &[u8; 16], port: u16) -> SocketAddr {
+    let ip: IpAddr = if i32::from(family) == libc::AF_INET6 {
+        Ipv6Addr::from(*bytes).into()
+    } else {
+        Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into()
+    };
+    SocketAddr::new(ip, port)
 }
 
 /// What no socket option tells, or not whole, and what to do about it.
@@ -149,7 +151,7 @@ const NETLINK_PROTOCOLS: &[u16] = &[0, 15, 16];
 /// Reads a socket of any family but Unix.
 ///
 /// # Errors
-/// A socket call fails, or a listener's accept queue is not empty.
+/// A socket call fails.
 pub fn read(
     from: Borrowed,
     rec: &SockRec,
@@ -226,10 +228,10 @@ fn read_netlink(
     whole(from, rec, options, state)
 }
 
-/// Reads a TCP socket.
+/// Reads a TCP socket, of a listener without its accept queue.
 ///
 /// # Errors
-/// A socket call fails, or a listener's accept queue is not empty.
+/// A socket call fails.
 fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<Read, CollectError> {
     let v6 = i32::from(rec.family) == libc::AF_INET6;
     let (local, remote) = addresses(rec);
@@ -239,21 +241,12 @@ fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<R
     let filter = filter::read(&from, rec)?;
     let mut repaired = None;
     let state = match (info.state, local, remote) {
-        (LISTEN, Some(local), _) => {
-            if info.unacked > 0 {
-                return Err(CollectError::AcceptQueue {
-                    pid: from.pid,
-                    fd: from.number,
-                    address: local.to_string(),
-                    connections: info.unacked,
-                });
-            }
-            SocketState::TcpListen {
-                local,
-                backlog: info.sacked,
-                v6,
-            }
-        }
+        (LISTEN, Some(local), _) => SocketState::TcpListen {
+            local,
+            backlog: info.sacked,
+            v6,
+            waiting: Vec::new(),
+        },
         (_, Some(local), Some(remote)) if connected => {
             let reuse = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR)
                 .map_err(failed())?
@@ -285,38 +278,22 @@ fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<R
     })
 }
 
-/// A listener whose options are known, from its record alone; `None` if it has no address.
-///
-/// # Errors
-/// Its accept queue is not empty.
-pub fn listener(
-    file: &File,
-    rec: &SockRec,
-    options: Vec<SockOption>,
-) -> Result<Option<Socket>, CollectError> {
-    let (Some(local), _) = addresses(rec) else {
-        return Ok(None);
-    };
-    if rec.ack_backlog > 0 {
-        let (pid, fd) = place(file);
-        return Err(CollectError::AcceptQueue {
-            pid,
-            fd,
-            address: local.to_string(),
-            connections: rec.ack_backlog,
-        });
-    }
-    Ok(Some(Socket {
+/// A listener whose options are known, from its record alone, without its accept queue; `None` if
+/// it has no address.
+pub fn listener(rec: &SockRec, options: Vec<SockOption>) -> Option<Socket> {
+    let (local, _) = addresses(rec);
+    Some(Socket {
         inode: rec.ino,
         options,
         filter: None,
         interfaces: Interfaces::default(),
         state: SocketState::TcpListen {
-            local,
+            local: local?,
             backlog: rec.max_ack_backlog,
             v6: i32::from(rec.family) == libc::AF_INET6,
+            waiting: Vec::new(),
         },
-    }))
+    })
 }
 
 /// Ends a connection's repair mode without a packet; errors are those of a socket that is gone.

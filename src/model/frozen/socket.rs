@@ -83,7 +83,7 @@ pub enum SocketState {
         /// Address it is bound to.
         local: Option<SocketAddr>,
     },
-    /// A TCP listener whose accept queue was empty.
+    /// A TCP listener.
     TcpListen {
         /// Address it listens on.
         local: SocketAddr,
@@ -91,6 +91,9 @@ pub enum SocketState {
         backlog: u32,
         /// IPv6 socket (which may carry IPv4 too).
         v6: bool,
+        /// Its accept queue, in the order in which accept(2) gives them.
+        #[serde(default)]
+        waiting: Vec<WaitingConnection>,
     },
     /// A TCP connection.
     TcpConnection(Box<TcpConnection>),
@@ -183,6 +186,42 @@ pub struct TcpConnection {
     pub window: TcpWindow,
     /// Negotiated options.
     pub negotiated: TcpOptions,
+}
+
+/// A TCP connection that nobody has accepted yet: it has received, and sent nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingConnection {
+    /// Our end: the listener's port, at an address that is the listener's too, or one of many.
+    pub local: SocketAddr,
+    /// Their end.
+    pub remote: SocketAddr,
+    /// Sequence number of the first byte that we will send.
+    pub write_seq: u32,
+    /// Sequence number of the first byte that was received, or will be.
+    pub received_seq: u32,
+    /// What was received.
+    pub received: ByteBuf,
+    /// How it has ended.
+    pub end: WaitingEnd,
+    /// How many bytes the peer takes (`snd_wnd`).
+    pub window: u32,
+    /// Negotiated options.
+    pub negotiated: TcpOptions,
+    /// The peer's clock as last heard (`ts_recent`), where timestamps were agreed on.
+    pub peer_timestamp: u32,
+}
+
+/// What came of a connection before it was accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WaitingEnd {
+    /// Nothing: more may come.
+    Open,
+    /// The peer sends no more.
+    Closed,
+    /// The peer has reset it.
+    Reset,
+    /// The peer has closed its side, then reset it.
+    ClosedAndReset,
 }
 
 /// `struct tcp_repair_window`.

@@ -1,5 +1,6 @@
 //! Why a descriptor could not be put back.
 
+use crate::bpf::accept::HandshakeError;
 use crate::image::StoreError;
 use crate::model::ids::{Fd, OfdId};
 use crate::sys::socket::SocketError;
@@ -52,6 +53,20 @@ pub enum FilesError {
     /// The image cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A connection that was not accepted cannot be made.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    /// What a peer had sent did not arrive again.
+    #[error(
+        "{object}: its {what} is not what it was: packets over the loopback interface are not taken \
+         in; see whether a packet filter drops them, then restore again"
+    )]
+    NotReceived {
+        /// The connection.
+        object: String,
+        /// What is missing.
+        what: String,
+    },
     /// Something that this version does not restore.
     #[error("{0} cannot be restored by this version")]
     Unsupported(String),

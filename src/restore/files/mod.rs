@@ -6,6 +6,7 @@
 //! its own in place ([`install`]), does what only it can do ([`finish`]) and
 //! closes the rest. TCP connections keep silent until [`go_live`].
 
+mod accept;
 mod anonymous;
 pub(super) mod content;
 mod datagram;
@@ -13,6 +14,7 @@ mod epoll;
 mod error;
 mod filter;
 mod interfaces;
+mod ip;
 mod lock;
 mod mqueue;
 mod owner;
@@ -23,6 +25,7 @@ mod pipe;
 mod pty;
 mod raw;
 mod regular;
+mod segment;
 mod tcp;
 mod udp_queue;
 mod unix;
@@ -154,7 +157,7 @@ pub fn open_all(
 }
 
 /// Does what needs all processes of the application: pidfds, then the queues of Unix sockets,
-/// in which pidfds may be in flight, then the filters, which let through only what is to come.
+/// in which pidfds may be in flight, the accept queues of listeners, then the filters, which let through only what is to come.
 /// To be called by the restorer when all are born.
 ///
 /// # Errors
@@ -166,6 +169,7 @@ pub fn complete(
 ) -> Result<(), FilesError> {
     pidfd::open_all(app, &opened.ofds)?;
     unix_queue::fill_all(app, &opened.ofds, departed)?;
+    accept::fill_all(app, &opened.ofds)?;
     filter::attach_all(app, &opened.ofds)
 }
 

@@ -1,9 +1,8 @@
 //! UDP datagrams as packets, for a raw socket that may say who sent them.
 
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use super::ip::Header;
+use core::net::SocketAddr;
 
-/// What stands in a packet's header where nothing else is known (`IPDEFTTL`).
-const TTL: u8 = 64;
 const UDP_HEADER: usize = 8;
 
 /// A datagram on its way to a port.
@@ -23,7 +22,7 @@ pub struct Packet<'a> {
 
 impl Packet<'_> {
     /// The packet with all its headers; `None` if it is too long for one, or goes from one
-    /// family to the other. The kernel fills in what raw(7) says.
+    /// family to the other.
     #[must_use]
     pub fn bytes(&self) -> Option<Vec<u8>> {
         let length = u16::try_from(UDP_HEADER + self.data.len()).ok()?;
@@ -32,72 +31,28 @@ impl Packet<'_> {
             udp.extend(word.to_be_bytes());
         }
         udp.extend(self.data);
-        match (self.from.ip(), self.to.ip()) {
-            (IpAddr::V4(from), IpAddr::V4(to)) => self.v4(from, to, &udp),
-            (IpAddr::V6(from), IpAddr::V6(to)) => Some(self.v6(from, to, length, udp)),
-            _ => None,
+        let header = Header {
+            from: self.from.ip(),
+            to: self.to.ip(),
+            protocol: PROTOCOL,
+            ttl: self.ttl,
+            tos: self.tos,
+        };
+        // Over IPv4 a checksum of 0 is none; over IPv6 there must be one.
+        if header.to.is_ipv6() {
+            let sum = header.checksum(&udp);
+            udp[6..UDP_HEADER].copy_from_slice(&sum.to_be_bytes());
         }
-    }
-
-    /// RFC 791; a UDP checksum of 0 is none.
-    fn v4(&self, from: Ipv4Addr, to: Ipv4Addr, udp: &[u8]) -> Option<Vec<u8>> {
-        const HEADER: u16 = 20;
-        let total = HEADER.checked_add(u16::try_from(udp.len()).ok()?)?;
-        let mut packet = vec![0x45, self.tos.unwrap_or(0)];
-        packet.extend(total.to_be_bytes());
-        // No number, no fragment.
-        packet.extend([0, 0, 0, 0]);
-        packet.extend([self.ttl.unwrap_or(TTL), PROTOCOL, 0, 0]);
-        packet.extend(from.octets());
-        packet.extend(to.octets());
-        packet.extend(udp);
-        Some(packet)
-    }
-
-    /// RFC 8200, whose datagrams must have a checksum.
-    fn v6(&self, from: Ipv6Addr, to: Ipv6Addr, length: u16, mut udp: Vec<u8>) -> Vec<u8> {
-        let pseudo = [
-            &from.octets()[..],
-            &to.octets(),
-            &u32::from(length).to_be_bytes(),
-            &[0, 0, 0, PROTOCOL],
-        ]
-        .concat();
-        let sum = checksum(&[&pseudo, &udp]);
-        udp[6..UDP_HEADER].copy_from_slice(&sum.to_be_bytes());
-        let class = self.tos.unwrap_or(0);
-        let mut packet = vec![0x60 | class >> 4, class << 4, 0, 0];
-        packet.extend(length.to_be_bytes());
-        packet.extend([PROTOCOL, self.ttl.unwrap_or(TTL)]);
-        packet.extend(from.octets());
-        packet.extend(to.octets());
-        packet.extend(udp);
-        packet
+        header.packet(&udp)
     }
 }
 
 /// `IPPROTO_UDP`.
 const PROTOCOL: u8 = 17;
 
-/// RFC 1071 over parts of even length but the last; 0 is sent as all ones (RFC 768).
-fn checksum(parts: &[&[u8]]) -> u16 {
-    let pairs = parts.iter().flat_map(|part| part.chunks(2));
-    let words = pairs.map(|pair| {
-        let low = pair.get(1).copied().unwrap_or(0);
-        u32::from(u16::from_be_bytes([pair[0], low]))
-    });
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    match u16::try_from(sum).map(|sum| !sum) {
-        Ok(0) | Err(_) => u16::MAX,
-        Ok(sum) => sum,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::ip::checksum;
     use super::*;
 
     fn packet<'a>(from: &str, to: &str, data: &'a [u8]) -> Packet<'a> {

@@ -70,7 +70,9 @@ pub fn open(described: &Socket) -> Result<OwnedFd, FilesError> {
             }
             Ok(fd)
         }
-        SocketState::TcpListen { local, backlog, v6 } => {
+        SocketState::TcpListen {
+            local, backlog, v6, ..
+        } => {
             let object = format!("TCP listener {local}");
             let fd = new_socket(&object, *v6)?;
             replay(&object, fd.as_fd(), &described.options, |_| true)?;

@@ -6,14 +6,14 @@
 //! loses by disconnecting from nobody: udp_disconnect() gives back what bind(2) has chosen.
 
 use super::error::{FilesError, call, socket};
+use super::ip::Sender;
 use super::packet::Packet;
-use crate::bpf::events::TRK_FILL_MARK;
 use crate::model::frozen::{Datagram, SockOption};
-use crate::sys::socket::{disconnect, int_option, new, option, set_int_option, set_option};
+use crate::sys::socket::{disconnect, int_option, option, set_int_option};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use nix::libc;
 use nix::sys::socket as ns;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 /// How long a packet may take over the loopback interface.
@@ -87,7 +87,7 @@ struct Way<'a> {
     object: &'a str,
     to: BorrowedFd<'a>,
     port: u16,
-    raw: [Option<OwnedFd>; 2],
+    sender: Sender,
 }
 
 impl<'a> Way<'a> {
@@ -96,7 +96,7 @@ impl<'a> Way<'a> {
             object,
             to,
             port,
-            raw: [None, None],
+            sender: Sender::default(),
         }
     }
 
@@ -122,33 +122,13 @@ impl<'a> Way<'a> {
             return Ok(false);
         };
         let before = self.queued()?;
-        let raw = self.raw(from.is_ipv6())?.as_raw_fd();
-        // The port is in the packet; of a raw socket's address it means something else.
-        let address = ns::SockaddrStorage::from(SocketAddr::new(packet.to.ip(), 0));
-        match ns::sendto(raw, &bytes, &address, ns::MsgFlags::empty()) {
-            Ok(_) => self.arrived(before),
+        match self.sender.send(self.object, packet.to.ip(), &bytes)? {
+            Ok(()) => self.arrived(before),
             Err(errno) => {
                 tracing::warn!("{}: sendto {}: {errno}", self.object, packet.to.ip());
                 Ok(false)
             }
         }
-    }
-
-    fn raw(&mut self, v6: bool) -> Result<&OwnedFd, FilesError> {
-        let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
-        let place = &mut self.raw[usize::from(v6)];
-        if let Some(raw) = place {
-            return Ok(raw);
-        }
-        let failed = || socket(self.object);
-        let raw = new(family, libc::SOCK_RAW, libc::IPPROTO_RAW).map_err(failed())?;
-        // Whatever an address leads to, nothing leaves the machine.
-        let device = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
-        set_option(raw.as_fd(), device.0, device.1, b"lo\0").map_err(failed())?;
-        // Past the network lock, which is still there.
-        let mark = TRK_FILL_MARK.cast_signed();
-        set_int_option(raw.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, mark).map_err(failed())?;
-        Ok(place.insert(raw))
     }
 
     /// Whether more is queued than before. It is there as soon as it is sent, unless another CPU

@@ -6,6 +6,7 @@
 
 use crate::guest::case::Entry;
 
+mod accept;
 mod aio;
 mod cgroup;
 mod child;
@@ -51,6 +52,7 @@ mod uring;
 pub fn all() -> impl Iterator<Item = &'static Entry> {
     [
         pipe::CASES,
+        accept::CASES,
         aio::CASES,
         uring::CASES,
         pressure::CASES,

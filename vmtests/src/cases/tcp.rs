@@ -29,7 +29,7 @@ pub const CASES: &[Entry] = &[
 ];
 
 /// Nothing here may hang for ever.
-fn patient(stream: &TcpStream) -> Result<()> {
+pub(super) fn patient(stream: &TcpStream) -> Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream
         .set_write_timeout(Some(PATIENCE))
@@ -47,7 +47,12 @@ fn pair(listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
 }
 
 /// Sends a pattern one way and checks it.
-fn exchange(from: &mut TcpStream, to: &mut TcpStream, seed: u64, length: usize) -> Result<()> {
+pub(super) fn exchange(
+    from: &mut TcpStream,
+    to: &mut TcpStream,
+    seed: u64,
+    length: usize,
+) -> Result<()> {
     let mut received = vec![0; length];
     let sender = {
         let mut from = from.try_clone()?;

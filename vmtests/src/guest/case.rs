@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::cases;
+use crate::image::Kernel;
 
 /// File in the case's directory that says the set-up is complete; holds the PID.
 pub const READY: &str = "ready";
@@ -33,6 +34,9 @@ pub enum Expect {
     Carried,
     /// The same, but another kernel may keep it in another form: an update to that is refused.
     CarriedAlike,
+    /// The same, but only the newer of the kernels can make it again: refuse what the older one
+    /// would have to restore, with this text.
+    CarriedByNewer(&'static str),
     /// Refuse to checkpoint it, with this text on stderr, and leave it alone.
     Refused(&'static str),
 }
@@ -67,6 +71,19 @@ impl Entry {
         }
     }
 
+    /// A case whose state only the newer kernel can make again; `text` is in the other's refusal.
+    pub const fn carried_by_newer(
+        name: &'static str,
+        text: &'static str,
+        run: fn(&Case) -> Result<()>,
+    ) -> Entry {
+        Entry {
+            name,
+            expect: Expect::CarriedByNewer(text),
+            run,
+        }
+    }
+
     /// A case that holds something not supported, named by `text` in the refusal.
     pub const fn refused(
         name: &'static str,
@@ -82,9 +99,14 @@ impl Entry {
 }
 
 impl Expect {
-    /// Whether one kernel restores it.
-    pub fn is_carried(self) -> bool {
-        !matches!(self, Expect::Refused(_))
+    /// Of a program that is checkpointed and restored on this kernel: why it is refused, or
+    /// nothing if it is carried.
+    pub fn refusal(self, kernel: Kernel) -> Option<&'static str> {
+        match self {
+            Expect::Carried | Expect::CarriedAlike => None,
+            Expect::CarriedByNewer(text) => (kernel == Kernel::V6_1).then_some(text),
+            Expect::Refused(text) => Some(text),
+        }
     }
 }
 

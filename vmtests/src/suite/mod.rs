@@ -140,9 +140,9 @@ impl Group {
 }
 
 fn case_name(kernel: Kernel, entry: &Entry) -> String {
-    match entry.expect {
-        Expect::Carried | Expect::CarriedAlike => format!("same/{kernel}/{}", entry.name),
-        Expect::Refused(_) => format!("refused/{kernel}/{}", entry.name),
+    match entry.expect.refusal(kernel) {
+        None => format!("same/{kernel}/{}", entry.name),
+        Some(_) => format!("refused/{kernel}/{}", entry.name),
     }
 }
 
@@ -196,11 +196,15 @@ fn plan(options: &Options) -> Vec<Group> {
         }
     }
     let to = Kernel::V6_12;
-    for (kernel, expect) in [(Kernel::V6_1, Expect::Carried), (to, Expect::CarriedAlike)] {
+    for kernel in [Kernel::V6_1, to] {
         if options.modes.contains(&Mode::Kexec) && options.kernels.contains(&kernel) {
             let fate = Fate::Update(to);
             let mut entries = entries(&|entry| batch_name(kernel, fate, entry));
-            entries.retain(|entry| entry.expect == expect);
+            entries.retain(|entry| match entry.expect {
+                Expect::Carried | Expect::CarriedByNewer(_) => kernel != to,
+                Expect::CarriedAlike => kernel == to,
+                Expect::Refused(_) => false,
+            });
             groups.push(Group::Batch {
                 kernel,
                 fate,
@@ -210,7 +214,7 @@ fn plan(options: &Options) -> Vec<Group> {
     }
     for &kernel in &options.kernels {
         if options.modes.contains(&Mode::Again) {
-            let carried = cases::all().filter(|entry| entry.expect.is_carried());
+            let carried = cases::all().filter(|entry| entry.expect.refusal(kernel).is_none());
             let wanted = |entry: &&Entry| again_names(kernel, entry).iter().any(|n| wanted(n));
             let entries = carried.filter(wanted).collect();
             groups.push(Group::Again { kernel, entries });
@@ -279,7 +283,7 @@ fn run_group(options: &Options, group: &Group, report: &Report) {
             };
             for entry in entries {
                 report.test(&case_name(*kernel, entry), || {
-                    lab.run(|vm| life::run(vm, entry))
+                    lab.run(|vm| life::run(vm, *kernel, entry))
                 });
             }
         }

@@ -1,19 +1,40 @@
-//! Whether the next kernel keeps the rings of io_uring in the same form. User space is told once
-//! where the parts of a ring are, and looks there for ever.
+//! What the next kernel can do for the applications, by the version it says it has.
 
 use crate::sys::uring;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+/// From this version on the kernel takes the word of a BPF program for the end of a handshake
+/// ([`Handshakes`](crate::bpf::accept::Handshakes)).
+const VOUCHING_SINCE: (u32, u32) = (6, 9);
+
 /// From this version on the positions of both rings lie side by side; before, each had a cache
 /// line of its own (`struct io_uring` of include/linux/io_uring_types.h).
 const COMPACT_SINCE: (u32, u32) = (6, 6);
 
-/// Why io_uring instances of this kernel would not be restored by the one in this file; `None`
-/// if they would, or cannot be made here.
+/// Why connections that nobody has accepted cannot be made again by the kernel in this file; `None`
+/// if they can.
 #[must_use]
-pub fn refusal(kernel: &Path) -> Option<String> {
+pub fn refuses_accept_queues(kernel: &Path) -> Option<String> {
+    let Some(release) = release(kernel) else {
+        return Some("the next kernel does not say its version".to_owned());
+    };
+    let can = version(&release).is_some_and(|version| version >= VOUCHING_SINCE);
+    (!can).then(|| {
+        let (major, minor) = VOUCHING_SINCE;
+        format!(
+            "the next kernel, {release}, cannot make them again (Linux {major}.{minor} can); try \
+             again when the application keeps up"
+        )
+    })
+}
+
+/// Why io_uring instances of this kernel would not be restored by the one in this file; `None`
+/// if they would, or cannot be made here. User space is told once where the parts of a ring are,
+/// and looks there for ever.
+#[must_use]
+pub fn refuses_rings(kernel: &Path) -> Option<String> {
     let compact = uring::is_compact()?;
     let Some(release) = release(kernel) else {
         return Some("the next kernel does not say its version".to_owned());

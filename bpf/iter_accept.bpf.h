@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
+/*
+ * Connections in the accept queues of TCP listeners. No descriptor leads to them, so what they
+ * have received can be had from the kernel's memory only. There may be more than fits the side
+ * ring: see iter_window.bpf.h.
+ */
+
+#define MAX_WAITING_STEPS (1 << 23)           /* what bpf_loop() allows */
+#define WAITING_CHUNK (TRK_WAITING_CHUNK - 1) /* bytes, also as a mask */
+#define KERNEL_PAGE_SHIFT 12
+#define FRAG_SIZE 16 /* a page, length and offset: the same in all kernels, by various names */
+
+struct waiting_rec out_waiting;
+struct waiting_data_rec out_waiting_data;
+
+/* One record, or one step from one thing to the next. */
+struct {
+	u64 listener;
+	u64 request; /* whose turn is next */
+	u64 sock;
+	u64 skb; /* the next one of its receive queue */
+	u64 end; /* head of that queue */
+	u64 frag;
+	u64 from; /* bytes that come next */
+	u32 left;
+	u32 frags; /* that come then */
+	u32 seq;
+	u32 pad;
+} accept_walk;
+
+/* The kernel maps all of memory in one piece; a page is told by the place of its descriptor. */
+static __always_inline u64 page_address(u64 page)
+{
+	u64 descriptors = 0, memory = 0;
+
+	bpf_probe_read_kernel(&descriptors, sizeof(descriptors), (void *)symbols.vmemmap_base);
+	bpf_probe_read_kernel(&memory, sizeof(memory), (void *)symbols.page_offset_base);
+	if (!descriptors || !memory || page < descriptors)
+		return 0;
+	return memory + ((page - descriptors) / bpf_core_type_size(struct page)
+			 << KERNEL_PAGE_SHIFT);
+}
+
+static __always_inline void fill_waiting(struct waiting_rec *r, struct sock *sk)
+{
+	struct tcp_sock *tcp = (void *)sk;
+	struct tcp_options_received *opt = &tcp->rx_opt;
+	u16 dport = BPF_CORE_READ(sk, __sk_common.skc_dport);
+
+	__builtin_memset(r, 0, sizeof(*r));
+	r->hdr.kind = REC_WAITING;
+	r->hdr.size = sizeof(*r);
+	r->listener = accept_walk.listener;
+	r->sock = (u64)sk;
+	r->family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	r->state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	r->err = BPF_CORE_READ(sk, sk_err);
+	r->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+	r->remote_port = dport >> 8 | dport << 8;
+	if (r->family == AF_INET) {
+		bpf_core_read(&r->local_addr, 4, &sk->__sk_common.skc_rcv_saddr);
+		bpf_core_read(&r->remote_addr, 4, &sk->__sk_common.skc_daddr);
+	} else if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
+		bpf_core_read(&r->local_addr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
+		bpf_core_read(&r->remote_addr, 16, &sk->__sk_common.skc_v6_daddr);
+	}
+	if (BPF_CORE_READ_BITFIELD_PROBED(opt, tstamp_ok))
+		r->flags |= WAITING_TSTAMP;
+	if (bpf_core_field_exists(tcp->tcp_usec_ts) &&
+	    BPF_CORE_READ_BITFIELD_PROBED(tcp, tcp_usec_ts))
+		r->flags |= WAITING_USEC;
+	if (BPF_CORE_READ_BITFIELD_PROBED(opt, sack_ok))
+		r->flags |= WAITING_SACK;
+	if (BPF_CORE_READ_BITFIELD_PROBED(opt, wscale_ok))
+		r->flags |= WAITING_WSCALE;
+	if (BPF_CORE_READ(tcp, urg_data))
+		r->flags |= WAITING_URGENT;
+	r->snd_wscale = BPF_CORE_READ_BITFIELD_PROBED(opt, snd_wscale);
+	r->rcv_wscale = BPF_CORE_READ_BITFIELD_PROBED(opt, rcv_wscale);
+	r->mss_clamp = BPF_CORE_READ(opt, mss_clamp);
+	r->ts_recent = BPF_CORE_READ(opt, ts_recent);
+	/* tcp_clock_ms(): since the start of the machine */
+	r->timestamp = (u32)(bpf_ktime_get_ns() / 1000000) + BPF_CORE_READ(tcp, tsoffset);
+	r->copied_seq = BPF_CORE_READ(tcp, copied_seq);
+	r->rcv_nxt = BPF_CORE_READ(tcp, rcv_nxt);
+	r->snd_una = BPF_CORE_READ(tcp, snd_una);
+	r->write_seq = BPF_CORE_READ(tcp, write_seq);
+	r->snd_wl1 = BPF_CORE_READ(tcp, snd_wl1);
+	r->snd_wnd = BPF_CORE_READ(tcp, snd_wnd);
+	r->max_window = BPF_CORE_READ(tcp, max_window);
+	r->rcv_wnd = BPF_CORE_READ(tcp, rcv_wnd);
+	r->rcv_wup = BPF_CORE_READ(tcp, rcv_wup);
+}
+
+/* Goes on with the next connection. */
+static __always_inline bool next_waiting(void)
+{
+	struct request_sock *request = (void *)accept_walk.request;
+	struct sock *sk = BPF_CORE_READ(request, sk);
+
+	accept_walk.request = (u64)BPF_CORE_READ(request, dl_next);
+	accept_walk.sock = (u64)sk;
+	accept_walk.skb = 0;
+	if (!sk)
+		return true;
+	accept_walk.skb = (u64)BPF_CORE_READ(sk, sk_receive_queue.next);
+	accept_walk.end = (u64)sk + bpf_core_field_offset(struct sock, sk_receive_queue);
+	if (!in_window())
+		return true;
+	fill_waiting(&out_waiting, sk);
+	return side_write(&out_waiting, sizeof(out_waiting));
+}
+
+static __always_inline bool write_waiting_data(u64 len, u32 flags)
+{
+	struct waiting_data_rec *r = &out_waiting_data;
+
+	if (!in_window())
+		return true;
+	/* Linux 6.1 forgets the bound of a word that it spills. */
+	barrier_var(len);
+	len &= WAITING_CHUNK;
+	r->hdr.kind = REC_WAITING_DATA;
+	r->hdr.size = sizeof(*r);
+	r->sock = accept_walk.sock;
+	r->seq = accept_walk.seq;
+	r->len = len;
+	r->flags = flags;
+	if (!flags && bpf_probe_read_kernel(r->data, len, (void *)accept_walk.from))
+		r->flags = WAITING_UNREADABLE;
+	return side_write(r, sizeof(*r));
+}
+
+/* The next bytes of a segment. */
+static __always_inline bool next_chunk(void)
+{
+	u64 len = accept_walk.left;
+	bool go_on;
+
+	if (len > WAITING_CHUNK)
+		len = WAITING_CHUNK;
+	go_on = write_waiting_data(len, accept_walk.from ? 0 : WAITING_UNREADABLE);
+	accept_walk.from += len;
+	accept_walk.left -= len;
+	accept_walk.seq += len;
+	return go_on;
+}
+
+/* A part of a segment that lies in a page. */
+static __always_inline void next_frag(void)
+{
+	struct {
+		u64 page;
+		u32 len;
+		u32 offset;
+	} frag = {};
+
+	bpf_probe_read_kernel(&frag, sizeof(frag), (void *)accept_walk.frag);
+	accept_walk.frag += FRAG_SIZE;
+	accept_walk.frags--;
+	accept_walk.left = frag.len;
+	/* an odd address is none of a page but of a device's memory */
+	accept_walk.from = frag.page & 1 ? 0 : page_address(frag.page);
+	if (accept_walk.from)
+		accept_walk.from += frag.offset;
+}
+
+/* Begins with the next segment. */
+static __always_inline bool next_segment(void)
+{
+	struct sk_buff *skb = (void *)accept_walk.skb;
+	struct skb_shared_info *shared =
+		(void *)BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, end);
+	struct tcp_skb_cb *cb = (void *)accept_walk.skb + bpf_core_field_offset(struct sk_buff, cb);
+
+	accept_walk.skb = (u64)BPF_CORE_READ(skb, next);
+	accept_walk.from = (u64)BPF_CORE_READ(skb, data);
+	accept_walk.left = BPF_CORE_READ(skb, len) - BPF_CORE_READ(skb, data_len);
+	accept_walk.seq = BPF_CORE_READ(cb, seq);
+	accept_walk.frags = BPF_CORE_READ(shared, nr_frags);
+	accept_walk.frag = (u64)shared + bpf_core_field_offset(struct skb_shared_info, frags);
+	if (BPF_CORE_READ(shared, frag_list))
+		return write_waiting_data(0, WAITING_UNREADABLE);
+	return true;
+}
+
+static long accept_step(u64 index, void *ctx)
+{
+	if (accept_walk.left)
+		return !next_chunk();
+	if (accept_walk.frags) {
+		next_frag();
+		return 0;
+	}
+	if (accept_walk.skb && accept_walk.skb != accept_walk.end)
+		return !next_segment();
+	if (accept_walk.request)
+		return !next_waiting();
+	return 1;
+}
+
+static __always_inline void emit_waiting(struct file *file)
+{
+	struct socket *socket = bpf_sock_from_file(file);
+	struct inet_connection_sock *icsk;
+	struct sock *sk;
+
+	if (!socket)
+		return;
+	sk = socket->sk;
+	if (!sk || sk->sk_protocol != IPPROTO_TCP || sk->__sk_common.skc_state != TCP_LISTEN ||
+	    !sk->sk_ack_backlog || !first_visit((u64)sk))
+		return;
+	icsk = (void *)sk;
+	accept_walk.listener = (u64)sk;
+	accept_walk.request = (u64)BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);
+	accept_walk.skb = 0;
+	accept_walk.left = 0;
+	accept_walk.frags = 0;
+	bpf_loop(MAX_WAITING_STEPS, accept_step, NULL, 0);
+}

@@ -1,0 +1,202 @@
+//! Connections that a TCP listener has not accepted. No descriptor leads to them: the iterators
+//! read them out of the kernel's memory.
+
+use super::CollectError;
+use super::borrow::place;
+use super::socket::{self, CLOSE, CLOSE_WAIT, ESTABLISHED};
+use crate::bpf::accept::Handshakes;
+use crate::bpf::events::{SockFlag, SockRec, WaitingDataRec, WaitingFlag as Flag, WaitingRec};
+use crate::bpf::iter::{Detail, File, Files, Iterators, ReadError, Scope, Tasks, Waiting};
+use crate::model::frozen::{Blocker, TcpOptions, WaitingConnection, WaitingEnd};
+use nix::libc;
+use serde_bytes::ByteBuf;
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+/// `LOOPBACK_IFINDEX` of include/net/flow.h, over which they are made again.
+const LOOPBACK: u32 = 1;
+
+/// As long as a receive queue can be: net.ipv4.tcp_rmem is limited by an i32.
+const LONGEST: u32 = i32::MAX.cast_unsigned();
+
+/// Accept queues, by the address of the listener's socket.
+#[derive(Debug, Default)]
+pub struct Queues(HashMap<u64, Vec<Waiting>>);
+
+impl Queues {
+    /// Reads those of the listeners among the descriptors, if there may be anything in them.
+    ///
+    /// # Errors
+    /// The iterators cannot be read.
+    pub fn read(
+        found: &Files,
+        tasks: &Tasks,
+        scope: Scope,
+        iterators: &mut Iterators,
+    ) -> Result<Self, ReadError> {
+        let mut queues = Self::default();
+        // A handshake may have ended since the descriptors were read.
+        if is_any(found) || super::handshakes(found) {
+            for waiting in iterators.waiting(scope, &tasks.processes)? {
+                queues
+                    .0
+                    .entry(waiting.rec.listener)
+                    .or_default()
+                    .push(waiting);
+            }
+        }
+        Ok(queues)
+    }
+
+    /// What waits at a listener, which is described already.
+    ///
+    /// # Errors
+    /// Something of it is not carried.
+    pub fn take(
+        &self,
+        file: &File,
+        listener: &SockRec,
+    ) -> Result<Vec<WaitingConnection>, CollectError> {
+        let queue = self.0.get(&listener.sock).map_or(&[][..], Vec::as_slice);
+        carried(listener, queue).map_err(|reason| {
+            let (pid, fd) = place(file);
+            CollectError::Blocked(Blocker {
+                pid,
+                fd: Some(fd),
+                object: "TCP listener".to_owned(),
+                reason: format!(
+                    "of {} connections that were not accepted, {reason}; try again when the \
+                     application keeps up",
+                    queue.len()
+                ),
+            })
+        })
+    }
+}
+
+/// What the image carries of an accept queue.
+fn carried(listener: &SockRec, queue: &[Waiting]) -> Result<Vec<WaitingConnection>, String> {
+    if !queue.is_empty() {
+        for (wrong, reason) in [
+            (
+                // What comes over any other is not for it.
+                ![0, LOOPBACK].contains(&listener.bound_ifindex),
+                "bound to an interface",
+            ),
+            (listener.flags & SockFlag::HAS_FILTER != 0, "with a filter"),
+        ] {
+            if wrong {
+                return Err(format!("those of a listener {reason} are not carried"));
+            }
+        }
+    }
+    let each = queue.iter().map(|waiting| connection(listener, waiting));
+    each.collect()
+}
+
+/// Why this kernel cannot make connections again that nobody has accepted, if it cannot.
+#[must_use]
+pub fn refusal() -> Option<String> {
+    (!Handshakes::are_supported()).then(|| {
+        "this kernel cannot make them again (Linux 6.9 can); try again when the application keeps up"
+            .to_owned()
+    })
+}
+
+/// Whether any connection waits to be accepted.
+#[must_use]
+pub fn is_any(found: &Files) -> bool {
+    found.files.iter().any(|file| unaccepted(file).is_some())
+}
+
+/// The listener that a descriptor is and that has connections nobody has accepted.
+pub fn unaccepted(file: &File) -> Option<&SockRec> {
+    match &file.detail {
+        Detail::Socket(sock)
+            if i32::from(sock.protocol) == libc::IPPROTO_TCP
+                && sock.state == socket::LISTEN
+                && sock.ack_backlog > 0 =>
+        {
+            Some(sock)
+        }
+        _ => None,
+    }
+}
+
+/// What the image carries of a connection; an error tells why it is not carried.
+///
+/// # Errors
+/// It has sent something, is half open, or what it has received cannot be read.
+fn connection(listener: &SockRec, waiting: &Waiting) -> Result<WaitingConnection, String> {
+    let rec = &waiting.rec;
+    let remote = socket::address(rec.family, &rec.remote_addr, rec.remote_port);
+    let refuse = |what: &str| Err(format!("the one from {remote} {what}"));
+    // A connection that was reset has lost its own port.
+    let local = socket::address(rec.family, &rec.local_addr, listener.local_port);
+    let end = match (rec.state, rec.err.cast_signed()) {
+        (ESTABLISHED, _) => WaitingEnd::Open,
+        (CLOSE_WAIT, _) => WaitingEnd::Closed,
+        (CLOSE, libc::ECONNRESET) => WaitingEnd::Reset,
+        (CLOSE, libc::EPIPE) => WaitingEnd::ClosedAndReset,
+        (state, _) => return refuse(&format!("is in state {state}")),
+    };
+    if rec.snd_una != rec.write_seq {
+        return refuse("has sent something");
+    }
+    if rec.flags & Flag::URGENT != 0 {
+        return refuse("has received urgent data");
+    }
+    if rec.flags & Flag::USEC != 0 {
+        return refuse("tells the time in microseconds");
+    }
+    if [local, remote].iter().any(|end| is_link_local(end.ip())) {
+        return refuse("has an address of one link");
+    }
+    let Some(received) = received(rec, end, &waiting.data) else {
+        return refuse("has received what cannot be read");
+    };
+    let has = |flag| rec.flags & flag != 0;
+    Ok(WaitingConnection {
+        local,
+        remote,
+        write_seq: rec.write_seq,
+        received_seq: rec.copied_seq,
+        received: ByteBuf::from(received),
+        end,
+        window: rec.snd_wnd,
+        negotiated: TcpOptions {
+            mss_clamp: rec.mss_clamp,
+            wscale: has(Flag::WSCALE).then_some((rec.snd_wscale, rec.rcv_wscale)),
+            sack: has(Flag::SACK),
+            timestamp: has(Flag::TSTAMP).then_some(rec.timestamp),
+        },
+        peer_timestamp: rec.ts_recent,
+    })
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        IpAddr::V4(_) => false,
+    }
+}
+
+/// The bytes of a receive queue, whose segments may overlap; `None` unless all are there.
+fn received(rec: &WaitingRec, end: WaitingEnd, data: &[WaitingDataRec]) -> Option<Vec<u8>> {
+    let fin = matches!(end, WaitingEnd::Closed | WaitingEnd::ClosedAndReset);
+    // A FIN has a sequence number, and is no byte.
+    let upto = rec.rcv_nxt.wrapping_sub(u32::from(fin));
+    let length = upto.wrapping_sub(rec.copied_seq);
+    let mut bytes = Vec::new();
+    for part in data {
+        if part.flags & Flag::UNREADABLE != 0 {
+            return None;
+        }
+        let at = usize::try_from(part.seq.wrapping_sub(rec.copied_seq)).ok()?;
+        let part = part.data.get(..usize::try_from(part.len).ok()?)?;
+        // What comes twice comes in order.
+        let known = bytes.len().checked_sub(at)?;
+        bytes.extend(part.get(known..).unwrap_or_default());
+    }
+    (length <= LONGEST && bytes.len() == usize::try_from(length).ok()?).then_some(bytes)
+}
