@@ -37,8 +37,8 @@ static __always_inline u64 page_address(u64 page)
 	bpf_probe_read_kernel(&memory, sizeof(memory), (void *)symbols.page_offset_base);
 	if (!descriptors || !memory || page < descriptors)
 		return 0;
-	return memory + ((page - descriptors) / bpf_core_type_size(struct page)
-			 << KERNEL_PAGE_SHIFT);
+	return memory +
+	       ((page - descriptors) / bpf_core_type_size(struct page) << KERNEL_PAGE_SHIFT);
 }
 
 static __always_inline void fill_waiting(struct waiting_rec *r, struct sock *sk)
@@ -169,8 +169,7 @@ static __always_inline void next_frag(void)
 static __always_inline bool next_segment(void)
 {
 	struct sk_buff *skb = (void *)accept_walk.skb;
-	struct skb_shared_info *shared =
-		(void *)BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, end);
+	struct skb_shared_info *shared = (void *)BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, end);
 	struct tcp_skb_cb *cb = (void *)accept_walk.skb + bpf_core_field_offset(struct sk_buff, cb);
 
 	accept_walk.skb = (u64)BPF_CORE_READ(skb, next);

@@ -28,6 +28,7 @@ mod resume;
 mod rings;
 mod semaphores;
 mod signals;
+mod silence;
 mod sources;
 mod supervisor;
 mod sysv;

@@ -11,13 +11,13 @@ use super::layout::Layout;
 use super::message_queues;
 use super::pids;
 use super::semaphores;
+use super::silence;
 use super::sources::check_files;
 use super::supervisor::Supervisor;
 use super::sysv;
 use super::tape::Tape;
 use super::time::RestoredClocks;
 use super::tree::Births;
-use crate::bpf::netlock::NetLock;
 use crate::error::{ExitCode, HasExitCode};
 use crate::fault::Fault;
 use crate::image::Pages;
@@ -257,7 +257,7 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
     } = *task;
     let steps = plan::processes(&app.processes)?;
     become_supervisor(app)?;
-    let mut lock = open_lock(options)?;
+    let mut lock = silence::open(app, options)?;
     // The clocks run from here on: timers armed after it may be late by them, never early.
     let clocks = RestoredClocks::start(&app.header.clocks)?;
     sysv::create_all(app, image, &mut made.segments)?;
@@ -341,16 +341,6 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
     // The end of this process closes them all at once.
     std::mem::forget(opened);
     supervisor.release()
-}
-
-/// Opened before anything is created: a lock that cannot be released is found out in time.
-fn open_lock(options: &RestoreOptions) -> Result<Option<NetLock>, RestoreError> {
-    match &options.network_lock {
-        Some(dir) if dir.exists() => NetLock::open_pinned(dir)
-            .map(Some)
-            .map_err(|e| RestoreError::Lock(e.to_string())),
-        _ => Ok(None),
-    }
 }
 
 /// Refuses what would come out different.

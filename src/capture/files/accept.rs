@@ -200,3 +200,106 @@ fn received(rec: &WaitingRec, end: WaitingEnd, data: &[WaitingDataRec]) -> Optio
     }
     (length <= LONGEST && bytes.len() == usize::try_from(length).ok()?).then_some(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(seq: u32, bytes: &[u8]) -> WaitingDataRec {
+        let mut rec = WaitingDataRec {
+            seq,
+            len: u32::try_from(bytes.len()).unwrap(),
+            ..WaitingDataRec::default()
+        };
+        rec.data[..bytes.len()].copy_from_slice(bytes);
+        rec
+    }
+
+    /// One that has received three bytes, the first with the largest sequence number.
+    fn waiting() -> Waiting {
+        Waiting {
+            rec: WaitingRec {
+                family: 2,
+                state: ESTABLISHED,
+                local_port: 80,
+                remote_port: 1024,
+                copied_seq: u32::MAX,
+                rcv_nxt: 2,
+                snd_una: 7,
+                write_seq: 7,
+                flags: Flag::TSTAMP | Flag::WSCALE,
+                snd_wscale: 3,
+                timestamp: 9,
+                ..WaitingRec::default()
+            },
+            data: vec![segment(u32::MAX, b"ab"), segment(0, b"bc")],
+        }
+    }
+
+    fn carry(change: impl FnOnce(&mut Waiting)) -> Result<WaitingConnection, String> {
+        let mut waiting = waiting();
+        change(&mut waiting);
+        let listener = SockRec {
+            local_port: 80,
+            ..SockRec::default()
+        };
+        carried(&listener, &[waiting]).map(|mut carried| carried.remove(0))
+    }
+
+    #[test]
+    fn what_was_received_twice_is_one() {
+        let connection = carry(|_| ()).unwrap();
+        assert_eq!(connection.received[..], *b"abc");
+        assert_eq!(connection.end, WaitingEnd::Open);
+        assert_eq!(connection.negotiated.timestamp, Some(9));
+        assert_eq!(connection.negotiated.wscale, Some((3, 0)));
+        assert!(!connection.negotiated.sack);
+    }
+
+    #[test]
+    fn ends_are_told_apart_and_a_fin_is_no_byte() {
+        let end = |state, err: i32, rcv_nxt| {
+            let ended = carry(|waiting| {
+                waiting.rec.state = state;
+                waiting.rec.err = err.cast_unsigned();
+                waiting.rec.rcv_nxt = rcv_nxt;
+                // Whoever was reset has no port of its own.
+                waiting.rec.local_port = 0;
+            });
+            ended.map(|connection| (connection.end, connection.local.port()))
+        };
+        assert_eq!(end(CLOSE_WAIT, 0, 3), Ok((WaitingEnd::Closed, 80)));
+        let reset = libc::ECONNRESET;
+        assert_eq!(end(CLOSE, reset, 2), Ok((WaitingEnd::Reset, 80)));
+        let both = end(CLOSE, libc::EPIPE, 3);
+        assert_eq!(both, Ok((WaitingEnd::ClosedAndReset, 80)));
+        assert!(end(CLOSE, libc::ETIMEDOUT, 2).is_err());
+        assert!(end(3, 0, 2).is_err(), "SYN_RECV");
+    }
+
+    #[test]
+    fn nothing_is_carried_in_part() {
+        let refused: [fn(&mut Waiting); 7] = [
+            |waiting| drop(waiting.data.pop()),
+            |waiting| drop(waiting.data.remove(0)),
+            |waiting| waiting.rec.rcv_nxt += 1,
+            |waiting| waiting.data[1].flags = Flag::UNREADABLE,
+            |waiting| waiting.rec.write_seq += 1,
+            |waiting| waiting.rec.flags |= Flag::URGENT,
+            |waiting| waiting.rec.flags |= Flag::USEC,
+        ];
+        for (index, change) in refused.into_iter().enumerate() {
+            assert!(carry(change).is_err(), "{index}");
+        }
+    }
+
+    #[test]
+    fn of_a_listener_of_another_interface_none_is_carried() {
+        let listener = SockRec {
+            bound_ifindex: 2,
+            ..SockRec::default()
+        };
+        assert!(carried(&listener, &[waiting()]).is_err());
+        assert_eq!(carried(&listener, &[]), Ok(Vec::new()));
+    }
+}

@@ -13,6 +13,7 @@ use nix::libc;
 use nix::net::if_::if_nametoindex;
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -22,31 +23,43 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// `TCP_CLOSE_WAIT`.
 const CLOSE_WAIT: u8 = 8;
 
-/// Fills the accept queues of all listeners. To be called when every connection stands, since what
-/// waits at a listener answers to what it gets.
+/// Listeners with connections that they have not accepted.
+fn listeners(app: &Application) -> impl Iterator<Item = (OfdId, SocketAddr, &[WaitingConnection])> {
+    app.ofds.iter().filter_map(|(id, file)| match &file.kind {
+        FileKind::Socket(socket) => match &socket.state {
+            SocketState::TcpListen { local, waiting, .. } if !waiting.is_empty() => {
+                Some((*id, *local, &waiting[..]))
+            }
+            _ => None,
+        },
+        _ => None,
+    })
+}
+
+/// Both ends of all connections that nobody has accepted, the application's first.
+#[must_use]
+pub fn unaccepted(app: &Application) -> Vec<(SocketAddr, SocketAddr)> {
+    let all = listeners(app).flat_map(|(_, _, waiting)| waiting);
+    all.map(|one| (one.local, one.remote)).collect()
+}
+
+/// Fills the accept queues of all listeners. To be called while their connections are silenced.
 ///
 /// # Errors
 /// The kernel cannot make such connections, or one of them is not what it was.
 pub fn fill_all(app: &Application, ofds: &BTreeMap<OfdId, OwnedFd>) -> Result<(), FilesError> {
     let mut way = None;
-    for (id, file) in &app.ofds {
-        let FileKind::Socket(described) = &file.kind else {
-            continue;
+    for (id, local, waiting) in listeners(app) {
+        let object = format!("TCP listener {local}");
+        let fd = ofds
+            .get(&id)
+            .ok_or_else(|| FilesError::Missing(object.clone()))?;
+        let way = match &mut way {
+            Some(way) => way,
+            None => way.insert(Way::open(&object)?),
         };
-        if let SocketState::TcpListen { local, waiting, .. } = &described.state
-            && !waiting.is_empty()
-        {
-            let object = format!("TCP listener {local}");
-            let fd = ofds
-                .get(id)
-                .ok_or_else(|| FilesError::Missing(object.clone()))?;
-            let way = match &mut way {
-                Some(way) => way,
-                None => way.insert(Way::open(&object)?),
-            };
-            for connection in waiting {
-                way.make(fd.as_fd(), connection)?;
-            }
+        for connection in waiting {
+            way.make(fd.as_fd(), connection)?;
         }
     }
     Ok(())

@@ -32,6 +32,7 @@ mod unix;
 mod unix_queue;
 mod uring;
 
+pub use accept::unaccepted;
 pub use error::FilesError;
 pub(super) use mqueue::remove as remove_mqueues;
 
