@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
 /*
- * Connections in the accept queues of TCP listeners. No descriptor leads to them, so what they
- * have received can be had from the kernel's memory only. There may be more than fits the side
- * ring: see iter_window.bpf.h.
+ * Connections in the accept queues of TCP and Unix listeners. No descriptor leads to them, so what
+ * they have received can be had from the kernel's memory only. There may be more than fits the
+ * side ring: see iter_window.bpf.h.
  */
 
 #define MAX_WAITING_STEPS (1 << 23)           /* what bpf_loop() allows */
@@ -16,7 +16,8 @@ struct waiting_data_rec out_waiting_data;
 /* One record, or one step from one thing to the next. */
 struct {
 	u64 listener;
-	u64 request; /* whose turn is next */
+	u64 request; /* whose turn is next: a request_sock, or the sk_buff of a Unix connection */
+	u64 last;    /* head of the list that these sk_buffs are on */
 	u64 sock;
 	u64 skb; /* the next one of its receive queue */
 	u64 end; /* head of that queue */
@@ -25,7 +26,11 @@ struct {
 	u32 left;
 	u32 frags; /* that come then */
 	u32 seq;
-	u32 pad;
+	u32 family;
+	u32 flags; /* of the message */
+	u32 pid;   /* who sent it */
+	u32 uid;
+	u32 gid;
 } accept_walk;
 
 /* The kernel maps all of memory in one piece; a page is told by the place of its descriptor. */
@@ -41,20 +46,37 @@ static __always_inline u64 page_address(u64 page)
 	       ((page - descriptors) / bpf_core_type_size(struct page) << KERNEL_PAGE_SHIFT);
 }
 
-static __always_inline void fill_waiting(struct waiting_rec *r, struct sock *sk)
+static __always_inline void fill_waiting_unix(struct waiting_rec *r, struct sock *sk)
+{
+	const struct cred *cred = BPF_CORE_READ(sk, sk_peer_cred);
+	struct pid *pid = BPF_CORE_READ(sk, sk_peer_pid);
+	struct group_info *info;
+	u64 count;
+
+	r->peer = (u64)BPF_CORE_READ((struct unix_sock *)sk, peer);
+	r->peer_pid = pid ? pid_nr(pid) : 0;
+	if (!cred)
+		return;
+	r->peer_uid = BPF_CORE_READ(cred, euid.val);
+	r->peer_gid = BPF_CORE_READ(cred, egid.val);
+	info = BPF_CORE_READ(cred, group_info);
+	count = BPF_CORE_READ(info, ngroups);
+	r->ngroups = count;
+	if (count > TRK_WAITING_GROUPS)
+		return;
+	count *= sizeof(r->groups[0]);
+	barrier_var(count);
+	if (count <= sizeof(r->groups))
+		bpf_probe_read_kernel(r->groups, count,
+				      (void *)info + bpf_core_field_offset(struct group_info, gid));
+}
+
+static __always_inline void fill_waiting_tcp(struct waiting_rec *r, struct sock *sk)
 {
 	struct tcp_sock *tcp = (void *)sk;
 	struct tcp_options_received *opt = &tcp->rx_opt;
 	u16 dport = BPF_CORE_READ(sk, __sk_common.skc_dport);
 
-	__builtin_memset(r, 0, sizeof(*r));
-	r->hdr.kind = REC_WAITING;
-	r->hdr.size = sizeof(*r);
-	r->listener = accept_walk.listener;
-	r->sock = (u64)sk;
-	r->family = BPF_CORE_READ(sk, __sk_common.skc_family);
-	r->state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	r->err = BPF_CORE_READ(sk, sk_err);
 	r->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
 	r->remote_port = dport >> 8 | dport << 8;
 	if (r->family == AF_INET) {
@@ -92,14 +114,43 @@ static __always_inline void fill_waiting(struct waiting_rec *r, struct sock *sk)
 	r->rcv_wup = BPF_CORE_READ(tcp, rcv_wup);
 }
 
+static __always_inline void fill_waiting(struct waiting_rec *r, struct sock *sk)
+{
+	__builtin_memset(r, 0, sizeof(*r));
+	r->hdr.kind = REC_WAITING;
+	r->hdr.size = sizeof(*r);
+	r->listener = accept_walk.listener;
+	r->sock = (u64)sk;
+	r->family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	r->state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	r->shutdown = BPF_CORE_READ(sk, sk_shutdown);
+	r->err = BPF_CORE_READ(sk, sk_err);
+	if (r->family == AF_UNIX)
+		fill_waiting_unix(r, sk);
+	else
+		fill_waiting_tcp(r, sk);
+}
+
 /* Goes on with the next connection. */
 static __always_inline bool next_waiting(void)
 {
-	struct request_sock *request = (void *)accept_walk.request;
-	struct sock *sk = BPF_CORE_READ(request, sk);
+	struct sock *sk;
 
-	accept_walk.request = (u64)BPF_CORE_READ(request, dl_next);
+	if (accept_walk.family == AF_UNIX) {
+		struct sk_buff *skb = (void *)accept_walk.request;
+		u64 next = (u64)BPF_CORE_READ(skb, next);
+
+		sk = BPF_CORE_READ(skb, sk);
+		accept_walk.request = next == accept_walk.last ? 0 : next;
+	} else {
+		struct request_sock *request = (void *)accept_walk.request;
+
+		sk = BPF_CORE_READ(request, sk);
+		accept_walk.request = (u64)BPF_CORE_READ(request, dl_next);
+	}
 	accept_walk.sock = (u64)sk;
+	accept_walk.seq = 0;
+	accept_walk.flags = 0;
 	accept_walk.skb = 0;
 	if (!sk)
 		return true;
@@ -126,6 +177,9 @@ static __always_inline bool write_waiting_data(u64 len, u32 flags)
 	r->seq = accept_walk.seq;
 	r->len = len;
 	r->flags = flags;
+	r->pid = accept_walk.pid;
+	r->uid = accept_walk.uid;
+	r->gid = accept_walk.gid;
 	if (!flags && bpf_probe_read_kernel(r->data, len, (void *)accept_walk.from))
 		r->flags = WAITING_UNREADABLE;
 	return side_write(r, sizeof(*r));
@@ -139,10 +193,12 @@ static __always_inline bool next_chunk(void)
 
 	if (len > WAITING_CHUNK)
 		len = WAITING_CHUNK;
-	go_on = write_waiting_data(len, accept_walk.from ? 0 : WAITING_UNREADABLE);
+	go_on = write_waiting_data(len,
+				   accept_walk.flags | (accept_walk.from ? 0 : WAITING_UNREADABLE));
 	accept_walk.from += len;
 	accept_walk.left -= len;
-	accept_walk.seq += len;
+	if (accept_walk.family != AF_UNIX)
+		accept_walk.seq += len;
 	return go_on;
 }
 
@@ -165,7 +221,26 @@ static __always_inline void next_frag(void)
 		accept_walk.from += frag.offset;
 }
 
-/* Begins with the next segment. */
+/* Of a message over a Unix socket: its number, who sent it, what comes with it. */
+static __always_inline void begin_message(struct sk_buff *skb)
+{
+	struct unix_skb_parms *parms;
+	struct pid *pid;
+
+	accept_walk.seq++;
+	if (!bpf_core_type_exists(struct unix_skb_parms)) {
+		accept_walk.flags = WAITING_UNREADABLE;
+		return;
+	}
+	parms = (void *)((u64)skb + bpf_core_field_offset(struct sk_buff, cb));
+	pid = BPF_CORE_READ(parms, pid);
+	accept_walk.pid = pid ? pid_nr(pid) : 0;
+	accept_walk.uid = BPF_CORE_READ(parms, uid.val);
+	accept_walk.gid = BPF_CORE_READ(parms, gid.val);
+	accept_walk.flags = BPF_CORE_READ(parms, fp) ? WAITING_RIGHTS : 0;
+}
+
+/* Begins with the next segment, or message. */
 static __always_inline bool next_segment(void)
 {
 	struct sk_buff *skb = (void *)accept_walk.skb;
@@ -175,11 +250,17 @@ static __always_inline bool next_segment(void)
 	accept_walk.skb = (u64)BPF_CORE_READ(skb, next);
 	accept_walk.from = (u64)BPF_CORE_READ(skb, data);
 	accept_walk.left = BPF_CORE_READ(skb, len) - BPF_CORE_READ(skb, data_len);
-	accept_walk.seq = BPF_CORE_READ(cb, seq);
+	if (accept_walk.family == AF_UNIX)
+		begin_message(skb);
+	else
+		accept_walk.seq = BPF_CORE_READ(cb, seq);
 	accept_walk.frags = BPF_CORE_READ(shared, nr_frags);
 	accept_walk.frag = (u64)shared + bpf_core_field_offset(struct skb_shared_info, frags);
 	if (BPF_CORE_READ(shared, frag_list))
 		return write_waiting_data(0, WAITING_UNREADABLE);
+	/* there may be no bytes in a message */
+	if (accept_walk.family == AF_UNIX && !BPF_CORE_READ(skb, len))
+		return write_waiting_data(0, accept_walk.flags);
 	return true;
 }
 
@@ -201,20 +282,34 @@ static long accept_step(u64 index, void *ctx)
 static __always_inline void emit_waiting(struct file *file)
 {
 	struct socket *socket = bpf_sock_from_file(file);
-	struct inet_connection_sock *icsk;
 	struct sock *sk;
 
 	if (!socket)
 		return;
 	sk = socket->sk;
-	if (!sk || sk->sk_protocol != IPPROTO_TCP || sk->__sk_common.skc_state != TCP_LISTEN ||
-	    !sk->sk_ack_backlog || !first_visit((u64)sk))
+	if (!sk || sk->__sk_common.skc_state != TCP_LISTEN)
 		return;
-	icsk = (void *)sk;
+	accept_walk.request = 0;
+	accept_walk.last = 0;
+	accept_walk.family = sk->__sk_common.skc_family;
+	if (accept_walk.family == AF_UNIX) {
+		accept_walk.last = (u64)sk + bpf_core_field_offset(struct sock, sk_receive_queue);
+		accept_walk.request = (u64)BPF_CORE_READ(sk, sk_receive_queue.next);
+		if (accept_walk.request == accept_walk.last)
+			accept_walk.request = 0;
+	} else if (sk->sk_protocol == IPPROTO_TCP) {
+		struct inet_connection_sock *icsk = (void *)sk;
+
+		accept_walk.request = (u64)BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);
+	}
+	if (!accept_walk.request || !first_visit((u64)sk))
+		return;
 	accept_walk.listener = (u64)sk;
-	accept_walk.request = (u64)BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);
 	accept_walk.skb = 0;
 	accept_walk.left = 0;
 	accept_walk.frags = 0;
+	accept_walk.pid = 0;
+	accept_walk.uid = 0;
+	accept_walk.gid = 0;
 	bpf_loop(MAX_WAITING_STEPS, accept_step, NULL, 0);
 }

@@ -46,7 +46,9 @@ static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 	struct file *peer_file;
 
 	r->peer = (u64)peer;
+	r->name = (u64)addr;
 	if (peer) {
+		r->peer_name = (u64)BPF_CORE_READ((struct unix_sock *)peer, addr);
 		/* a connection still in an accept queue has no socket or file yet */
 		peer_file = BPF_CORE_READ(peer, sk_socket, file);
 		if (peer_file)

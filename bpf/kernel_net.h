@@ -34,6 +34,7 @@ struct sock_common {
 };
 struct sk_buff {
 	struct sk_buff *next;
+	struct sock *sk;
 	unsigned int len;
 	unsigned int data_len;
 	char cb[48];
@@ -43,6 +44,12 @@ struct sk_buff {
 };
 struct tcp_skb_cb {
 	u32 seq;
+};
+struct unix_skb_parms {
+	struct pid *pid;
+	kuid_t uid;
+	kgid_t gid;
+	void *fp;
 };
 struct page {
 	unsigned long flags;
@@ -98,6 +105,8 @@ struct sock {
 	int sk_rcvlowat;
 	u32 sk_lingertime;
 	struct socket *sk_socket;
+	struct pid *sk_peer_pid;
+	const struct cred *sk_peer_cred;
 	struct sock_cgroup_data sk_cgrp_data;
 	void *sk_policy[2];
 };

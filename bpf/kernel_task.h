@@ -99,6 +99,7 @@ struct nsproxy {
 };
 struct group_info {
 	int ngroups;
+	kgid_t gid[1];
 };
 struct cred {
 	kuid_t uid;

@@ -111,8 +111,10 @@ struct sock_rec {
 	/* Unix sockets */
 	__u64 peer;
 	__u64 peer_ino;
-	__u32 inflight; /* descriptors queued in SCM_RIGHTS messages */
-	__u32 path_len; /* bytes of path; starts with NUL if abstract */
+	__u64 name;      /* of the kernel's own memory: a connection shares its listener's */
+	__u64 peer_name; /* the same of the other end */
+	__u32 inflight;  /* descriptors queued in SCM_RIGHTS messages */
+	__u32 path_len;  /* bytes of path; starts with NUL if abstract */
 	char path[TRK_SUN_PATH_LEN];
 	__u32 syn_backlog; /* handshakes of a TCP listener that are under way */
 	struct sock_opts opts;
@@ -123,6 +125,6 @@ struct sock_rec {
 	__s32 out_unicast6;
 	__u64 fingerprint; /* of all the kernel keeps of a TCP listener; 0 if it was not taken */
 };
-TRK_ASSERT_SIZE(struct sock_rec, 392);
+TRK_ASSERT_SIZE(struct sock_rec, 408);
 
 #endif

@@ -81,13 +81,17 @@ fn version(release: &str) -> Option<(u32, u32)> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_kernel_image_says_its_release() {
+    fn image(release: &str) -> Vec<u8> {
         let mut image = vec![0; 0x1000];
         image[0x202..0x206].copy_from_slice(b"HdrS");
         image[0x20e..0x210].copy_from_slice(&0x300_u16.to_le_bytes());
-        let text = b"6.12.9+deb12-cloud-amd64 (who@where) #1 SMP\0";
-        image[0x500..0x500 + text.len()].copy_from_slice(text);
+        image[0x500..0x500 + release.len()].copy_from_slice(release.as_bytes());
+        image
+    }
+
+    #[test]
+    fn a_kernel_image_says_its_release() {
+        let mut image = image("6.12.9+deb12-cloud-amd64 (who@where) #1 SMP");
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), &image).unwrap();
         let found = release(file.path());
@@ -96,6 +100,17 @@ mod tests {
         std::fs::write(file.path(), &image).unwrap();
         assert_eq!(release(file.path()), None);
         assert_eq!(release(Path::new("/missing")), None);
+    }
+
+    #[test]
+    fn accept_queues_need_a_kernel_that_takes_our_word() {
+        for (release, refused) in [("6.1.0-56", true), ("6.8.12", true), ("6.9.0", false)] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), image(release)).unwrap();
+            let refusal = refuses_accept_queues(file.path());
+            assert_eq!(refusal.is_some(), refused, "{release}: {refusal:?}");
+        }
+        assert!(refuses_accept_queues(Path::new("/missing")).is_some());
     }
 
     #[test]

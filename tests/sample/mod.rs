@@ -19,7 +19,7 @@ use tracker::model::frozen::{
     Registers, Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket,
     SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow,
     Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState, WaitingConnection,
-    WaitingEnd,
+    WaitingEnd, WaitingUnix,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
@@ -491,6 +491,11 @@ fn sockets() -> Vec<SocketState> {
             }],
             shutdown: 2,
             peer: Some(someone()),
+            waiting: vec![WaitingUnix {
+                client: Some(OfdId(17)),
+                peer: Some(someone()),
+                queue: Vec::new(),
+            }],
         })
     };
     let path = Some(UnixAddress::Path(b"/run/redis".to_vec().into()));
@@ -518,6 +523,12 @@ fn sockets() -> Vec<SocketState> {
         unix(name, UnixState::Listening { backlog: 5 }),
         unix(None, UnixState::Connected { peer: OfdId(16) }),
         unix(None, UnixState::PeerClosed),
+        unix(
+            None,
+            UnixState::Waiting {
+                listener: OfdId(15),
+            },
+        ),
         SocketState::Udp {
             v6: true,
             local: Some(v6()),

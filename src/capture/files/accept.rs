@@ -1,13 +1,15 @@
-//! Connections that a TCP listener has not accepted. No descriptor leads to them: the iterators
-//! read them out of the kernel's memory.
+//! Connections that a listener has not accepted. No descriptor leads to them: the iterators read
+//! them out of the kernel's memory. [`super::unix_accept`] has those of Unix listeners.
 
 use super::CollectError;
 use super::borrow::place;
 use super::socket::{self, CLOSE, CLOSE_WAIT, ESTABLISHED};
+use super::unix_accept;
 use crate::bpf::accept::Handshakes;
 use crate::bpf::events::{SockFlag, SockRec, WaitingDataRec, WaitingFlag as Flag, WaitingRec};
 use crate::bpf::iter::{Detail, File, Files, Iterators, ReadError, Scope, Tasks, Waiting};
-use crate::model::frozen::{Blocker, TcpOptions, WaitingConnection, WaitingEnd};
+use crate::model::frozen::{Blocker, TcpOptions, WaitingConnection, WaitingEnd, WaitingUnix};
+use crate::model::ids::OfdId;
 use nix::libc;
 use serde_bytes::ByteBuf;
 use std::collections::HashMap;
@@ -19,9 +21,14 @@ const LOOPBACK: u32 = 1;
 /// As long as a receive queue can be: net.ipv4.tcp_rmem is limited by an i32.
 const LONGEST: u32 = i32::MAX.cast_unsigned();
 
-/// Accept queues, by the address of the listener's socket.
+/// Accept queues.
 #[derive(Debug, Default)]
-pub struct Queues(HashMap<u64, Vec<Waiting>>);
+pub struct Queues {
+    /// By the address of the listener's socket.
+    waiting: HashMap<u64, Vec<Waiting>>,
+    /// Which listener a Unix socket waits for.
+    clients: HashMap<u64, u64>,
+}
 
 impl Queues {
     /// Reads those of the listeners among the descriptors, if there may be anything in them.
@@ -38,32 +45,61 @@ impl Queues {
         // A handshake may have ended since the descriptors were read.
         if is_any(found) || super::handshakes(found) {
             for waiting in iterators.waiting(scope, &tasks.processes)? {
-                queues
-                    .0
-                    .entry(waiting.rec.listener)
-                    .or_default()
-                    .push(waiting);
+                let listener = waiting.rec.listener;
+                queues.clients.insert(waiting.rec.peer, listener);
+                queues.waiting.entry(listener).or_default().push(waiting);
             }
         }
         Ok(queues)
     }
 
-    /// What waits at a listener, which is described already.
+    /// What waits at a TCP listener.
     ///
     /// # Errors
     /// Something of it is not carried.
-    pub fn take(
+    pub fn tcp(
         &self,
         file: &File,
         listener: &SockRec,
     ) -> Result<Vec<WaitingConnection>, CollectError> {
-        let queue = self.0.get(&listener.sock).map_or(&[][..], Vec::as_slice);
-        carried(listener, queue).map_err(|reason| {
+        self.take(file, listener, |queue| carried(listener, queue))
+    }
+
+    /// What waits at a Unix listener, by the sockets of the application.
+    ///
+    /// # Errors
+    /// Something of it is not carried.
+    pub fn unix(
+        &self,
+        file: &File,
+        listener: &SockRec,
+        owners: &HashMap<u64, OfdId>,
+    ) -> Result<Vec<WaitingUnix>, CollectError> {
+        self.take(file, listener, |queue| unix_accept::carried(queue, owners))
+    }
+
+    /// The listener that a Unix socket waits for, by the sockets of the application.
+    pub fn awaited(&self, client: &SockRec, owners: &HashMap<u64, OfdId>) -> Option<OfdId> {
+        let listener = self.clients.get(&client.sock)?;
+        owners.get(listener).copied()
+    }
+
+    fn take<T>(
+        &self,
+        file: &File,
+        listener: &SockRec,
+        carry: impl FnOnce(&[Waiting]) -> Result<Vec<T>, String>,
+    ) -> Result<Vec<T>, CollectError> {
+        let queue = self
+            .waiting
+            .get(&listener.sock)
+            .map_or(&[][..], Vec::as_slice);
+        carry(queue).map_err(|reason| {
             let (pid, fd) = place(file);
             CollectError::Blocked(Blocker {
                 pid,
                 fd: Some(fd),
-                object: "TCP listener".to_owned(),
+                object: object(listener).to_owned(),
                 reason: format!(
                     "of {} connections that were not accepted, {reason}; try again when the \
                      application keeps up",
@@ -74,7 +110,15 @@ impl Queues {
     }
 }
 
-/// What the image carries of an accept queue.
+fn object(listener: &SockRec) -> &'static str {
+    if i32::from(listener.family) == libc::AF_UNIX {
+        "Unix listener"
+    } else {
+        "TCP listener"
+    }
+}
+
+/// What the image carries of a TCP accept queue; an error tells why it is not carried.
 fn carried(listener: &SockRec, queue: &[Waiting]) -> Result<Vec<WaitingConnection>, String> {
     if !queue.is_empty() {
         for (wrong, reason) in [
@@ -106,19 +150,27 @@ pub fn refusal() -> Option<String> {
 /// Whether any connection waits to be accepted.
 #[must_use]
 pub fn is_any(found: &Files) -> bool {
-    found.files.iter().any(|file| unaccepted(file).is_some())
+    let waits = |sock: &SockRec| match i32::from(sock.family) {
+        // The kernel keeps them as if they were messages.
+        libc::AF_UNIX => sock.rcv_qlen > 0,
+        _ => sock.ack_backlog > 0,
+    };
+    found
+        .files
+        .iter()
+        .any(|file| listener(file).is_some_and(waits))
 }
 
-/// The listener that a descriptor is and that has connections nobody has accepted.
+/// The TCP listener that a descriptor is and that has connections nobody has accepted.
 pub fn unaccepted(file: &File) -> Option<&SockRec> {
+    let tcp = |sock: &&SockRec| i32::from(sock.protocol) == libc::IPPROTO_TCP;
+    let sock = listener(file).filter(tcp)?;
+    (sock.ack_backlog > 0).then_some(sock)
+}
+
+fn listener(file: &File) -> Option<&SockRec> {
     match &file.detail {
-        Detail::Socket(sock)
-            if i32::from(sock.protocol) == libc::IPPROTO_TCP
-                && sock.state == socket::LISTEN
-                && sock.ack_backlog > 0 =>
-        {
-            Some(sock)
-        }
+        Detail::Socket(sock) if sock.state == socket::LISTEN => Some(sock),
         _ => None,
     }
 }
@@ -280,8 +332,8 @@ mod tests {
     #[test]
     fn nothing_is_carried_in_part() {
         let refused: [fn(&mut Waiting); 7] = [
-            |waiting| drop(waiting.data.pop()),
-            |waiting| drop(waiting.data.remove(0)),
+            |waiting| waiting.data.truncate(1),
+            |waiting| waiting.data.reverse(),
             |waiting| waiting.rec.rcv_nxt += 1,
             |waiting| waiting.data[1].flags = Flag::UNREADABLE,
             |waiting| waiting.rec.write_seq += 1,

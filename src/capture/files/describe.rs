@@ -17,6 +17,7 @@ use crate::capture::restart::Now;
 use crate::model::frozen::{
     Blocker, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch, Interfaces,
     LockKind, OpenFile, PathRef, PipeId, PipeState, Socket, SocketState, Timerfd, UnixMessage,
+    UnixState,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use crate::sys::inode::Watches;
@@ -420,7 +421,7 @@ impl<'a> Reader<'a> {
         mut socket: Socket,
     ) -> Result<FileKind, CollectError> {
         if let SocketState::TcpListen { waiting, .. } = &mut socket.state {
-            *waiting = self.accept_queues.take(file, sock)?;
+            *waiting = self.accept_queues.tcp(file, sock)?;
         }
         Ok(FileKind::Socket(Box::new(socket)))
     }
@@ -438,7 +439,12 @@ impl<'a> Reader<'a> {
             self.repaired.0.extend(read.repaired);
             return self.with_accept_queue(file, sock, read.socket);
         }
-        let state = unix::state(sock, &self.survey.sockets).map_err(|reason| {
+        let owners = &self.survey.sockets;
+        let state = match self.accept_queues.awaited(sock, owners) {
+            Some(listener) => Ok(UnixState::Waiting { listener }),
+            None => unix::state(sock, owners, &self.survey.meetings),
+        };
+        let state = state.map_err(|reason| {
             let (pid, fd) = place(file);
             CollectError::Blocked(Blocker {
                 pid,
@@ -448,7 +454,10 @@ impl<'a> Reader<'a> {
             })
         })?;
         let options = self.listeners.defaults().read(&from, sock)?;
-        let (unix, queue) = unix::read(&from, sock, state)?;
+        let (mut unix, queue) = unix::read(&from, sock, state)?;
+        if let UnixState::Listening { .. } = state {
+            unix.waiting = self.accept_queues.unix(file, sock, owners)?;
+        }
         if !queue.is_empty() {
             self.in_flight.push((id, queue));
         }

@@ -26,6 +26,7 @@ mod socket;
 mod tcp;
 mod udp;
 mod unix;
+mod unix_accept;
 mod uring;
 
 pub use accept::{is_any as any_unaccepted, refusal as accept_queues_refusal};

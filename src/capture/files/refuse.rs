@@ -3,6 +3,7 @@
 use super::borrow::place;
 use super::owner::Owners;
 use super::pidfd::Processes;
+use super::unix_accept::Meetings;
 use super::{accept, lease, mqueue, pseudo, pty, regular, socket, unix, uring};
 use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, MqueueRec, SockRec, TtyRec};
 use crate::bpf::iter::{Detail, File, Files, Tasks};
@@ -59,6 +60,7 @@ pub fn handshakes(found: &Files) -> bool {
 pub(super) struct Survey {
     /// Which description each `struct sock` belongs to.
     pub sockets: HashMap<u64, OfdId>,
+    pub meetings: Meetings,
     /// Readers and writers of each pipe within the application.
     pipes: HashMap<u64, (u32, u32)>,
     /// Ends of each pseudo-terminal within the application.
@@ -95,6 +97,7 @@ impl Survey {
             processes,
             locked,
             sockets: HashMap::new(),
+            meetings: Meetings::of(found),
             pipes: HashMap::new(),
             terminals: HashMap::new(),
             pids: found.files.iter().map(|file| file.rec.tgid).collect(),
@@ -241,7 +244,7 @@ impl Survey {
 
     fn unix_refusal(&self, sock: &SockRec) -> Option<String> {
         let unix = i32::from(sock.family) == nix::libc::AF_UNIX;
-        unix.then(|| unix::state(sock, &self.sockets).err())
+        unix.then(|| unix::state(sock, &self.sockets, &self.meetings).err())
             .flatten()
     }
 

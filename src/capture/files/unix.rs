@@ -2,6 +2,7 @@
 
 use super::CollectError;
 use super::borrow::Borrowed;
+use super::unix_accept::Meetings;
 use crate::bpf::events::SockRec;
 use crate::model::frozen::{PeerCredentials, UnixAddress, UnixMessage, UnixSocket, UnixState};
 use crate::model::ids::{OfdId, Pid};
@@ -30,20 +31,20 @@ pub struct Peeked {
     pub fds: Vec<OwnedFd>,
 }
 
-/// Where a Unix socket stands, by the sockets of the application; `Err` tells
-/// why it is not carried.
-pub fn state(rec: &SockRec, owners: &HashMap<u64, OfdId>) -> Result<UnixState, String> {
+/// Where a Unix socket stands, by the sockets of the application and where they have met; `Err`
+/// tells why it is not carried.
+pub fn state(
+    rec: &SockRec,
+    owners: &HashMap<u64, OfdId>,
+    meetings: &Meetings,
+) -> Result<UnixState, String> {
     if rec.state == LISTEN {
-        return if rec.ack_backlog == 0 {
-            Ok(UnixState::Listening {
-                backlog: rec.max_ack_backlog,
-            })
-        } else {
-            Err(format!(
-                "{} connections wait to be accepted; try again",
-                rec.ack_backlog
-            ))
-        };
+        return Ok(UnixState::Listening {
+            backlog: rec.max_ack_backlog,
+        });
+    }
+    if let Some(listener) = meetings.awaited(rec) {
+        return Ok(UnixState::Waiting { listener });
     }
     match (rec.peer, owners.get(&rec.peer)) {
         (0, _) => Ok(UnixState::Unconnected),
@@ -67,7 +68,8 @@ pub fn read(
     state: UnixState,
 ) -> Result<(UnixSocket, Vec<Peeked>), CollectError> {
     let queue = match state {
-        UnixState::Listening { .. } => Vec::new(),
+        // Nobody has answered yet.
+        UnixState::Listening { .. } | UnixState::Waiting { .. } => Vec::new(),
         // Only datagrams come without a connection.
         UnixState::Unconnected if i32::from(rec.type_) != libc::SOCK_DGRAM => Vec::new(),
         _ => peek(from, i32::from(rec.type_))?,
@@ -79,6 +81,7 @@ pub fn read(
         queue: Vec::new(),
         shutdown: rec.shutdown,
         peer: peer(from)?,
+        waiting: Vec::new(),
     };
     Ok((unix, queue))
 }

@@ -265,6 +265,9 @@ pub struct UnixSocket {
     /// which those who connect to it will be told.
     #[serde(default)]
     pub peer: Option<PeerCredentials>,
+    /// Of a listener: its accept queue, in the order in which accept(2) gives them.
+    #[serde(default)]
+    pub waiting: Vec<WaitingUnix>,
 }
 
 /// Who called socketpair(2), listen(2) or connect(2): unix(7), `SO_PEERCRED` and `SO_PEERGROUPS`.
@@ -294,7 +297,7 @@ pub enum UnixAddress {
 pub enum UnixState {
     /// Neither connected nor listening.
     Unconnected,
-    /// listen(2) with this backlog; its accept queue was empty.
+    /// listen(2) with this backlog.
     Listening {
         /// listen(2) argument.
         backlog: u32,
@@ -306,6 +309,23 @@ pub enum UnixState {
     },
     /// Was connected; the other end is closed.
     PeerClosed,
+    /// Connected to a listener of the same application that has not accepted it; see
+    /// [`UnixSocket::waiting`].
+    Waiting {
+        /// The listener.
+        listener: OfdId,
+    },
+}
+
+/// A connection in the accept queue of a Unix listener.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingUnix {
+    /// The other end; none if it is closed.
+    pub client: Option<OfdId>,
+    /// Who connected it.
+    pub peer: Option<PeerCredentials>,
+    /// What was sent to it.
+    pub queue: Vec<UnixMessage>,
 }
 
 /// One unit of a Unix socket's receive queue.

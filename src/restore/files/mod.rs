@@ -29,6 +29,7 @@ mod segment;
 mod tcp;
 mod udp_queue;
 mod unix;
+mod unix_accept;
 mod unix_queue;
 mod uring;
 
@@ -60,8 +61,14 @@ pub struct OpenedFiles {
     terminals: BTreeMap<u64, OwnedFd>,
 }
 
-/// Other ends of Unix sockets that the application had closed, by the end that is left.
-pub type Departed = BTreeMap<OfdId, OwnedFd>;
+/// Other ends of Unix sockets that the application had closed.
+#[derive(Debug, Default)]
+pub struct Departed {
+    /// By the end that is left.
+    ends: BTreeMap<OfdId, OwnedFd>,
+    /// Those of connections that nobody has accepted.
+    clients: unix_accept::Closed,
+}
 
 impl OpenedFiles {
     /// Takes out what [`complete`] needs, which no child is to hold.
@@ -152,7 +159,10 @@ pub fn open_all(
         set_status(fd, file, || owner::is_held(app, id))?;
         lock::take_shared(fd, file)?;
     }
-    opened.departed = unix.departed;
+    opened.departed = Departed {
+        ends: unix.departed,
+        clients: unix.closed,
+    };
     move_up(app, &mut opened)?;
     Ok(opened)
 }

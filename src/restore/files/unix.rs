@@ -2,6 +2,7 @@
 
 use super::error::{FilesError, call, missing_part, socket};
 use super::peer::{self, act_as};
+use super::unix_accept::{self, Closed};
 use crate::model::frozen::{
     Application, FileKind, PeerCredentials, Socket, SocketState, UnixAddress, UnixSocket, UnixState,
 };
@@ -43,6 +44,8 @@ pub struct UnixSockets {
     /// Other ends that the application had closed, by the end that is left:
     /// they send what that has not read yet, and are closed then.
     pub departed: BTreeMap<OfdId, OwnedFd>,
+    /// The same of those that a listener has not accepted.
+    pub closed: Closed,
 }
 
 /// Makes every Unix socket; queues are filled once all files exist.
@@ -56,7 +59,7 @@ pub fn open_all(app: &Application) -> Result<UnixSockets, FilesError> {
         let alone = match unix.state {
             UnixState::Unconnected | UnixState::Listening { .. } => true,
             UnixState::Connected { peer } => !is_mutual(&all, id, peer),
-            UnixState::PeerClosed => false,
+            UnixState::PeerClosed | UnixState::Waiting { .. } => false,
         };
         if alone {
             let fd = new_socket(socket_type(unix.socktype)?)?;
@@ -67,7 +70,7 @@ pub fn open_all(app: &Application) -> Result<UnixSockets, FilesError> {
     }
     let mut pairs = pairs(&all)?;
     for (&id, &(described, unix)) in &all {
-        if made.opened.contains_key(&id) {
+        if made.opened.contains_key(&id) || matches!(unix.state, UnixState::Waiting { .. }) {
             continue;
         }
         let peer = match unix.state {
@@ -101,6 +104,7 @@ pub fn open_all(app: &Application) -> Result<UnixSockets, FilesError> {
                 .map_err(call(title(address), "connect"))?;
         }
     }
+    unix_accept::connect_all(&all, &mut made)?;
     Ok(made)
 }
 
@@ -116,7 +120,7 @@ pub(super) fn new_socket(kind: ns::SockType) -> Result<OwnedFd, FilesError> {
     ns::socket(ns::AddressFamily::Unix, kind, flags, None).map_err(call("Unix socket", "socket"))
 }
 
-fn set_options(fd: &OwnedFd, described: &Socket) -> Result<(), FilesError> {
+pub(super) fn set_options(fd: &OwnedFd, described: &Socket) -> Result<(), FilesError> {
     for option in &described.options {
         set_option(fd.as_fd(), option.level, option.name, &option.value)
             .map_err(socket("Unix socket"))?;
@@ -309,7 +313,7 @@ pub(super) fn with_name<T>(
     done
 }
 
-fn bind_name(fd: &OwnedFd, address: &UnixAddress) -> Result<(), FilesError> {
+pub(super) fn bind_name(fd: &OwnedFd, address: &UnixAddress) -> Result<(), FilesError> {
     match address {
         UnixAddress::Abstract(_) => {
             ns::bind(fd.as_raw_fd(), &encode(address)?).map_err(call(title(address), "bind"))
@@ -391,7 +395,11 @@ fn name_and_listen(fd: &OwnedFd, unix: &UnixSocket) -> Result<(), FilesError> {
 }
 
 /// Listens as `who`, of which connecting sockets are told.
-fn listen(fd: &OwnedFd, backlog: u32, who: Option<&PeerCredentials>) -> Result<(), FilesError> {
+pub(super) fn listen(
+    fd: &OwnedFd,
+    backlog: u32,
+    who: Option<&PeerCredentials>,
+) -> Result<(), FilesError> {
     let backlog = i32::try_from(backlog).unwrap_or(i32::MAX);
     act_as(who, "listen", || {
         ns::listen(fd, ns::Backlog::new(backlog)?).map(|()| Vec::new())

@@ -1,5 +1,6 @@
 //! What is queued in Unix domain sockets.
 
+use super::Departed;
 use super::error::{FilesError, call, socket};
 use super::peer::act_as;
 use super::unix::{Sockets, encode, is_mutual, new_socket, socket_type, sockets, title, with_name};
@@ -20,7 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 pub fn fill_all(
     app: &Application,
     opened: &BTreeMap<OfdId, OwnedFd>,
-    departed: BTreeMap<OfdId, OwnedFd>,
+    departed: Departed,
 ) -> Result<(), FilesError> {
     let all = sockets(app);
     for (&id, (_, unix)) in &all {
@@ -33,17 +34,23 @@ pub fn fill_all(
                 let to = (!is_mutual(&all, id, peer)).then_some(unix.address.as_ref());
                 (opened.get(&peer).ok_or_else(missing)?, to.flatten())
             }
-            UnixState::PeerClosed => (departed.get(&id).ok_or_else(missing)?, None),
+            UnixState::PeerClosed => (departed.ends.get(&id).ok_or_else(missing)?, None),
             _ => {
                 fill_from_many(&all, unix, opened)?;
                 continue;
             }
         };
-        with_room(sender.as_fd(), unix, || {
-            unix.queue
-                .iter()
-                .try_for_each(|message| send(sender.as_fd(), to, message, opened))
-        })?;
+        send_all(sender, to, &unix.queue, opened)?;
+    }
+    for (id, (_, listener)) in &all {
+        for (index, waiting) in listener.waiting.iter().enumerate() {
+            let client = match waiting.client {
+                Some(client) => opened.get(&client),
+                None => departed.clients.get(&(*id, index)),
+            };
+            let missing = || FilesError::Missing(format!("client of Unix listener {id}"));
+            send_all(client.ok_or_else(missing)?, None, &waiting.queue, opened)?;
+        }
     }
     drop(departed);
     for (id, (_, unix)) in &all {
@@ -53,11 +60,27 @@ pub fn fill_all(
             3 => ns::Shutdown::Both,
             _ => continue,
         };
-        if matches!(unix.state, UnixState::Connected { .. }) {
+        if matches!(
+            unix.state,
+            UnixState::Connected { .. } | UnixState::Waiting { .. }
+        ) {
             ns::shutdown(opened[id].as_raw_fd(), how).map_err(call("Unix socket", "shutdown"))?;
         }
     }
     Ok(())
+}
+
+fn send_all(
+    sender: &OwnedFd,
+    to: Option<&UnixAddress>,
+    queue: &[UnixMessage],
+    opened: &BTreeMap<OfdId, OwnedFd>,
+) -> Result<(), FilesError> {
+    with_room(sender.as_fd(), queue, || {
+        queue
+            .iter()
+            .try_for_each(|message| send(sender.as_fd(), to, message, opened))
+    })
 }
 
 /// Queues datagrams at a socket that anybody may send to.
@@ -79,7 +102,7 @@ fn fill_from_many(
     let kind = socket_type(unix.socktype)?;
     for message in &unix.queue {
         let put = |from: &OwnedFd| {
-            with_room(from.as_fd(), unix, || {
+            with_room(from.as_fd(), &unix.queue, || {
                 send(from.as_fd(), Some(address), message, opened)
             })
         };
@@ -120,12 +143,12 @@ fn put_as(
 /// the sender's own size may be.
 fn with_room(
     sender: BorrowedFd<'_>,
-    unix: &UnixSocket,
+    queue: &[UnixMessage],
     fill: impl FnOnce() -> Result<(), FilesError>,
 ) -> Result<(), FilesError> {
     const LEAST: usize = 64 << 10;
     let object = "Unix socket";
-    let total: usize = unix.queue.iter().map(|m| m.data.len() + 1024).sum();
+    let total: usize = queue.iter().map(|m| m.data.len() + 1024).sum();
     if total < LEAST {
         return fill();
     }

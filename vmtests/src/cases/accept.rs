@@ -227,27 +227,26 @@ fn much(case: &Case) -> Result<()> {
 
 /// More than one pass of the iterators brings, in the order in which they came.
 fn many(case: &Case) -> Result<()> {
-    const CLIENTS: u16 = 500;
+    const CLIENTS: u64 = 400;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let to = listener.local_addr()?;
     ns::listen(&listener, ns::Backlog::new(600)?)?;
     let mut clients = Vec::new();
-    for number in 0..CLIENTS {
+    for seed in 0..CLIENTS {
         let mut client = connect(to)?;
-        client.write_all(&number.to_be_bytes())?;
+        client.write_all(&pattern(seed, 11_000))?;
         clients.push(client);
     }
 
     case.ready()?;
 
-    for (number, client) in (0..CLIENTS).zip(&mut clients) {
+    for (seed, client) in (0..CLIENTS).zip(&mut clients) {
         let mut server = accept(&listener, client.local_addr()?)?;
-        let mut received = [0; 2];
+        exchange(&mut server, client, seed, 100)?;
+        let mut received = [0; 11_000];
         server.read_exact(&mut received)?;
-        ensure!(received == number.to_be_bytes(), "{number}: {received:?}");
-        server.write_all(&received)?;
-        client.read_exact(&mut received)?;
-        ensure!(received == number.to_be_bytes(), "{number}: {received:?}");
+        check_pattern("bytes that waited", seed, &received)?;
+        exchange(client, &mut server, seed, 100)?;
     }
     nobody_waits(&listener)
 }

@@ -45,6 +45,7 @@ mod threads;
 mod time;
 mod udp;
 mod unix;
+mod unix_accept;
 mod unix_peers;
 mod uring;
 
@@ -85,6 +86,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         udp::CASES,
         raw::CASES,
         unix::CASES,
+        unix_accept::CASES,
         unix_peers::CASES,
         tcp::CASES,
         filter::CASES,

@@ -30,14 +30,14 @@ const GROUPS: [u32; 3] = [7, 8, 1234];
 
 /// `SO_PEERCRED` and `SO_PEERGROUPS`.
 #[derive(Debug, PartialEq)]
-struct Peer {
+pub(super) struct Peer {
     pid: i32,
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
 }
 
-fn peer(socket: &impl AsFd) -> Result<Peer> {
+pub(super) fn peer(socket: &impl AsFd) -> Result<Peer> {
     let told = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
     // Nobody has none.
     let groups = option(socket, libc::SOL_SOCKET, libc::SO_PEERGROUPS).unwrap_or_default();
@@ -50,7 +50,7 @@ fn peer(socket: &impl AsFd) -> Result<Peer> {
     })
 }
 
-fn expect(what: &str, socket: &impl AsFd, wanted: &Peer) -> Result<()> {
+pub(super) fn expect(what: &str, socket: &impl AsFd, wanted: &Peer) -> Result<()> {
     let found = peer(socket)?;
     ensure!(
         found == *wanted,
@@ -59,7 +59,7 @@ fn expect(what: &str, socket: &impl AsFd, wanted: &Peer) -> Result<()> {
     Ok(())
 }
 
-fn nobody(pid: i32) -> Peer {
+pub(super) fn nobody(pid: i32) -> Peer {
     Peer {
         pid,
         uid: NOBODY,
@@ -68,7 +68,7 @@ fn nobody(pid: i32) -> Peer {
     }
 }
 
-fn become_nobody() -> Result<()> {
+pub(super) fn become_nobody() -> Result<()> {
     setgroups(&GROUPS.map(Gid::from_raw))?;
     let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
     setresgid(gid, gid, gid)?;

@@ -39,6 +39,8 @@ pub enum Expect {
     CarriedByNewer(&'static str),
     /// Refuse to checkpoint it, with this text on stderr, and leave it alone.
     Refused(&'static str),
+    /// The same, but only once it stands still: before, nobody can tell.
+    RefusedFrozen(&'static str),
 }
 
 /// One case.
@@ -96,6 +98,19 @@ impl Entry {
             run,
         }
     }
+
+    /// The same of what can be told only once it stands still.
+    pub const fn refused_frozen(
+        name: &'static str,
+        text: &'static str,
+        run: fn(&Case) -> Result<()>,
+    ) -> Entry {
+        Entry {
+            name,
+            expect: Expect::RefusedFrozen(text),
+            run,
+        }
+    }
 }
 
 impl Expect {
@@ -105,7 +120,7 @@ impl Expect {
         match self {
             Expect::Carried | Expect::CarriedAlike => None,
             Expect::CarriedByNewer(text) => (kernel == Kernel::V6_1).then_some(text),
-            Expect::Refused(text) => Some(text),
+            Expect::Refused(text) | Expect::RefusedFrozen(text) => Some(text),
         }
     }
 }

@@ -203,7 +203,7 @@ fn plan(options: &Options) -> Vec<Group> {
             entries.retain(|entry| match entry.expect {
                 Expect::Carried | Expect::CarriedByNewer(_) => kernel != to,
                 Expect::CarriedAlike => kernel == to,
-                Expect::Refused(_) => false,
+                Expect::Refused(_) | Expect::RefusedFrozen(_) => false,
             });
             groups.push(Group::Batch {
                 kernel,
