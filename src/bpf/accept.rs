@@ -5,6 +5,7 @@
 //! sequence numbers are those in the packet, what was agreed on is what user space says.
 
 use super::pass;
+use super::programs::Programs;
 /// What was agreed on in a handshake: `struct bpf_tcp_req_attrs` of the kernel.
 pub use super::skeleton::accept::types::handshake as Handshake;
 use super::skeleton::accept::types::{seen, sought};
@@ -12,7 +13,7 @@ use super::skeleton::accept::{AcceptSkel, AcceptSkelBuilder};
 use crate::sys::socket::{SocketError, int_option, set_int_option};
 use libbpf_rs::btf::{Btf, types};
 use libbpf_rs::libbpf_sys;
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, ProgramInput};
 use nix::libc;
 use std::io;
@@ -22,6 +23,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// The function of the kernel that all depends on.
 const FUNCTION: &str = "bpf_sk_assign_tcp_reqsk";
+
+/// `LOOPBACK_IFINDEX` of include/net/flow.h, the same in all network namespaces.
+pub const LOOPBACK: u32 = 1;
 
 /// No socket was found; `TCP_LISTEN`: none that is connected.
 const NONE: u8 = 0;
@@ -91,11 +95,11 @@ impl Handshakes {
         Btf::from_vmlinux().is_ok_and(|btf| btf.type_by_kind::<types::Func<'_>>().any(is_it))
     }
 
-    /// Loads the program and attaches it to the interface with this index.
+    /// Loads the programs and attaches them to the loopback interface.
     ///
     /// # Errors
     /// [`HandshakeError::Load`], [`HandshakeError::Attach`].
-    pub fn attach(interface: u32) -> Result<Self, HandshakeError> {
+    pub fn attach() -> Result<Self, HandshakeError> {
         let at = |step| move |source| HandshakeError::Load { step, source };
         super::redirect_libbpf_log();
         // See Instance::load for why the storage is left behind.
@@ -104,8 +108,16 @@ impl Handshakes {
             .open(storage)
             .map_err(at("open"))?;
         let skel = open.load().map_err(at("load"))?;
-        let link = attach(skel.progs.vouch.as_fd(), interface).map_err(HandshakeError::Attach)?;
+        let link = attach(skel.progs.vouch.as_fd(), LOOPBACK).map_err(HandshakeError::Attach)?;
         Ok(Self { skel, _link: link })
+    }
+
+    /// The loaded programs.
+    ///
+    /// # Errors
+    /// This process has no descriptors left.
+    pub fn programs(&self) -> io::Result<Programs> {
+        Programs::of(self.skel.object())
     }
 
     /// The connection with these ends, of one family; no descriptor need lead to it.

@@ -11,6 +11,7 @@ use libbpf_rs::btf::{Btf, types};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use serde::Serialize;
 
+use super::accept::Handshakes;
 use super::hooks;
 use super::iter::Iterators;
 use super::netlock::NetLock;
@@ -75,6 +76,8 @@ pub struct Features {
     pub fentry: Probe,
     /// Whether the network lock loads.
     pub network_lock: Probe,
+    /// Whether TCP connections that nobody has accepted can be made again.
+    pub accept_queues: Probe,
     /// Each function that tracking hooks where it exists, and whether the kernel has it out of
     /// line: a stable update may inline any of them.
     pub hook_functions: BTreeMap<&'static str, bool>,
@@ -110,6 +113,7 @@ impl Features {
             iterators: Probe::of(Iterators::load()),
             fentry: Probe::of(probe_fentry()),
             network_lock: Probe::of(NetLock::load(0)),
+            accept_queues: Probe::of(Handshakes::attach()),
             hook_functions,
             cgroup2: cgroup2_mount().ok(),
             capabilities: CAPABILITIES

@@ -147,6 +147,7 @@ fn print(found: &Found) {
         ("Iterators", &features.iterators),
         ("fentry", &features.fentry),
         ("Network lock", &features.network_lock),
+        ("Accept queues", &features.accept_queues),
     ];
     for (name, probe) in lines {
         let text = match probe {

@@ -1,5 +1,6 @@
 //! `tracker check --programs`: every BPF object loaded and attached, and what the kernel made of it.
 
+use crate::bpf::accept::Handshakes;
 use crate::bpf::iter::Iterators;
 use crate::bpf::netlock::NetLock;
 use crate::bpf::programs::{ProgramStats, Programs};
@@ -39,12 +40,13 @@ struct Loaded {
 type Outcome = Result<Loaded, Box<dyn Error>>;
 
 /// Prints the table; ends with 4 if an object was refused or a program not attached. The
-/// fentry set may be: the fallback stands in for it.
+/// fentry set may be: the fallback stands in for it. So may what old kernels cannot do.
 pub(super) fn run(json: bool) -> ExitCode {
     let objects = [
         look("track-fentry", hooks(HookSet::Fentry)),
         look("track-fallback", hooks(HookSet::Fallback)),
         look("iter", iterators()),
+        look("accept", handshakes()),
         look("netlock", network_lock()),
     ];
     if json {
@@ -56,9 +58,10 @@ pub(super) fn run(json: bool) -> ExitCode {
         let attached = object.programs.iter().all(|one| one.not_attached.is_none());
         object.refused.is_none() && attached
     };
-    let [fentry, others @ ..] = &objects;
-    let usable = others.iter().all(whole) && (fentry.refused.is_some() || whole(fentry));
-    match usable {
+    let [fentry, fallback, iterators, accept, lock] = &objects;
+    let needed = [fallback, iterators, lock].into_iter().all(whole);
+    let optional = |object: &Object| object.refused.is_some() || whole(object);
+    match needed && optional(fentry) && optional(accept) {
         true => ExitCode::Done,
         false => ExitCode::Unsupported,
     }
@@ -78,6 +81,14 @@ fn iterators() -> Outcome {
     // Loading attaches them, too.
     Ok(Loaded {
         programs: Iterators::load()?.programs()?,
+        ..Loaded::default()
+    })
+}
+
+fn handshakes() -> Outcome {
+    // Attached, too; it waits for packets that nobody sends.
+    Ok(Loaded {
+        programs: Handshakes::attach()?.programs()?,
         ..Loaded::default()
     })
 }

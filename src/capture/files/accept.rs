@@ -5,7 +5,7 @@ use super::CollectError;
 use super::borrow::place;
 use super::socket::{self, CLOSE, CLOSE_WAIT, ESTABLISHED};
 use super::unix_accept;
-use crate::bpf::accept::Handshakes;
+use crate::bpf::accept::{Handshakes, LOOPBACK};
 use crate::bpf::events::{SockFlag, SockRec, WaitingDataRec, WaitingFlag as Flag, WaitingRec};
 use crate::bpf::iter::{Detail, File, Files, Iterators, ReadError, Scope, Tasks, Waiting};
 use crate::model::frozen::{Blocker, TcpOptions, WaitingConnection, WaitingEnd, WaitingUnix};
@@ -14,9 +14,6 @@ use nix::libc;
 use serde_bytes::ByteBuf;
 use std::collections::HashMap;
 use std::net::IpAddr;
-
-/// `LOOPBACK_IFINDEX` of include/net/flow.h, over which they are made again.
-const LOOPBACK: u32 = 1;
 
 /// As long as a receive queue can be: net.ipv4.tcp_rmem is limited by an i32.
 const LONGEST: u32 = i32::MAX.cast_unsigned();

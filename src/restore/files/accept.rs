@@ -10,7 +10,6 @@ use crate::model::ids::OfdId;
 use crate::sys::socket::{int_option, set_int_option};
 use crate::sys::tcp;
 use nix::libc;
-use nix::net::if_::if_nametoindex;
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
@@ -85,9 +84,8 @@ impl Way {
         if is_set("tcp_syncookies") == Some(false) {
             return unsupported("net.ipv4.tcp_syncookies not set");
         }
-        let lo = if_nametoindex("lo").map_err(call(object, "if_nametoindex"))?;
         Ok(Self {
-            handshakes: Handshakes::attach(lo)?,
+            handshakes: Handshakes::attach()?,
             sender: Sender::default(),
         })
     }
