@@ -2,10 +2,11 @@
 
 use super::MemoryStats;
 use super::contents::Contents;
+use super::copier::Copier;
 use super::error::CheckpointError;
 use super::files::Slots;
 use super::mm::{self, Mapper};
-use super::pages::{Copier, Need, plan, select};
+use super::pages::{Need, plan, select};
 use super::pending::Pending;
 use super::sysv;
 use super::tracked::Tracked;
@@ -19,7 +20,6 @@ use crate::model::ids::{MmId, Pid};
 use crate::sys::memory::{Pagemap, clear_soft_dirty, soft_dirty_works, zero_frame};
 use crate::sys::process::read_memory_exact;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::thread::available_parallelism;
 
 /// An address space at a moment: the kernel may give its address to another one later.
 type Key = (u64, u32, u64);
@@ -31,9 +31,6 @@ struct Precopied {
     /// What it had when it was looked at last, while frozen; to be copied.
     needs: Vec<Need>,
 }
-
-/// More readers than this wait for memory rather than for each other.
-const MOST_READERS: usize = 8;
 
 /// How many pages may wait in memory for being written, at most.
 const MOST_PENDING: u64 = 16 * 1024;
@@ -52,12 +49,8 @@ pub struct Memory {
     zero_frame: Option<u64>,
     /// What only memory keeps of what the frozen application has.
     contents: Contents,
-    /// What was read and is written once the application runs again.
-    pending: Pending,
-    /// What pages are copied through.
-    buffer: Vec<u8>,
-    /// How many threads read them at once.
-    readers: usize,
+    /// With what was read and is written once the application runs again.
+    copier: Copier,
     stats: MemoryStats,
 }
 
@@ -68,9 +61,7 @@ impl Memory {
             precopied: HashMap::new(),
             zero_frame: zero_frame(),
             contents: Contents::default(),
-            pending: Pending::default(),
-            buffer: Vec::new(),
-            readers: available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_READERS)),
+            copier: Copier::new(),
             stats: MemoryStats {
                 dirty_tracking: soft_dirty_works(),
                 ..MemoryStats::default()
@@ -106,7 +97,6 @@ impl Memory {
         }
         let vmas = iterators.vmas(scope)?;
         let by_mm = grouped(ordinary(&vmas));
-        let mut copier = self.copier(store);
         for rec in tracked {
             wakeups.check()?;
             let vmas = of(&by_mm, rec);
@@ -118,7 +108,7 @@ impl Memory {
                 needs => needs?,
             };
             let pieces = plan(&needs, &[], |pages| slots.take(pages));
-            let copied = match copier.copy(pid(rec), &pieces, true) {
+            let copied = match self.copier.copy(store, pid(rec), &pieces, true) {
                 Err(CheckpointError::Call(_)) => continue,
                 copied => copied?,
             };
@@ -130,7 +120,6 @@ impl Memory {
             };
             self.precopied.insert(key(rec, &tasks), entry);
         }
-        self.buffer = copier.into_buffer();
         Ok(())
     }
 
@@ -193,13 +182,13 @@ impl Memory {
         slots: &mut Slots,
         wakeups: &Wakeups,
     ) -> Result<(), CheckpointError> {
-        let mut copier = self.copier(store);
         let mut gone = Vec::new();
         for (key, entry) in &mut self.precopied {
             wakeups.check()?;
             let needs = std::mem::take(&mut entry.needs);
             let pieces = plan(&needs, &entry.have, |pages| slots.take(pages));
-            match copier.copy(Pid(key.1.cast_signed()), &pieces, true) {
+            let pid = Pid(key.1.cast_signed());
+            match self.copier.copy(store, pid, &pieces, true) {
                 Err(CheckpointError::Call(_)) => gone.push(*key),
                 copied => {
                     let copied = copied?;
@@ -208,27 +197,21 @@ impl Memory {
                 }
             }
         }
-        self.buffer = copier.into_buffer();
         for key in gone {
             self.precopied.remove(&key);
         }
         Ok(())
     }
 
-    /// With the buffer of the copier before; it is given back.
-    fn copier<'a>(&mut self, store: &'a dyn Store) -> Copier<'a> {
-        Copier::new(store, std::mem::take(&mut self.buffer), self.readers)
-    }
-
     /// Makes room for about so many pages, which [`Memory::collect`] leaves to
     /// [`Memory::write_pending`].
     pub fn reserve(&mut self, pages: u64) {
-        self.pending = Pending::with_room((pages + pages / 4 + 512).min(MOST_PENDING));
+        self.copier.pending = Pending::with_room((pages + pages / 4 + 512).min(MOST_PENDING));
     }
 
     /// Writes what was read and not written.
     pub fn write_pending(&mut self, store: &dyn Store) -> Result<(), CheckpointError> {
-        std::mem::take(&mut self.pending).write(store)
+        std::mem::take(&mut self.copier.pending).write(store)
     }
 
     /// Reads all address spaces of the frozen application; [`Memory::copy_contents`] follows
@@ -243,8 +226,6 @@ impl Memory {
         wakeups: &Wakeups,
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
         let by_mm = grouped(vmas);
-        let mut copier = self.copier(store);
-        copier.pending = std::mem::take(&mut self.pending);
         let mut mapper = Mapper::new(segments, tasks.aio.clone());
         self.contents = Contents::default();
         let mut found = BTreeMap::new();
@@ -258,7 +239,7 @@ impl Memory {
             let needs = select(&mut pagemap, vmas, tracked, self.zero_frame)?;
             let pieces = plan(&needs, have, |pages| slots.take(pages));
             Fault::Memory.point()?;
-            let copied = copier.copy(pid(rec), &pieces, false)?;
+            let copied = self.copier.copy(store, pid(rec), &pieces, false)?;
             self.stats.copied_frozen += copied.pages;
             self.stats.pages += copied.runs.iter().map(|run| run.pages).sum::<u64>();
             let vmas = vmas
@@ -276,8 +257,6 @@ impl Memory {
             };
             found.insert(MmId(rec.mm), mm);
         }
-        self.pending = std::mem::take(&mut copier.pending);
-        self.buffer = copier.into_buffer();
         Ok(found)
     }
 

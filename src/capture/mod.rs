@@ -5,6 +5,7 @@ mod aio;
 mod cgroups;
 mod clocks;
 mod contents;
+mod copier;
 mod eligibility;
 mod error;
 pub mod files;

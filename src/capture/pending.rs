@@ -1,8 +1,7 @@
 //! Pages on their way into an image.
 
 use super::error::CheckpointError;
-use super::pages::{Copier, len_of};
-use crate::image::{Store, StoreError, while_writing};
+use crate::image::{Store, StoreError, bytes, each, sums};
 use crate::model::frozen::{PAGE_SIZE, PageRun};
 
 /// Pages that were read and are to be written to an image later.
@@ -10,13 +9,55 @@ use crate::model::frozen::{PAGE_SIZE, PageRun};
 pub struct Pending {
     buffer: Vec<u8>,
     used: usize,
-    runs: Vec<PageRun>,
+    kept: Vec<Kept>,
 }
 
 impl std::fmt::Debug for Pending {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut shown = f.debug_struct("Pending");
         shown.field("bytes", &self.used).finish_non_exhaustive()
+    }
+}
+
+/// Runs that were read one after the other, and where they begin.
+#[derive(Debug)]
+pub struct Kept {
+    /// First byte, as [`Room::at`] says.
+    pub at: usize,
+    /// What they are.
+    pub runs: Vec<PageRun>,
+}
+
+/// What is free, to be shared out.
+#[derive(Debug)]
+pub struct Free<'a> {
+    at: usize,
+    rest: &'a mut [u8],
+}
+
+/// Where bytes may be read to.
+#[derive(Debug)]
+pub struct Room<'a> {
+    /// Which byte of all is the first.
+    pub at: usize,
+    /// As many as were asked for.
+    pub bytes: &'a mut [u8],
+}
+
+impl<'a> Free<'a> {
+    /// So many bytes, if there are as many.
+    pub fn take(&mut self, bytes: usize) -> Option<Room<'a>> {
+        let rest = std::mem::take(&mut self.rest);
+        let Some((bytes, rest)) = rest.split_at_mut_checked(bytes) else {
+            // Nor has anything else room.
+            return None;
+        };
+        let at = self.at;
+        *self = Self {
+            at: at + bytes.len(),
+            rest,
+        };
+        Some(Room { at, bytes })
     }
 }
 
@@ -30,40 +71,37 @@ impl Pending {
         }
     }
 
-    /// Where so many bytes may be read to, if there is room.
-    pub fn room(&mut self, bytes: usize) -> Option<&mut [u8]> {
-        self.buffer.get_mut(self.used..self.used + bytes)
+    /// What room there is.
+    pub fn free(&mut self) -> Free<'_> {
+        Free {
+            at: self.used,
+            rest: &mut self.buffer[self.used..],
+        }
     }
 
-    /// Notes what was read there, one run after the other.
-    pub fn note(&mut self, runs: &[PageRun]) {
-        self.used += runs.iter().map(len_of).sum::<usize>();
-        self.runs.extend(runs);
+    /// Keeps what was read into such room.
+    pub fn keep(&mut self, read: Vec<Kept>) {
+        for kept in read {
+            let end = kept.at + kept.runs.iter().map(len_of).sum::<usize>();
+            self.used = self.used.max(end);
+            self.kept.push(kept);
+        }
     }
 
-    /// Writes them.
+    /// Writes what was kept, by all CPUs.
     ///
     /// # Errors
     /// The carrier is full or refuses.
     pub fn write(self, store: &dyn Store) -> Result<(), CheckpointError> {
-        let mut rest = &self.buffer[..self.used];
-        let mut runs = &self.runs[..];
-        while !runs.is_empty() {
-            let (mut count, mut bytes) = (0, 0);
-            for run in runs {
-                if count > 0 && bytes + len_of(run) > Copier::BATCH {
-                    break;
-                }
-                count += 1;
-                bytes += len_of(run);
-            }
-            let (batch, after) = runs.split_at(count);
-            let (pages, others) = rest.split_at(bytes);
-            write_summed(store, batch, pages)?;
-            (runs, rest) = (after, others);
-        }
-        Ok(())
+        each(&self.kept, |Kept { at, runs }, _| {
+            write_summed(store, runs, &self.buffer[*at..])
+        })
     }
+}
+
+/// Bytes of a run.
+pub fn len_of(run: &PageRun) -> usize {
+    bytes(run.pages)
 }
 
 /// Writes pages that were read one after the other, and notes their sums.
@@ -75,14 +113,13 @@ pub fn write_summed(
     runs: &[PageRun],
     pages: &[u8],
 ) -> Result<(), CheckpointError> {
-    let sums = while_writing(pages, || write(store, runs, pages))?;
-    let mut rest = &sums[..];
+    let mut rest = pages;
     for run in runs {
-        let (own, others) = rest.split_at(len_of(run) / 4096);
-        store.written().note(run.slot, own);
+        let (own, others) = rest.split_at(len_of(run));
+        store.written().note(run.slot, &sums(own));
         rest = others;
     }
-    Ok(())
+    Ok(write(store, runs, pages)?)
 }
 
 /// Slots of neighbours are written together.
@@ -112,17 +149,26 @@ mod tests {
     fn what_was_read_is_written_where_it_belongs() {
         let dir = tempfile::tempdir().unwrap();
         let store = DirectoryStore::create(&dir.path().join("image")).unwrap();
-        let mut pending = Pending::with_room(5);
+        let mut pending = Pending::with_room(6);
         let run = |slot, pages| PageRun {
             addr: 0,
             pages,
             slot,
         };
+        let mut free = pending.free();
+        let mut kept = Vec::new();
         for (byte, read) in [(b'a', run(7, 2)), (b'b', run(3, 1)), (b'c', run(4, 2))] {
-            pending.room(len_of(&read)).unwrap().fill(byte);
-            pending.note(&[read]);
+            let room = free.take(len_of(&read)).unwrap();
+            room.bytes.fill(byte);
+            kept.push(Kept {
+                at: room.at,
+                runs: vec![read],
+            });
         }
-        assert!(pending.room(4096).is_none());
+        assert!(free.take(2 * 4096).is_none());
+        pending.keep(kept);
+        assert!(pending.free().take(4096).is_some());
+        assert!(pending.free().take(2 * 4096).is_none());
         pending.write(&store).unwrap();
         for (slot, byte) in [(3, b'b'), (4, b'c'), (5, b'c'), (7, b'a'), (8, b'a')] {
             let mut page = [0; 4096];

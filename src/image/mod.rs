@@ -5,21 +5,24 @@
 //! 4 KiB slots that the records point into; one record has the checksum of each.
 
 mod decode;
+mod directory;
 mod encode;
 mod extents;
 mod header;
 mod pages;
 mod record;
 mod store;
+mod stripes;
 mod sums;
 
 pub use decode::{decode, decode_one};
+pub use directory::DirectoryStore;
 pub use encode::encode;
 pub use header::{FORMAT_VERSION, Header};
-pub use pages::{PART, Pages, bytes, each, parts};
+pub use pages::{Buffer, PART, Pages, bytes, each, each_with, parts, threads};
 pub use record::RecordKind;
-pub use store::{DirectoryStore, RangeStore, Store, StoreError};
-pub use sums::{SlotSums, Written, while_writing};
+pub use store::{RangeStore, Store, StoreError};
+pub use sums::{SlotSums, Written, sums};
 
 use crate::model::frozen::{Application, System};
 

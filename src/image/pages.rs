@@ -5,7 +5,7 @@ use super::sums::SlotSums;
 use super::{Store, StoreError};
 use crate::model::frozen::{Application, PAGE_SIZE, PageRun};
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Builder};
 
 /// Pages that are read at once: what fits into a CPU's cache until they are used.
@@ -76,40 +76,108 @@ pub fn bytes(pages: u64) -> usize {
     usize::try_from(pages * PAGE_SIZE).unwrap_or(usize::MAX)
 }
 
+/// Room for [`PART`] pages at a multiple of their size, which a store that goes past the page
+/// cache writes and reads without another copy.
+#[derive(Debug)]
+pub struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Buffer {
+    /// A new one. Its memory comes as it is used.
+    #[must_use]
+    pub fn new() -> Self {
+        let page = bytes(1);
+        let bytes = vec![0; bytes(PART) + page];
+        let start = bytes.as_ptr().align_offset(page);
+        Self { bytes, start }
+    }
+
+    fn pages(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + bytes(PART)]
+    }
+}
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// As many threads as [`each`] runs.
+#[must_use]
+pub fn threads() -> usize {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    cpus.min(MOST_THREADS)
+}
+
 /// Does `work` for each of `parts`, with a buffer of [`PART`] pages at a multiple of their size,
 /// on as many threads as the machine has CPUs. After an error only what is under way is ended.
 ///
 /// # Errors
 /// One of those of `work`.
-pub fn each<T: Sync, E: Send>(
-    parts: &[T],
-    work: impl Fn(&T, &mut [u8]) -> Result<(), E> + Sync,
-) -> Result<(), E> {
-    let next = AtomicUsize::new(0);
-    let take = || -> Result<(), E> {
-        let page = bytes(1);
-        let mut buffer = vec![0; bytes(PART) + page];
-        // What a store that goes past the page cache reads without another copy.
-        let start = buffer.as_ptr().align_offset(page);
-        let buffer = &mut buffer[start..start + bytes(PART)];
-        while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let done = work(part, buffer);
+pub fn each<I, E>(
+    parts: I,
+    work: impl Fn(I::Item, &mut [u8]) -> Result<(), E> + Sync,
+) -> Result<(), E>
+where
+    I: IntoIterator<IntoIter: ExactSizeIterator + Send>,
+    E: Send,
+{
+    let parts = parts.into_iter();
+    let threads = threads().min(parts.len());
+    let mut buffers: Vec<_> = (0..threads).map(|_| Buffer::new()).collect();
+    each_with(&mut buffers, parts, work)
+}
+
+/// As [`each`], on as many threads as there are buffers.
+///
+/// # Errors
+/// One of those of `work`.
+pub fn each_with<I, E>(
+    buffers: &mut [Buffer],
+    parts: I,
+    work: impl Fn(I::Item, &mut [u8]) -> Result<(), E> + Sync,
+) -> Result<(), E>
+where
+    I: IntoIterator<IntoIter: ExactSizeIterator + Send>,
+    E: Send,
+{
+    /// A small stack: all of tracker's memory may be locked, which makes it present.
+    const STACK: usize = 256 << 10;
+    let parts = parts.into_iter();
+    let threads = buffers.len().min(parts.len());
+    // Nothing is left to be taken once one has failed.
+    let parts = Mutex::new(Some(parts));
+    let next = || {
+        parts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_mut()?
+            .next()
+    };
+    let take = |buffer: &mut Buffer| -> Result<(), E> {
+        while let Some(part) = next() {
+            let done = work(part, buffer.pages());
             if done.is_err() {
-                // The others need not go on.
-                next.store(parts.len(), Ordering::Relaxed);
+                *parts.lock().unwrap_or_else(PoisonError::into_inner) = None;
                 return done;
             }
         }
         Ok(())
     };
-    let cpus = thread::available_parallelism().map_or(1, usize::from);
-    let threads = cpus.min(MOST_THREADS).min(parts.len());
+    let Some((own, others)) = buffers[..threads].split_first_mut() else {
+        return Ok(());
+    };
     thread::scope(|scope| {
         // A thread that cannot be had leaves its part to this one.
-        let others: Vec<_> = (1..threads)
-            .filter_map(|_| Builder::new().spawn_scoped(scope, take).ok())
-            .collect();
-        let mut result = take();
+        let start = |buffer| {
+            let thread = Builder::new().stack_size(STACK);
+            thread.spawn_scoped(scope, || take(buffer)).ok()
+        };
+        let others: Vec<_> = others.iter_mut().filter_map(start).collect();
+        let mut result = take(own);
         for other in others {
             // One that panicked has left pages unread.
             result = result.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
@@ -121,7 +189,7 @@ pub fn each<T: Sync, E: Send>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn a_run_is_cut_into_parts() {

@@ -4,13 +4,9 @@ use super::sums::{Written, while_writing};
 use crate::model::frozen::PAGE_SIZE;
 use crc32fast::hash;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat, renameat};
-use nix::sys::stat::{Mode, fstat};
-use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Why a carrier could not be used.
@@ -51,6 +47,13 @@ pub enum StoreError {
     /// No sealed image on this carrier.
     #[error("{0} holds no sealed image: {1}")]
     NotSealed(PathBuf, &'static str),
+}
+
+impl StoreError {
+    /// Whether what was to be opened is not there.
+    pub(super) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
 }
 
 /// A carrier. Page slots may be written in any order and again; the image
@@ -98,7 +101,7 @@ pub trait Store: Send + Sync {
     fn metadata(&self) -> Result<Vec<u8>, StoreError>;
 }
 
-fn io_error<'a>(
+pub(super) fn io_error<'a>(
     operation: &'static str,
     path: &'a Path,
 ) -> impl FnOnce(io::Error) -> StoreError + 'a {
@@ -109,150 +112,11 @@ fn io_error<'a>(
     }
 }
 
-fn call_error<'a>(
+pub(super) fn call_error<'a>(
     operation: &'static str,
     path: &'a Path,
 ) -> impl FnOnce(Errno) -> StoreError + 'a {
     move |errno| io_error(operation, path)(errno.into())
-}
-
-/// An image in a directory: `metadata` and `pages`. Mode 0700/0600, since it
-/// holds the application's memory; no symbolic link is followed in writing it.
-#[derive(Debug)]
-pub struct DirectoryStore {
-    path: PathBuf,
-    /// What is written is written here, whatever becomes of the name.
-    directory: OwnedFd,
-    pages: File,
-    written: Written,
-}
-
-impl DirectoryStore {
-    const METADATA: &str = "metadata";
-    const PAGES: &str = "pages";
-    const PART: &str = "metadata.part";
-
-    /// Makes a new image directory.
-    ///
-    /// # Errors
-    /// It exists already, or cannot be made.
-    pub fn create(path: &Path) -> Result<Self, StoreError> {
-        match DirBuilder::new().mode(0o700).create(path) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(StoreError::Exists(path.to_owned()));
-            }
-            result => result.map_err(io_error("mkdir", path))?,
-        }
-        let directory = Self::open_directory(path, OFlag::O_NOFOLLOW)?;
-        Self::check_owner(path, &directory)?;
-        let pages = Self::new_file(path, &directory, Self::PAGES)?;
-        Ok(Self {
-            path: path.to_owned(),
-            directory,
-            pages,
-            written: Written::default(),
-        })
-    }
-
-    /// Opens an existing image.
-    ///
-    /// # Errors
-    /// It is not there or cannot be read.
-    pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let directory = Self::open_directory(path, OFlag::empty())?;
-        let pages = Self::old_file(path, &directory, Self::PAGES)?;
-        Ok(Self {
-            path: path.to_owned(),
-            directory,
-            pages,
-            written: Written::default(),
-        })
-    }
-
-    /// Removes an image that was never sealed.
-    pub fn discard(self) {
-        for name in [Self::PAGES, Self::METADATA, Self::PART] {
-            let _ = unlinkat(&self.directory, name, UnlinkatFlags::NoRemoveDir);
-        }
-        let _ = std::fs::remove_dir(&self.path);
-    }
-
-    fn open_directory(path: &Path, flags: OFlag) -> Result<OwnedFd, StoreError> {
-        let flags = flags | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        open(path, flags, Mode::empty()).map_err(call_error("open", path))
-    }
-
-    /// Between mkdir and open another directory may have got the name.
-    fn check_owner(path: &Path, directory: &OwnedFd) -> Result<(), StoreError> {
-        let stat = fstat(directory).map_err(call_error("stat", path))?;
-        let open_to_others = stat.st_mode & 0o077 != 0;
-        if stat.st_uid != geteuid().as_raw() || open_to_others {
-            return Err(call_error("mkdir", path)(Errno::EPERM));
-        }
-        Ok(())
-    }
-
-    fn new_file(path: &Path, directory: &OwnedFd, name: &str) -> Result<File, StoreError> {
-        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW;
-        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-        let fd = openat(directory, name, flags | OFlag::O_CLOEXEC, mode);
-        let fd = fd.map_err(call_error("create", &path.join(name)))?;
-        Ok(fd.into())
-    }
-
-    fn old_file(path: &Path, directory: &OwnedFd, name: &str) -> Result<File, StoreError> {
-        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(directory, name, flags, Mode::empty());
-        let fd = fd.map_err(call_error("open", &path.join(name)))?;
-        Ok(fd.into())
-    }
-}
-
-impl Store for DirectoryStore {
-    fn written(&self) -> &Written {
-        &self.written
-    }
-
-    fn write_unsummed(&self, slot: u64, bytes: &[u8]) -> Result<(), StoreError> {
-        self.pages
-            .write_all_at(bytes, slot * PAGE_SIZE)
-            .map_err(io_error("write", &self.path))
-    }
-
-    fn read_pages(&self, slot: u64, bytes: &mut [u8]) -> Result<(), StoreError> {
-        self.pages
-            .read_exact_at(bytes, slot * PAGE_SIZE)
-            .map_err(io_error("read", &self.path))
-    }
-
-    fn first_slot(&self) -> u64 {
-        0
-    }
-
-    fn commit(&mut self, metadata: &[u8], slots: u64) -> Result<(), StoreError> {
-        self.pages
-            .set_len(slots * PAGE_SIZE)
-            .map_err(io_error("truncate", &self.path))?;
-        let (directory, part) = (&self.directory, self.path.join(Self::PART));
-        let mut file = Self::new_file(&self.path, directory, Self::PART)?;
-        file.write_all(metadata).map_err(io_error("write", &part))?;
-        renameat(directory, Self::PART, directory, Self::METADATA)
-            .map_err(call_error("rename", &part))
-    }
-
-    fn metadata(&self) -> Result<Vec<u8>, StoreError> {
-        let mut file = match Self::old_file(&self.path, &self.directory, Self::METADATA) {
-            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                let path = self.path.clone();
-                return Err(StoreError::NotSealed(path, "it has no metadata"));
-            }
-            file => file?,
-        };
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)
-            .map_err(io_error("read", &self.path.join(Self::METADATA)))?;
-        Ok(bytes)
-    }
 }
 
 /// An image in a range of bytes that survives kexec: a pmem block device, or

@@ -14,6 +14,12 @@ fn sum(page: &[u8]) -> u32 {
     u32::from_le_bytes([a, b, c, d])
 }
 
+/// The checksum of each of some whole pages.
+#[must_use]
+pub fn sums(pages: &[u8]) -> Vec<u32> {
+    pages.chunks(PAGE).map(sum).collect()
+}
+
 /// Checksum of each page slot, from slot 0 on. Slots that nothing points to have any.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SlotSums(Vec<u32>);
@@ -95,7 +101,7 @@ pub fn while_writing<E>(
     // A thread takes as long as some hundreds of pages.
     const PAYS: usize = 512 * PAGE;
     const STACK: usize = 64 << 10;
-    let sums = || pages.chunks(PAGE).map(sum).collect();
+    let sums = || sums(pages);
     if pages.len() < PAYS {
         return write().map(|()| sums());
     }
@@ -116,8 +122,7 @@ mod tests {
     fn sums_are_the_same_however_many_pages_are_summed() {
         let pages: Vec<u8> = (0..600 * PAGE).map(|n| n.to_le_bytes()[1]).collect();
         let all = while_writing::<()>(&pages, || Ok(())).unwrap();
-        let one_by_one: Vec<u32> = pages.chunks(PAGE).map(sum).collect();
-        assert_eq!(all, one_by_one);
+        assert_eq!(all, sums(&pages));
         assert_eq!(
             while_writing::<()>(&pages[..PAGE], || Ok(())).unwrap(),
             all[..1]

@@ -339,12 +339,9 @@ pub fn zero_frame() -> Option<u64> {
     page.entry().map(Entry::frame).filter(|frame| *frame != 0)
 }
 
-/// Most ranges one call takes (`IOV_MAX`).
-pub const MAX_RANGES: usize = 1024;
-
 /// Reads several ranges (address, bytes) of another process one after the other into `buffer`
-/// (process_vm_readv(2)). Returns the bytes read: fewer than asked for when a page in the
-/// middle cannot be read.
+/// (process_vm_readv(2)); at most `IOV_MAX`, 1,024, ranges. Returns the bytes read: fewer than
+/// asked for when a page in the middle cannot be read.
 ///
 /// # Errors
 /// `EFAULT`: not even the first page; `ESRCH`, `EPERM`.
