@@ -11,6 +11,12 @@ pub struct FilesTable {
     pub fds: Vec<FdEntry>,
 }
 
+/// Whether a field goes without saying. There may be very many descriptors: to encode and to
+/// decode what is said of each takes longer than to make it.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 /// One descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdEntry {
@@ -19,6 +25,7 @@ pub struct FdEntry {
     /// What it refers to.
     pub ofd: OfdId,
     /// `FD_CLOEXEC`.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub cloexec: bool,
 }
 
@@ -28,13 +35,16 @@ pub struct OpenFile {
     /// `F_GETFL` flags: access mode and status flags.
     pub flags: u32,
     /// File offset in bytes.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub pos: u64,
     /// `F_SETOWN`/`F_SETSIG`, when set.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub owner: Option<FileOwner>,
     /// flock(2) and fcntl(2) locks held through it.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub locks: Vec<FileLock>,
     /// fcntl(2) lease held through it.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub lease: Option<Lease>,
     /// What it is.
     pub kind: FileKind,
@@ -133,8 +143,10 @@ pub enum FileKind {
     /// eventfd(2).
     Eventfd {
         /// Counter.
+        #[serde(default, skip_serializing_if = "is_default")]
         count: u64,
         /// `EFD_SEMAPHORE`.
+        #[serde(default, skip_serializing_if = "is_default")]
         semaphore: bool,
     },
     /// timerfd_create(2).
