@@ -63,7 +63,7 @@ fn add(
     table: &FilesTable,
     opened: &BTreeMap<OfdId, OwnedFd>,
 ) -> Result<(), FilesError> {
-    let object = format!("epoll item of descriptor {}", item.fd);
+    let object = format_args!("epoll item of descriptor {}", item.fd);
     let at = table.fds.binary_search_by_key(&item.fd, |entry| entry.fd);
     let there = at.ok().map(|at| table.fds[at]);
     let target = opened.get(&item.ofd).ok_or_else(|| {
@@ -71,17 +71,16 @@ fn add(
     })?;
     let elsewhere = there.is_none_or(|entry| entry.ofd != item.ofd);
     if elsewhere {
-        fd::duplicate_to(target.as_fd(), item.fd.0, true).map_err(call(&object, "dup3"))?;
+        fd::duplicate_to(target.as_fd(), item.fd.0, true).map_err(call(object, "dup3"))?;
     }
     eventfile::epoll_add(epoll.as_fd(), item.fd.0, item.events, item.data)
-        .map_err(call(&object, "epoll_ctl"))?;
+        .map_err(call(object, "epoll_ctl"))?;
     // The number may belong to another file by now; a free one is closed by the caller.
     if elsewhere && let Some(entry) = there {
         let owner = opened
             .get(&entry.ofd)
             .ok_or_else(|| super::error::missing(entry.fd, entry.ofd))?;
-        fd::duplicate_to(owner.as_fd(), entry.fd.0, entry.cloexec)
-            .map_err(call(&object, "dup3"))?;
+        fd::duplicate_to(owner.as_fd(), entry.fd.0, entry.cloexec).map_err(call(object, "dup3"))?;
     }
     Ok(())
 }

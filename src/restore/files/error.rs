@@ -5,6 +5,7 @@ use crate::image::StoreError;
 use crate::model::ids::{Fd, OfdId};
 use crate::sys::socket::SocketError;
 use nix::errno::Errno;
+use std::fmt::Display;
 use std::io;
 
 /// Why the descriptors of an application could not be put back.
@@ -72,14 +73,10 @@ pub enum FilesError {
     Unsupported(String),
 }
 
-/// Maps an errno of `call` on `object`.
-pub(super) fn call(
-    object: impl Into<String>,
-    call: &'static str,
-) -> impl FnOnce(Errno) -> FilesError {
-    let object = object.into();
+/// Maps an errno of `call` on `object`, which is written out only then: there may be very many.
+pub(super) fn call(object: impl Display, call: &'static str) -> impl FnOnce(Errno) -> FilesError {
     move |errno| FilesError::Call {
-        object,
+        object: object.to_string(),
         call,
         errno,
     }
@@ -87,21 +84,22 @@ pub(super) fn call(
 
 /// Maps an I/O error of `call` on `object`.
 pub(super) fn io_call(
-    object: impl Into<String>,
+    object: impl Display,
     call: &'static str,
 ) -> impl FnOnce(io::Error) -> FilesError {
-    let object = object.into();
     move |error| FilesError::Call {
-        object,
+        object: object.to_string(),
         call,
         errno: Errno::from_raw(error.raw_os_error().unwrap_or(0)),
     }
 }
 
 /// Maps a socket error on `object`.
-pub(super) fn socket(object: impl Into<String>) -> impl FnOnce(SocketError) -> FilesError {
-    let object = object.into();
-    move |source| FilesError::Socket { object, source }
+pub(super) fn socket(object: impl Display) -> impl FnOnce(SocketError) -> FilesError {
+    move |source| FilesError::Socket {
+        object: object.to_string(),
+        source,
+    }
 }
 
 /// A description that descriptor `fd` refers to is not in the image.

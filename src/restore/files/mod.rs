@@ -347,7 +347,7 @@ pub fn install(
 ) -> Result<(), FilesError> {
     let put = |fd: BorrowedFd<'_>, entry: &FdEntry| {
         fd::duplicate_to(fd, entry.fd.0, entry.cloexec)
-            .map_err(call(format!("Descriptor {}", entry.fd), "dup3"))
+            .map_err(call(format_args!("Descriptor {}", entry.fd), "dup3"))
     };
     let mut later = Vec::new();
     for entry in &table.fds {
@@ -367,7 +367,7 @@ pub fn install(
         // Out of the way: it may have got this number itself, or that of another one. The low
         // number must be closed before it is given to the process.
         let high = fd::duplicate_above(fd.as_fd(), base.unwrap_or(0)).map_err(call(
-            format!("Descriptor {}", entry.fd),
+            format_args!("Descriptor {}", entry.fd),
             "fcntl(F_DUPFD_CLOEXEC)",
         ))?;
         drop(fd);
@@ -414,7 +414,9 @@ pub fn go_live(app: &Application, opened: &OpenedFiles) -> Result<(), FilesError
     // Two rounds: both ends of a connection may be here.
     for step in [tcp::go_live, tcp::settle] {
         for (id, file) in &app.ofds {
-            if let (FileKind::Socket(socket), Some(fd)) = (&file.kind, opened.ofds.get(id)) {
+            if let FileKind::Socket(socket) = &file.kind
+                && let Some(fd) = opened.ofds.get(id)
+            {
                 step(fd.as_fd(), socket)?;
             }
         }
