@@ -8,6 +8,9 @@
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
+#define ETH_P_IP 0x0800
+#define ETH_P_IPV6 0x86dd
+
 #define NEXT (-1) /* TCX_NEXT: let whoever else looks at packets decide */
 
 /* What was agreed on in a handshake that is over: struct bpf_tcp_req_attrs of the kernel. */
@@ -41,7 +44,7 @@ struct {
 extern int bpf_sk_assign_tcp_reqsk(struct __sk_buff *skb, struct sock *sk, struct handshake *attrs,
 				   int attrs__sz) __ksym;
 
-/* A connection that is looked for, by both ends as they are in packets. */
+/* The connection that is made or looked for, by both ends as they are in packets. */
 struct sought {
 	u8 local[16];
 	u8 remote[16];
@@ -100,13 +103,47 @@ int choose(struct sk_reuseport_md *ctx)
 	return SK_PASS;
 }
 
+/* Addresses; those of IPv4 have zeroes behind them. */
+static __always_inline bool same(const u8 *one, const u8 *other)
+{
+	u8 differ = 0;
+
+	for (u32 i = 0; i < 16; i++)
+		differ |= one[i] ^ other[i];
+	return !differ;
+}
+
+/* Whether a packet is the one that user space is about to send: another restore may send its own
+ * at the same time. Without options in its IP header, as they are made. */
+static __always_inline bool is_sought(struct __sk_buff *skb)
+{
+	u8 remote[16] = {}, local[16] = {};
+	u16 ports[2] = {};
+
+	if (skb->protocol != __builtin_bswap16(sought.v6 ? ETH_P_IPV6 : ETH_P_IP))
+		return false;
+	if (sought.v6) {
+		if (bpf_skb_load_bytes_relative(skb, 8, remote, 16, BPF_HDR_START_NET) ||
+		    bpf_skb_load_bytes_relative(skb, 24, local, 16, BPF_HDR_START_NET) ||
+		    bpf_skb_load_bytes_relative(skb, 40, ports, 4, BPF_HDR_START_NET))
+			return false;
+	} else {
+		if (bpf_skb_load_bytes_relative(skb, 12, remote, 4, BPF_HDR_START_NET) ||
+		    bpf_skb_load_bytes_relative(skb, 16, local, 4, BPF_HDR_START_NET) ||
+		    bpf_skb_load_bytes_relative(skb, 20, ports, 4, BPF_HDR_START_NET))
+			return false;
+	}
+	return ports[0] == sought.remote_port && ports[1] == sought.local_port &&
+	       same(remote, sought.remote) && same(local, sought.local);
+}
+
 SEC("tcx/ingress")
 int vouch(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk;
 	u32 zero = 0;
 
-	if (skb->mark != TRK_FILL_MARK || !expected)
+	if (skb->mark != TRK_FILL_MARK || !expected || !is_sought(skb))
 		return NEXT;
 	sk = bpf_map_lookup_elem(&listener, &zero);
 	if (!sk)

@@ -151,13 +151,15 @@ impl Handshakes {
         }))
     }
 
-    /// Has the listener take the packet that `send` sends as the end of a handshake.
+    /// Has the listener take the packet that `send` sends as the end of a handshake of these two
+    /// ends, which are of one family.
     ///
     /// # Errors
     /// All but [`HandshakeError::Load`] and [`HandshakeError::Attach`]; that of `send`.
     pub fn end<E: From<HandshakeError>>(
         &mut self,
         listener: BorrowedFd<'_>,
+        (local, remote): (SocketAddr, SocketAddr),
         agreed: Handshake,
         send: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
@@ -167,6 +169,7 @@ impl Handshakes {
         map.update(&key, &fd.to_ne_bytes(), MapFlags::ANY)
             .map_err(HandshakeError::Listener)?;
         if let Some(vars) = self.skel.maps.bss_data.as_deref_mut() {
+            vars.sought = sought(local, remote);
             vars.handshake = agreed;
             vars.result = 0;
             vars.expected = 1;

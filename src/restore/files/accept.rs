@@ -111,12 +111,17 @@ impl Way {
             sent.map_err(call(&object, "sendto"))
         };
         with_room(&object, listener, connection.received.len(), || {
-            handshakes.end(listener, agreed(connection), || {
-                send(0, ACK, &[])?;
-                until(&object, "accept queue", || {
-                    Ok(queued().map_err(socket(&object))? > before)
-                })
-            })
+            handshakes.end(
+                listener,
+                (peer.local, peer.remote),
+                agreed(connection),
+                || {
+                    send(0, ACK, &[])?;
+                    until(&object, "accept queue", || {
+                        Ok(queued().map_err(socket(&object))? > before)
+                    })
+                },
+            )
         })?;
         let mut seen =
             || -> Result<_, FilesError> { Ok(handshakes.look(peer.local, peer.remote)?) };
