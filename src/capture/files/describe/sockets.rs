@@ -1,0 +1,155 @@
+//! Sockets, and what is in flight over them.
+
+use super::Reader;
+use crate::bpf::events::SockRec;
+use crate::bpf::iter::{File, Iterators, ReadError, Scope};
+use crate::capture::files::borrow::place;
+use crate::capture::files::{CollectError, filter, mqueue, socket, unix};
+use crate::model::frozen::{
+    Blocker, FileKind, Interfaces, Socket, SocketState, UnixMessage, UnixState,
+};
+use crate::model::ids::{Fd, OfdId, Pid};
+use nix::libc;
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+impl Reader<'_> {
+    fn with_accept_queue(
+        &self,
+        file: &File,
+        sock: &SockRec,
+        mut socket: Socket,
+    ) -> Result<FileKind, CollectError> {
+        if let SocketState::TcpListen { waiting, .. } = &mut socket.state {
+            *waiting = self.accept_queues.tcp(file, sock)?;
+        }
+        Ok(FileKind::Socket(Box::new(socket)))
+    }
+
+    pub(super) fn socket(
+        &mut self,
+        id: OfdId,
+        file: &File,
+        sock: &SockRec,
+    ) -> Result<FileKind, CollectError> {
+        if let Some(options) = self.listeners.options(sock)
+            && let Some(socket) = socket::listener(sock, options)
+        {
+            return self.with_accept_queue(file, sock, socket);
+        }
+        let from = self.lender.borrow(file)?;
+        if i32::from(sock.family) != libc::AF_UNIX {
+            let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
+            let read = socket::read(from, sock, self.listeners.defaults(), members)?;
+            self.repaired.0.extend(read.repaired);
+            return self.with_accept_queue(file, sock, read.socket);
+        }
+        let owners = &self.survey.sockets;
+        let state = match self.accept_queues.awaited(sock, owners) {
+            Some(listener) => Ok(UnixState::Waiting { listener }),
+            None => unix::state(sock, owners, &self.survey.meetings),
+        };
+        let state = state.map_err(|reason| {
+            let (pid, fd) = place(file);
+            CollectError::Blocked(Blocker {
+                pid,
+                fd: Some(fd),
+                object: "Unix socket".into(),
+                reason,
+            })
+        })?;
+        let options = self.listeners.defaults().read(&from, sock)?;
+        let (mut unix, queue) = unix::read(&from, sock, state)?;
+        if let UnixState::Listening { .. } = state {
+            unix.waiting = self.accept_queues.unix(file, sock, owners)?;
+        }
+        if !queue.is_empty() {
+            self.in_flight.push((id, queue));
+        }
+        Ok(FileKind::Socket(Box::new(Socket {
+            inode: sock.ino,
+            options,
+            filter: filter::read(&from, sock)?,
+            interfaces: Interfaces::default(),
+            state: SocketState::Unix(unix),
+        })))
+    }
+
+    /// Descriptors in flight are in no table but, as duplicates, in ours: a pass
+    /// over this process tells what they are. They may hold sockets with
+    /// descriptors in flight themselves.
+    pub(in crate::capture::files) fn describe_in_flight(
+        &mut self,
+        iterators: &mut Iterators,
+    ) -> Result<(), CollectError> {
+        while !self.in_flight.is_empty() {
+            let batch = std::mem::take(&mut self.in_flight);
+            let any = batch
+                .iter()
+                .flat_map(|(_, queue)| queue)
+                .any(|m| !m.fds.is_empty());
+            let own = if any {
+                self.own_files(iterators)?
+            } else {
+                HashMap::new()
+            };
+            for (id, queue) in batch {
+                let messages = queue
+                    .into_iter()
+                    .map(|message| self.message(message, &own))
+                    .collect::<Result<Vec<_>, _>>()?;
+                if let Some(FileKind::Socket(socket)) =
+                    self.ofds.get_mut(&id).map(|file| &mut file.kind)
+                    && let SocketState::Unix(unix) = &mut socket.state
+                {
+                    unix.queue = messages;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn own_files(&mut self, iterators: &mut Iterators) -> Result<HashMap<i32, File>, CollectError> {
+        let failed = |e: ReadError| CollectError::File {
+            pid: Pid(std::process::id().cast_signed()),
+            fd: Fd(-1),
+            call: "reading our own descriptors",
+            source: std::io::Error::other(e),
+        };
+        let own = Scope::Process(std::process::id());
+        let found = iterators.descriptors(own).map_err(failed)?;
+        if mqueue::has_messages(&found) {
+            self.messages
+                .add(&iterators.messages(own, &[]).map_err(failed)?);
+        }
+        Ok(found
+            .into_iter()
+            .map(|file| (file.rec.fd.cast_signed(), file))
+            .collect())
+    }
+
+    fn message(
+        &mut self,
+        peeked: unix::Peeked,
+        own: &HashMap<i32, File>,
+    ) -> Result<UnixMessage, CollectError> {
+        let fds = peeked
+            .fds
+            .iter()
+            .map(|fd: &OwnedFd| {
+                let file = own.get(&fd.as_raw_fd()).ok_or_else(|| CollectError::File {
+                    pid: Pid(std::process::id().cast_signed()),
+                    fd: Fd(fd.as_raw_fd()),
+                    call: "identifying a descriptor in flight",
+                    source: std::io::ErrorKind::NotFound.into(),
+                })?;
+                self.describe(file)?;
+                Ok(OfdId(file.rec.file))
+            })
+            .collect::<Result<Vec<_>, CollectError>>()?;
+        Ok(UnixMessage {
+            fds,
+            ..peeked.message
+        })
+    }
+}
