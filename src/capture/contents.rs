@@ -4,16 +4,17 @@ use super::error::CheckpointError;
 use super::files::Slots;
 use super::huge;
 use super::mm::path_ref;
+use super::shared::{Shared, Source};
 use super::sysv::Segment;
 use crate::image::Store;
-use crate::model::frozen::{self, Content, ContentId, ContentKind, PAGE_SIZE, PageRun};
+use crate::model::frozen::{self, Content, ContentId, ContentKind};
 use crate::model::ids::InodeId;
 use nix::fcntl::{FcntlArg, fcntl};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Contents seen so far, each with a descriptor to read it through.
@@ -141,115 +142,20 @@ impl Contents {
     /// One cannot be read, or the carrier is full.
     pub fn copy(
         self,
+        shared: &mut Shared,
         store: &dyn Store,
         slots: &mut Slots,
     ) -> Result<BTreeMap<ContentId, Content>, CheckpointError> {
         let mut copied = BTreeMap::new();
         for (id, (file, mut content)) in self.found {
-            content.pages = copy_pages(&file, content.size, store, slots)?;
+            let source = Source {
+                file: &file,
+                size: content.size,
+                moving: false,
+            };
+            content.pages = shared.copy(source, store, slots)?;
             copied.insert(id, content);
         }
         Ok(copied)
-    }
-}
-
-/// Copies the pages of a file that are not all zeroes.
-///
-/// # Errors
-/// It cannot be read, or the carrier is full.
-pub fn copy_pages(
-    file: &File,
-    size: u64,
-    store: &dyn Store,
-    slots: &mut Slots,
-) -> Result<Vec<PageRun>, CheckpointError> {
-    const CHUNK: u64 = 4 << 20;
-    let page = usize::try_from(PAGE_SIZE).unwrap_or(4096);
-    let failed = || CheckpointError::io("read", "shared memory or a deleted file");
-    let mut runs = Vec::new();
-    let mut buffer = Vec::new();
-    let mut at = 0;
-    while let Some((data, hole)) = next_data(file, at, size) {
-        let (mut at_data, end) = (data / PAGE_SIZE * PAGE_SIZE, hole);
-        while at_data < end {
-            let len = CHUNK.min(end.next_multiple_of(PAGE_SIZE) - at_data);
-            buffer.clear();
-            buffer.resize(usize::try_from(len).unwrap_or(0), 0);
-            let inside = usize::try_from(len.min(size - at_data)).unwrap_or(0);
-            file.read_exact_at(&mut buffer[..inside], at_data)
-                .map_err(failed())?;
-            let pages: Vec<&[u8]> = buffer.chunks_exact(page).collect();
-            let mut first = 0;
-            while first < pages.len() {
-                let zero = is_zero(pages[first]);
-                let count = pages[first..]
-                    .iter()
-                    .take_while(|bytes| is_zero(bytes) == zero)
-                    .count();
-                if !zero {
-                    let slot = slots.take(count as u64);
-                    store.write_pages(slot, &buffer[first * page..(first + count) * page])?;
-                    runs.push(PageRun {
-                        addr: at_data + first as u64 * PAGE_SIZE,
-                        pages: count as u64,
-                        slot,
-                    });
-                }
-                first += count;
-            }
-            at_data += len;
-        }
-        at = end.next_multiple_of(PAGE_SIZE);
-    }
-    Ok(super::pages::joined(runs))
-}
-
-/// Next range with data at or behind `at`; a filesystem without holes has one.
-fn next_data(file: &File, at: u64, size: u64) -> Option<(u64, u64)> {
-    use nix::unistd::{Whence, lseek};
-    if at >= size {
-        return None;
-    }
-    let seek = |from: u64, whence| lseek(file, from.cast_signed(), whence);
-    match seek(at, Whence::SeekData) {
-        Ok(data) => {
-            let data = data.cast_unsigned();
-            let hole = seek(data, Whence::SeekHole).map_or(size, i64::cast_unsigned);
-            Some((data, hole.min(size)))
-        }
-        Err(nix::errno::Errno::ENXIO) => None,
-        Err(_) => Some((at, size)),
-    }
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|b| *b == 0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::image::DirectoryStore;
-    use std::io::Write;
-
-    #[test]
-    fn only_pages_with_bytes_are_copied() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = DirectoryStore::create(&dir.path().join("image")).unwrap();
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[0; 4096]).unwrap();
-        file.write_all(&[7; 5000]).unwrap();
-        let mut slots = Slots::default();
-        let runs = copy_pages(&file, 9096, &store, &mut slots).unwrap();
-        let run = PageRun {
-            addr: 4096,
-            pages: 2,
-            slot: 0,
-        };
-        assert_eq!(runs, [run]);
-        let mut back = [1; 8192];
-        store.read_pages(0, &mut back).unwrap();
-        assert!(back[..5000].iter().all(|b| *b == 7));
-        assert!(is_zero(&back[5000..]));
     }
 }

@@ -8,6 +8,7 @@ use super::files::Slots;
 use super::mm::{self, Mapper};
 use super::pages::{Need, plan, select};
 use super::pending::Pending;
+use super::shared::Shared;
 use super::sysv;
 use super::tracked::Tracked;
 use super::wakeups::Wakeups;
@@ -49,6 +50,7 @@ pub struct Memory {
     zero_frame: Option<u64>,
     /// What only memory keeps of what the frozen application has.
     contents: Contents,
+    shared: Shared,
     /// With what was read and is written once the application runs again.
     copier: Copier,
     stats: MemoryStats,
@@ -61,6 +63,7 @@ impl Memory {
             precopied: HashMap::new(),
             zero_frame: zero_frame(),
             contents: Contents::default(),
+            shared: Shared::new(),
             copier: Copier::new(),
             stats: MemoryStats {
                 dirty_tracking: soft_dirty_works(),
@@ -73,7 +76,7 @@ impl Memory {
         self.stats
     }
 
-    /// Copies all private pages of the running application. What is written after the soft-dirty
+    /// Copies all private pages of the running application, and those that processes share. What is written after the soft-dirty
     /// bits are cleared here is copied again later.
     pub fn precopy(
         &mut self,
@@ -84,7 +87,7 @@ impl Memory {
         wakeups: &Wakeups,
     ) -> Result<(), CheckpointError> {
         if !self.stats.dirty_tracking {
-            return Ok(());
+            return self.shared.precopy(&iterators.vmas(scope)?, store, slots);
         }
         let tasks = iterators.threads(scope)?;
         let mms = address_spaces(&tasks);
@@ -120,7 +123,8 @@ impl Memory {
             };
             self.precopied.insert(key(rec, &tasks), entry);
         }
-        Ok(())
+        wakeups.check()?;
+        self.shared.precopy(&vmas, store, slots)
     }
 
     /// How many pages of the running application would have to be copied by now, about.
@@ -272,7 +276,7 @@ impl Memory {
         store: &dyn Store,
         slots: &mut Slots,
     ) -> Result<BTreeMap<ContentId, Content>, CheckpointError> {
-        std::mem::take(&mut self.contents).copy(store, slots)
+        std::mem::take(&mut self.contents).copy(&mut self.shared, store, slots)
     }
 }
 

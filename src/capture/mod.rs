@@ -23,6 +23,7 @@ mod pending;
 mod refresh;
 mod restart;
 mod semaphores;
+mod shared;
 mod sysv;
 mod target;
 mod tasks;
@@ -319,7 +320,8 @@ impl Capture {
     }
 
     /// Copies memory while the application runs. Where the kernel does not tell which pages
-    /// change afterwards this does nothing, since all would have to be copied again.
+    /// change afterwards this copies only what processes share, since all else would have to be
+    /// copied again.
     ///
     /// # Errors
     /// The carrier is full, or tracker was asked to stop.

@@ -22,7 +22,7 @@ pub use header::{FORMAT_VERSION, Header};
 pub use pages::{Buffer, PART, Pages, bytes, each, each_with, parts, threads};
 pub use record::RecordKind;
 pub use store::{RangeStore, Store, StoreError};
-pub use sums::{SlotSums, Written, sums};
+pub use sums::{SlotSums, Written, page_sum, short_sum, sums};
 
 use crate::model::frozen::{Application, System};
 

@@ -10,7 +10,19 @@ const PAGE: usize = 4096;
 /// The lower half of rapidhash version 3 with its default secrets. A CRC-32 is as fast on a
 /// processor that multiplies without carry, and many times slower on one that is emulated.
 fn sum(page: &[u8]) -> u32 {
-    let [a, b, c, d, ..] = rapidhash_v3(page).to_le_bytes();
+    short_sum(page_sum(page))
+}
+
+/// The sum of a page of which a slot has the lower half.
+#[must_use]
+pub fn page_sum(page: &[u8]) -> u64 {
+    rapidhash_v3(page)
+}
+
+/// The lower half.
+#[must_use]
+pub fn short_sum(sum: u64) -> u32 {
+    let [a, b, c, d, ..] = sum.to_le_bytes();
     u32::from_le_bytes([a, b, c, d])
 }
 
