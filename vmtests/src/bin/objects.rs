@@ -81,7 +81,7 @@ fn make(kind: &str, count: usize) -> Result<Box<dyn std::any::Any>> {
                     0 => ProtFlags::PROT_READ,
                     _ => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
                 };
-                map(PAGE, protection)?;
+                map(PAGE, protection, PRIVATE)?;
             }
             Box::new(())
         }
@@ -104,9 +104,13 @@ fn make(kind: &str, count: usize) -> Result<Box<dyn std::any::Any>> {
             }
             Box::new(())
         }
-        "megabytes" => {
+        "megabytes" | "shared" => {
             let length = count << 20;
-            let memory = map(length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+            let flags = match kind {
+                "shared" => MapFlags::MAP_SHARED,
+                _ => PRIVATE,
+            };
+            let memory = map(length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags)?;
             for page in (0..length).step_by(PAGE) {
                 // SAFETY: inside the mapping, which is never taken away and nobody else knows.
                 unsafe { memory.add(page).cast::<u64>().write(page as u64 | 1) };
@@ -117,9 +121,10 @@ fn make(kind: &str, count: usize) -> Result<Box<dyn std::any::Any>> {
     })
 }
 
-fn map(length: usize, protection: ProtFlags) -> Result<*mut u8> {
+const PRIVATE: MapFlags = MapFlags::MAP_PRIVATE.union(MapFlags::MAP_NORESERVE);
+
+fn map(length: usize, protection: ProtFlags, flags: MapFlags) -> Result<*mut u8> {
     let length = length.try_into().context("An empty mapping")?;
-    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
     // SAFETY: a new mapping where nothing is.
     let memory = unsafe { mmap_anonymous(None, length, protection, flags) }.context("mmap")?;
     Ok(memory.as_ptr().cast())

@@ -7,11 +7,14 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, fork};
 
 use super::child::Child;
 use super::memory::{PAGE, Pages};
@@ -23,6 +26,8 @@ pub const CASES: &[Entry] = &[
     Entry::carried("mapping_private", private),
     Entry::carried("mapping_shared", shared),
     Entry::carried("mapping_shared_anonymous", shared_anonymous),
+    Entry::carried("mapping_shared_written", shared_written),
+    Entry::carried("memfd_written", memfd_written),
     Entry::carried("memfd", memfd),
 ];
 
@@ -208,6 +213,82 @@ fn shared_anonymous(case: &Case) -> Result<()> {
     ensure!(
         std::hint::black_box(memory.read(13 * PAGE, 1))[0] == 0x43,
         "The child's new byte did not arrive"
+    );
+    Ok(())
+}
+
+/// What short-lived processes write all the time, whose page tables say nothing any more.
+fn shared_written(case: &Case) -> Result<()> {
+    const COUNT: usize = 2048;
+    let mut memory = Pages::new(COUNT * PAGE, MapFlags::MAP_SHARED)?;
+    let mut expected = Pages::new(COUNT * PAGE, MapFlags::MAP_PRIVATE)?;
+    for pages in [&mut memory, &mut expected] {
+        fill(1, pages.write(0, COUNT / 2 * PAGE));
+    }
+    let (mut turns, mut failure) = (0_usize, None);
+    case.ready_polling(Duration::from_millis(1), || {
+        // All over it, and now and then where nothing was before, or what becomes zeroes.
+        let page = turns.wrapping_mul(977) % COUNT;
+        let byte = u8::try_from(turns % 256).unwrap_or(0);
+        // SAFETY: the child writes to shared memory and ends.
+        match unsafe { fork() } {
+            Ok(ForkResult::Child) => {
+                memory.write(page * PAGE, PAGE).fill(byte);
+                // SAFETY: nothing of the parent's is to be run.
+                unsafe { libc::_exit(0) }
+            }
+            Ok(ForkResult::Parent { child }) => {
+                if let Err(errno) = waitpid(child, None) {
+                    failure = Some(errno);
+                }
+            }
+            Err(errno) => failure = Some(errno),
+        }
+        expected.write(page * PAGE, PAGE).fill(byte);
+        turns += 1;
+    })?;
+    ensure!(failure.is_none(), "A child: {failure:?}");
+    for page in 0..COUNT {
+        let [found, wanted] = [&memory, &expected].map(|pages| pages.read(page * PAGE, PAGE));
+        ensure!(found == wanted, "Page {page} is not what was written last");
+    }
+    Ok(())
+}
+
+/// A mapped memfd that is written, cut off and extended by system calls all the time.
+fn memfd_written(case: &Case) -> Result<()> {
+    const COUNT: usize = 512;
+    let file = File::from(memfd_create(c"tracker-written", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all_at(&pattern(1, COUNT * PAGE), 0)?;
+    let mapping = Mapping::new(&file, 0, PAGE, BOTH, MapFlags::MAP_SHARED)?;
+    let mut expected = pattern(1, COUNT * PAGE);
+    let (mut turns, mut failure) = (0_usize, None);
+    case.ready_polling(Duration::from_millis(1), || {
+        let at = turns.wrapping_mul(977) % COUNT * PAGE;
+        let bytes = pattern(u64::try_from(turns).unwrap_or(0), PAGE);
+        let written = file.write_all_at(&bytes, at as u64).and_then(|()| {
+            let end = (COUNT - turns % 7) * PAGE + turns % 100;
+            expected.resize(expected.len().max(at + PAGE), 0);
+            expected[at..at + PAGE].copy_from_slice(&bytes);
+            expected.resize(end, 0);
+            file.set_len(end as u64)
+        });
+        failure = failure.take().or(written.err());
+        turns += 1;
+    })?;
+    ensure!(failure.is_none(), "Writing: {failure:?}");
+    let size = usize::try_from(file.metadata()?.len())?;
+    ensure!(
+        size == expected.len(),
+        "It has {size} bytes, not {}",
+        expected.len()
+    );
+    let mut found = vec![0; size];
+    file.read_exact_at(&mut found, 0)?;
+    ensure!(found == expected, "The bytes are not those written last");
+    ensure!(
+        mapping.bytes() == &expected[..PAGE],
+        "What is mapped is another file"
     );
     Ok(())
 }

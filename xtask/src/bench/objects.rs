@@ -26,6 +26,8 @@ const ROWS: &[(&str, &[usize])] = &[
     ("threads", &[1, 100, 500]),
     ("processes", &[1, 50]),
     ("megabytes", &[16, 200, 1_000]),
+    // The same of memory that children would share.
+    ("shared", &[200]),
 ];
 
 /// Room for the largest application and for its image in the page cache: what reclaiming memory
