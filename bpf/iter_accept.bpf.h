@@ -79,13 +79,7 @@ static __always_inline void fill_waiting_tcp(struct waiting_rec *r, struct sock 
 
 	r->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
 	r->remote_port = dport >> 8 | dport << 8;
-	if (r->family == AF_INET) {
-		bpf_core_read(&r->local_addr, 4, &sk->__sk_common.skc_rcv_saddr);
-		bpf_core_read(&r->remote_addr, 4, &sk->__sk_common.skc_daddr);
-	} else if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
-		bpf_core_read(&r->local_addr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
-		bpf_core_read(&r->remote_addr, 16, &sk->__sk_common.skc_v6_daddr);
-	}
+	read_ends(r->local_addr, r->remote_addr, sk, r->family);
 	if (BPF_CORE_READ_BITFIELD_PROBED(opt, tstamp_ok))
 		r->flags |= WAITING_TSTAMP;
 	if (bpf_core_field_exists(tcp->tcp_usec_ts) &&

@@ -172,6 +172,18 @@ static __always_inline void walk_members(struct sock_rec *r, struct sock *sk)
 		r->flags |= SOCK_SOURCES;
 }
 
+/* Both addresses of an internet socket: IPv4 takes the first four bytes. */
+static __always_inline void read_ends(u8 *local, u8 *remote, struct sock *sk, u16 family)
+{
+	if (family == AF_INET) {
+		bpf_core_read(local, 4, &sk->__sk_common.skc_rcv_saddr);
+		bpf_core_read(remote, 4, &sk->__sk_common.skc_daddr);
+	} else if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
+		bpf_core_read(local, 16, &sk->__sk_common.skc_v6_rcv_saddr);
+		bpf_core_read(remote, 16, &sk->__sk_common.skc_v6_daddr);
+	}
+}
+
 static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 {
 	struct inet_connection_sock *icsk = (void *)sk;
@@ -184,13 +196,7 @@ static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 		r->syn_backlog = BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter);
 	r->local_port = sk->__sk_common.skc_num;
 	r->remote_port = dport >> 8 | dport << 8;
-	if (r->family == AF_INET) {
-		bpf_core_read(&r->local_addr, 4, &sk->__sk_common.skc_rcv_saddr);
-		bpf_core_read(&r->remote_addr, 4, &sk->__sk_common.skc_daddr);
-	} else if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
-		bpf_core_read(&r->local_addr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
-		bpf_core_read(&r->remote_addr, 16, &sk->__sk_common.skc_v6_daddr);
-	}
+	read_ends(r->local_addr, r->remote_addr, sk, r->family);
 }
 
 /* A classic program is kept as it was given to setsockopt(2); an eBPF program has no other form. */

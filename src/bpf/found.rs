@@ -93,6 +93,20 @@ pub struct Waiting {
     pub data: Vec<WaitingDataRec>,
 }
 
+#[cfg(test)]
+impl WaitingDataRec {
+    /// One with these bytes.
+    pub fn with(seq: u32, bytes: &[u8]) -> Self {
+        let mut rec = Self {
+            seq,
+            len: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
+            ..Self::default()
+        };
+        rec.data[..bytes.len()].copy_from_slice(bytes);
+        rec
+    }
+}
+
 impl Waiting {
     pub(super) fn new(rec: WaitingRec) -> Self {
         Self {

@@ -254,16 +254,6 @@ fn received(rec: &WaitingRec, end: WaitingEnd, data: &[WaitingDataRec]) -> Optio
 mod tests {
     use super::*;
 
-    fn segment(seq: u32, bytes: &[u8]) -> WaitingDataRec {
-        let mut rec = WaitingDataRec {
-            seq,
-            len: u32::try_from(bytes.len()).unwrap(),
-            ..WaitingDataRec::default()
-        };
-        rec.data[..bytes.len()].copy_from_slice(bytes);
-        rec
-    }
-
     /// One that has received three bytes, the first with the largest sequence number.
     fn waiting() -> Waiting {
         Waiting {
@@ -281,7 +271,10 @@ mod tests {
                 timestamp: 9,
                 ..WaitingRec::default()
             },
-            data: vec![segment(u32::MAX, b"ab"), segment(0, b"bc")],
+            data: vec![
+                WaitingDataRec::with(u32::MAX, b"ab"),
+                WaitingDataRec::with(0, b"bc"),
+            ],
         }
     }
 

@@ -120,14 +120,10 @@ mod tests {
     use crate::bpf::events::WaitingRec;
 
     fn part(seq: u32, bytes: &[u8]) -> WaitingDataRec {
-        let mut rec = WaitingDataRec {
-            seq,
-            len: u32::try_from(bytes.len()).unwrap(),
+        WaitingDataRec {
             pid: 7,
-            ..WaitingDataRec::default()
-        };
-        rec.data[..bytes.len()].copy_from_slice(bytes);
-        rec
+            ..WaitingDataRec::with(seq, bytes)
+        }
     }
 
     fn waiting() -> Waiting {

@@ -55,22 +55,18 @@ pub struct Entry {
 }
 
 impl Entry {
+    const fn new(name: &'static str, expect: Expect, run: fn(&Case) -> Result<()>) -> Entry {
+        Entry { name, expect, run }
+    }
+
     /// A case whose state is carried over.
     pub const fn carried(name: &'static str, run: fn(&Case) -> Result<()>) -> Entry {
-        Entry {
-            name,
-            expect: Expect::Carried,
-            run,
-        }
+        Entry::new(name, Expect::Carried, run)
     }
 
     /// A case whose state is carried over where the kernels keep it in one form.
     pub const fn carried_alike(name: &'static str, run: fn(&Case) -> Result<()>) -> Entry {
-        Entry {
-            name,
-            expect: Expect::CarriedAlike,
-            run,
-        }
+        Entry::new(name, Expect::CarriedAlike, run)
     }
 
     /// A case whose state only the newer kernel can make again; `text` is in the other's refusal.
@@ -79,11 +75,7 @@ impl Entry {
         text: &'static str,
         run: fn(&Case) -> Result<()>,
     ) -> Entry {
-        Entry {
-            name,
-            expect: Expect::CarriedByNewer(text),
-            run,
-        }
+        Entry::new(name, Expect::CarriedByNewer(text), run)
     }
 
     /// A case that holds something not supported, named by `text` in the refusal.
@@ -92,11 +84,7 @@ impl Entry {
         text: &'static str,
         run: fn(&Case) -> Result<()>,
     ) -> Entry {
-        Entry {
-            name,
-            expect: Expect::Refused(text),
-            run,
-        }
+        Entry::new(name, Expect::Refused(text), run)
     }
 
     /// The same of what can be told only once it stands still.
@@ -105,11 +93,7 @@ impl Entry {
         text: &'static str,
         run: fn(&Case) -> Result<()>,
     ) -> Entry {
-        Entry {
-            name,
-            expect: Expect::RefusedFrozen(text),
-            run,
-        }
+        Entry::new(name, Expect::RefusedFrozen(text), run)
     }
 }
 
