@@ -8,9 +8,6 @@
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
-#define ETH_P_IP 0x0800
-#define ETH_P_IPV6 0x86dd
-
 #define NEXT (-1) /* TCX_NEXT: let whoever else looks at packets decide */
 
 /* What was agreed on in a handshake that is over: struct bpf_tcp_req_attrs of the kernel. */

@@ -38,11 +38,7 @@ struct waiting_rec {
 	__u32 rcv_nxt;
 	__u32 snd_una;
 	__u32 write_seq;
-	__u32 snd_wl1;
 	__u32 snd_wnd;
-	__u32 max_window;
-	__u32 rcv_wnd;
-	__u32 rcv_wup;
 	__u32 ts_recent; /* the peer's clock, as last heard */
 	__u32 timestamp; /* our clock */
 	/* of a Unix socket: the other end, and who connected it */
@@ -54,7 +50,7 @@ struct waiting_rec {
 	__u32 pad2;
 	__u32 groups[TRK_WAITING_GROUPS];
 };
-TRK_ASSERT_SIZE(struct waiting_rec, 280);
+TRK_ASSERT_SIZE(struct waiting_rec, 264);
 
 #define TRK_WAITING_CHUNK 1024
 

@@ -13,6 +13,9 @@
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_tracing.h>
 
+#define ETH_P_IP 0x0800
+#define ETH_P_IPV6 0x86dd
+
 #define S_IFMT 0170000
 #define FMODE_WRITE 2
 #define S_IFSOCK 0140000

@@ -101,11 +101,7 @@ static __always_inline void fill_waiting_tcp(struct waiting_rec *r, struct sock 
 	r->rcv_nxt = BPF_CORE_READ(tcp, rcv_nxt);
 	r->snd_una = BPF_CORE_READ(tcp, snd_una);
 	r->write_seq = BPF_CORE_READ(tcp, write_seq);
-	r->snd_wl1 = BPF_CORE_READ(tcp, snd_wl1);
 	r->snd_wnd = BPF_CORE_READ(tcp, snd_wnd);
-	r->max_window = BPF_CORE_READ(tcp, max_window);
-	r->rcv_wnd = BPF_CORE_READ(tcp, rcv_wnd);
-	r->rcv_wup = BPF_CORE_READ(tcp, rcv_wup);
 }
 
 static __always_inline void fill_waiting(struct waiting_rec *r, struct sock *sk)

@@ -200,11 +200,7 @@ struct tcp_sock {
 	u32 rcv_nxt;
 	u32 snd_una;
 	u32 write_seq;
-	u32 snd_wl1;
 	u32 snd_wnd;
-	u32 max_window;
-	u32 rcv_wnd;
-	u32 rcv_wup;
 	u32 tsoffset;
 	u16 urg_data;
 	u8 tcp_usec_ts : 1; /* since 6.7 */

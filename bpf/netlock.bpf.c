@@ -12,8 +12,6 @@
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
-#define ETH_P_IP 0x0800
-#define ETH_P_IPV6 0x86dd
 #define IPPROTO_ICMP 1
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17

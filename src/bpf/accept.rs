@@ -4,6 +4,7 @@
 //! as the kernel does for one with a SYN cookie (`bpf_sk_assign_tcp_reqsk`, Linux 6.9): both ends'
 //! sequence numbers are those in the packet, what was agreed on is what user space says.
 
+use super::netlock::octets;
 use super::pass;
 use super::programs::Programs;
 /// What was agreed on in a handshake: `struct bpf_tcp_req_attrs` of the kernel.
@@ -18,7 +19,7 @@ use libbpf_rs::{MapCore, MapFlags, ProgramInput};
 use nix::libc;
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// The function of the kernel that all depends on.
@@ -205,14 +206,6 @@ impl Handshakes {
 
 /// The ends as `look` of accept.bpf.c has them: both are of one family.
 fn sought(local: SocketAddr, remote: SocketAddr) -> sought {
-    let octets = |ip: IpAddr| {
-        let mut octets = [0; 16];
-        match ip {
-            IpAddr::V4(ip) => octets[..4].copy_from_slice(&ip.octets()),
-            IpAddr::V6(ip) => octets = ip.octets(),
-        }
-        octets
-    };
     sought {
         local: octets(local.ip()),
         remote: octets(remote.ip()),

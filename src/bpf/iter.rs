@@ -262,7 +262,7 @@ impl Iterators {
         Ok(found)
     }
 
-    /// The connections that wait in the accept queues of TCP listeners, in the order in which each
+    /// The connections that wait in the accept queues of listeners, in the order in which each
     /// gives them, with what they have received. To be called while nobody accepts any and no
     /// packet comes, for a scope of these processes.
     ///

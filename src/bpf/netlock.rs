@@ -481,7 +481,7 @@ fn add(map: &MapHandle, key: &[u8], entry: impl FnOnce() -> String) -> Result<()
         })
 }
 
-fn octets(ip: IpAddr) -> [u8; 16] {
+pub(super) fn octets(ip: IpAddr) -> [u8; 16] {
     match ip {
         IpAddr::V4(ip) => {
             let mut bytes = [0; 16];

@@ -44,8 +44,12 @@ impl std::fmt::Debug for Copier {
     }
 }
 
-/// More threads than this wait for memory rather than for each other.
-const MOST_THREADS: usize = 8;
+/// Buffers for as many threads as are of use to copy memory.
+pub fn buffers() -> Vec<Buffer> {
+    /// More wait for memory rather than for each other.
+    const MOST: usize = 8;
+    (0..threads().min(MOST)).map(|_| Buffer::new()).collect()
+}
 
 /// Pages that are copied at once.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -85,9 +89,8 @@ impl Copier {
     /// One with buffers for as many threads as are of use.
     #[must_use]
     pub fn new() -> Self {
-        let threads = threads().min(MOST_THREADS);
         Self {
-            buffers: (0..threads).map(|_| Buffer::new()).collect(),
+            buffers: buffers(),
             pending: Pending::default(),
         }
     }

@@ -5,12 +5,13 @@
 //! with a page that is reclaimed. So every page is read again in the frozen window, and only one
 //! with another sum is written to the image once more. That takes a third of what copying it does.
 
+use super::copier::buffers;
 use super::error::CheckpointError;
 use super::files::Slots;
 use super::mm::{map_file, vm};
 use super::pages::joined;
 use crate::bpf::events::{VmaKind, VmaRec};
-use crate::image::{Buffer, PART, Store, bytes, each_with, page_sum, short_sum, threads};
+use crate::image::{Buffer, PART, Store, bytes, each_with, page_sum, short_sum};
 use crate::model::frozen::{PAGE_SIZE, PageRun};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -20,9 +21,6 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Mutex, PoisonError};
-
-/// More threads than this wait for memory rather than for each other.
-const MOST_THREADS: usize = 8;
 
 /// A page in the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,10 +70,9 @@ impl Shared {
     /// Nothing is known.
     #[must_use]
     pub fn new() -> Self {
-        let threads = threads().min(MOST_THREADS);
         Self {
             before: HashMap::new(),
-            buffers: (0..threads).map(|_| Buffer::new()).collect(),
+            buffers: buffers(),
         }
     }
 

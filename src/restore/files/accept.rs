@@ -2,7 +2,7 @@
 //! sent, the last of the handshake first (see [`Handshakes`]).
 
 use super::error::{FilesError, call, socket};
-use super::ip::Sender;
+use super::ip::{Sender, has_arrived};
 use super::segment::{ACK, FIN, PSH, Peer, RST};
 use crate::bpf::accept::{Handshake, Handshakes};
 use crate::model::frozen::{Application, FileKind, SocketState, WaitingConnection, WaitingEnd};
@@ -14,10 +14,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
-
-/// How long a packet may take over the loopback interface.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// `TCP_CLOSE_WAIT`.
 const CLOSE_WAIT: u8 = 8;
@@ -189,23 +185,19 @@ fn with_room(
     made
 }
 
-/// Waits for a packet to do what it is for.
+/// As [`has_arrived`], where it has to.
 fn until(
     object: &str,
     what: &str,
-    mut done: impl FnMut() -> Result<bool, FilesError>,
+    done: impl FnMut() -> Result<bool, FilesError>,
 ) -> Result<(), FilesError> {
-    let begun = Instant::now();
-    while !done()? {
-        if begun.elapsed() > PATIENCE {
-            return Err(FilesError::NotReceived {
-                object: object.to_owned(),
-                what: what.to_owned(),
-            });
-        }
-        std::thread::sleep(Duration::from_micros(100));
+    if has_arrived(done)? {
+        return Ok(());
     }
-    Ok(())
+    Err(FilesError::NotReceived {
+        object: object.to_owned(),
+        what: what.to_owned(),
+    })
 }
 
 fn agreed(connection: &WaitingConnection) -> Handshake {

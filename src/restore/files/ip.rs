@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 /// What stands in a packet's header where nothing else is known (`IPDEFTTL`).
 const TTL: u8 = 64;
@@ -102,6 +103,23 @@ pub(super) fn checksum(parts: &[&[u8]]) -> u16 {
         Ok(0) | Err(_) => u16::MAX,
         Ok(sum) => sum,
     }
+}
+
+/// Waits for a packet to do what it is for; says whether it has.
+///
+/// # Errors
+/// Those of `done`.
+pub fn has_arrived(mut done: impl FnMut() -> Result<bool, FilesError>) -> Result<bool, FilesError> {
+    /// How long one may take over the loopback interface.
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let begun = Instant::now();
+    while !done()? {
+        if begun.elapsed() >= PATIENCE {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    Ok(true)
 }
 
 /// Sends packets to this machine, past the network lock.

@@ -6,7 +6,7 @@
 //! loses by disconnecting from nobody: udp_disconnect() gives back what bind(2) has chosen.
 
 use super::error::{FilesError, call, socket};
-use super::ip::Sender;
+use super::ip::{Sender, has_arrived};
 use super::packet::Packet;
 use crate::model::frozen::{Datagram, SockOption};
 use crate::sys::socket::{disconnect, int_option, option, set_int_option};
@@ -14,10 +14,6 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use nix::libc;
 use nix::sys::socket as ns;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::time::{Duration, Instant};
-
-/// How long a packet may take over the loopback interface.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Whether an option is to be set before anything arrives: it says what is to be kept of a
 /// packet. The others are about addresses, or about what is sent; one changes what arrives.
@@ -135,14 +131,7 @@ impl<'a> Way<'a> {
     /// is to take it in. Nobody looks at the queue itself: of an empty datagram the kernel tells
     /// only once where it is (`skb->peeked`), which the next checkpoint has to know.
     fn arrived(&self, before: u32) -> Result<bool, FilesError> {
-        let begun = Instant::now();
-        while begun.elapsed() < PATIENCE {
-            if self.queued()? > before {
-                return Ok(true);
-            }
-            std::thread::sleep(Duration::from_micros(100));
-        }
-        Ok(false)
+        has_arrived(|| Ok(self.queued()? > before))
     }
 
     /// Memory that is charged to the queue.
