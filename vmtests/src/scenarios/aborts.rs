@@ -32,7 +32,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "aborts_late",
         kernels: &[Kernel::V6_1],
-        configure: apps::forwarded,
+        configure: |vm| apps::forwarded(vm).scratch("64M"),
         run: late,
     },
     Scenario {
@@ -258,10 +258,42 @@ fn late(vm: &Vm) -> Result<()> {
         lab.attempt(&format!("{place}:slow"), &limit, rolled_back)?;
     }
     let no_time = |output: &Output| {
-        output.code() == Some(ROLLED_BACK) && output.error_text().contains("did not stop within")
+        output.code() == Some(ROLLED_BACK)
+            && output.error_text().contains("(sh) did not stop within")
     };
-    lab.attempt("none", &["--deadline", "0"], no_time)?;
+    let waiting = waits_for_its_disk(vm)?;
+    let alone = std::mem::replace(&mut lab.pids, apps::pids(vm, "redis")?);
+    lab.cgroup = cgroup_of(vm, &lab.pids)?;
+    lab.attempt("none", &["--deadline", "500"], no_time)?;
+    vm.sh("fsfreeze --unfreeze /mnt")?.check()?;
+    let ended = vm.wait(waiting, PATIENCE)?;
+    ensure!(
+        ended == Some(Status::Exited(0)),
+        "What waited for its disk: {ended:?}"
+    );
+    lab.cgroup = cgroup_of(vm, &alone)?;
+    lab.pids = alone;
     lab.finish()
+}
+
+/// A process beside redis that no freezer can stop: it waits for its filesystem, which is frozen
+/// itself.
+fn waits_for_its_disk(vm: &Vm) -> Result<i32> {
+    vm.sh("mount /dev/vdc /mnt && fsfreeze --freeze /mnt")?
+        .check()?;
+    let script = "
+        echo $$ >/sys/fs/cgroup/tracker/redis/cgroup.procs &&
+        exec </dev/null >/dev/null 2>&1 && echo >/mnt/file";
+    let pid = vm.spawn(Exec::new(["sh", "-c", script]), None)?;
+    let begun = Instant::now();
+    loop {
+        let stat = String::from_utf8(vm.read_file(&format!("/proc/{pid}/stat"))?)?;
+        if stat.contains("(sh) D") {
+            return Ok(pid);
+        }
+        ensure!(begun.elapsed() < PATIENCE, "It does not wait: {stat}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Processes of several cgroups cannot all be moved back, and are not moved.
