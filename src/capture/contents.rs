@@ -7,7 +7,7 @@ use super::mm::path_ref;
 use super::shared::{Shared, Source};
 use super::sysv::Segment;
 use crate::image::Store;
-use crate::model::frozen::{self, Content, ContentId, ContentKind};
+use crate::model::frozen::{self, Content, ContentId, ContentKind, PathRef, Through};
 use crate::model::ids::InodeId;
 use nix::fcntl::{FcntlArg, fcntl};
 use std::collections::{BTreeMap, HashMap};
@@ -44,6 +44,7 @@ impl Contents {
         inode: InodeId,
         link: &Path,
         path: &Path,
+        through: Through,
     ) -> Result<ContentId, CheckpointError> {
         if let Some(id) = self.known(inode) {
             return Ok(id);
@@ -62,7 +63,10 @@ impl Contents {
             let stat = file.metadata().map_err(CheckpointError::io("stat", link))?;
             let path = PathBuf::from(std::ffi::OsStr::from_bytes(name));
             ContentKind::Deleted {
-                at: path_ref(&path, &stat),
+                at: PathRef {
+                    through,
+                    ..path_ref(&path, &stat)
+                },
             }
         };
         self.add(inode, file, kind)

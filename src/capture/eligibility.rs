@@ -3,7 +3,8 @@
 use super::error::CheckpointError;
 use super::freeze::PAUSE;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
-use super::{aio, cgroups, files, message_queues, mm, names, semaphores, sysv, uring};
+use super::view::View;
+use super::{aio, cgroups, files, message_queues, mm, names, namespaces, semaphores, sysv, uring};
 use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadFlag, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::{Blocker, Process};
@@ -47,11 +48,20 @@ impl Namespaces {
         }
     }
 
+    /// Whether this process sees the mounts that a task sees.
+    pub(super) fn has_mounts_of(&self, rec: &ThreadRec) -> bool {
+        self.mnt == rec.mnt_ns
+    }
+
+    /// Whether this process and a task know the machine by the same names.
+    pub(super) fn has_uts_of(&self, rec: &ThreadRec) -> bool {
+        self.uts == rec.uts_ns
+    }
+
+    /// Of the kinds that are not carried.
     fn others(&self, rec: &ThreadRec) -> Vec<&'static str> {
         let pairs = [
             ("user", self.user, rec.user_ns),
-            ("mount", self.mnt, rec.mnt_ns),
-            ("UTS", self.uts, rec.uts_ns),
             ("IPC", self.ipc, rec.ipc_ns),
             ("network", self.net, rec.net_ns),
             ("PID", self.pid, rec.pid_ns),
@@ -111,7 +121,9 @@ fn look(
     found.extend(files::leased_and_mapped(&open, &vmas));
     found.extend(uring::unopened(&vmas, &open));
     found.extend(files::controlling(&tasks, &open));
-    found.extend(names::blockers(&tasks, &vmas, &open));
+    let view = View::of(&tasks, ours)?;
+    found.extend(namespaces::blockers(&tasks, ours, &view)?);
+    found.extend(names::blockers(&tasks, &vmas, &open, &view));
     Ok(found)
 }
 
@@ -200,6 +212,7 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocke
             ));
         }
     }
+    found.extend(namespaces::divided(tasks));
     found.extend(aio::blockers(tasks));
     found.extend(uring::registered(tasks));
     found.extend(vmas.iter().filter_map(mm::refusal));
@@ -222,7 +235,7 @@ fn stopping<'a>(process: &ProcessRec, threads: impl Iterator<Item = &'a ThreadRe
     threads.any(on_its_way)
 }
 
-fn blocker(pid: u32, object: &str, reason: &str) -> Blocker {
+pub(super) fn blocker(pid: u32, object: &str, reason: &str) -> Blocker {
     Blocker {
         pid: Pid(pid.cast_signed()),
         fd: None,
@@ -270,7 +283,7 @@ fn thread(
         for name in ours.others(rec) {
             add(
                 &format!("{name} namespace"),
-                "only the namespaces of the host are carried yet",
+                "only that of the host is carried yet",
             );
         }
         return;

@@ -9,7 +9,6 @@ use super::mm::{self, Mapper};
 use super::pages::{Need, plan, select};
 use super::pending::Pending;
 use super::shared::Shared;
-use super::sysv;
 use super::tracked::Tracked;
 use super::wakeups::Wakeups;
 use crate::bpf::events::{MmRec, VmaKind, VmaRec};
@@ -224,13 +223,12 @@ impl Memory {
         &mut self,
         tasks: &Tasks,
         vmas: &[VmaRec],
-        segments: BTreeMap<i32, sysv::Segment>,
+        mut mapper: Mapper,
         store: &dyn Store,
         slots: &mut Slots,
         wakeups: &Wakeups,
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
         let by_mm = grouped(vmas);
-        let mut mapper = Mapper::new(segments, tasks.aio.clone());
         self.contents = Contents::default();
         let mut found = BTreeMap::new();
         for rec in address_spaces(tasks) {

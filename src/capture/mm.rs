@@ -2,6 +2,7 @@
 
 use super::contents::Contents;
 use super::error::CheckpointError;
+use super::view::View;
 use super::{aio, huge, sysv, uring};
 use crate::bpf::events::{AioRec, MmRec, VmaKind, VmaRec};
 use crate::bpf::iter::user_dev;
@@ -15,6 +16,7 @@ use std::fs::{self, Metadata};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// `VM_*` of include/linux/mm.h, the same on all kernels supported (x86-64).
 pub mod vm {
@@ -154,6 +156,7 @@ pub struct Mapper {
     files: HashMap<u64, Known>,
     segments: BTreeMap<i32, sysv::Segment>,
     contexts: Vec<AioRec>,
+    view: Rc<View>,
 }
 
 #[derive(Clone, Debug)]
@@ -165,11 +168,16 @@ enum Known {
 
 impl Mapper {
     /// With the System V segments and AIO contexts that there are.
-    pub fn new(segments: BTreeMap<i32, sysv::Segment>, contexts: Vec<AioRec>) -> Self {
+    pub fn new(
+        segments: BTreeMap<i32, sysv::Segment>,
+        contexts: Vec<AioRec>,
+        view: Rc<View>,
+    ) -> Self {
         Self {
             files: HashMap::new(),
             segments,
             contexts,
+            view,
         }
     }
 
@@ -259,7 +267,7 @@ impl Mapper {
         let known = match self.files.get(&rec.file) {
             Some(known) => known.clone(),
             None => {
-                let known = look_at(rec, contents)?;
+                let known = look_at(rec, contents, &self.view)?;
                 self.files.insert(rec.file, known.clone());
                 known
             }
@@ -307,7 +315,7 @@ pub(super) fn map_file(rec: &VmaRec) -> PathBuf {
     ))
 }
 
-fn look_at(rec: &VmaRec, contents: &mut Contents) -> Result<Known, CheckpointError> {
+fn look_at(rec: &VmaRec, contents: &mut Contents, view: &View) -> Result<Known, CheckpointError> {
     let link = map_file(rec);
     let path = fs::read_link(&link).map_err(CheckpointError::io("readlink", &link))?;
     let mapped = fs::metadata(&link).map_err(CheckpointError::io("stat", &link))?;
@@ -322,27 +330,37 @@ fn look_at(rec: &VmaRec, contents: &mut Contents) -> Result<Known, CheckpointErr
             "it is no regular file",
         )]));
     }
-    if let Some(file) = named(rec, &path, &mapped)? {
+    if let Some(file) = named(rec, &link, &path, &mapped, view)? {
         return Ok(Known::File(file));
     }
     let inode = InodeId {
         dev: rec.dev,
         ino: rec.ino,
     };
-    contents.add_mapped(inode, &link, &path).map(Known::Content)
+    let through = view.find(&link, &path).map(|place| place.through);
+    let added = contents.add_mapped(inode, &link, &path, through.unwrap_or_default());
+    added.map(Known::Content)
 }
 
 /// The file's identity if its path still leads to it.
 fn named(
     rec: &VmaRec,
+    link: &Path,
     path: &Path,
     mapped: &Metadata,
+    view: &View,
 ) -> Result<Option<FileIdentity>, CheckpointError> {
     if rec.nlink == 0 || !path.is_absolute() {
         return Ok(None);
     }
+    let place = view.find(link, path).ok_or_else(|| {
+        let reason = "it was opened through a mount that neither the application nor the machine \
+                      has";
+        let object = format!("of {}", path.display());
+        CheckpointError::Blocked(vec![blocker(rec, "mapping", &object, reason)])
+    })?;
     // As we see it, whatever the root directory of the process is.
-    let Ok(found) = fs::metadata(path) else {
+    let Ok(found) = fs::metadata(&place.path) else {
         return Ok(None);
     };
     let same = found.dev() == user_dev(rec.dev) && found.ino() == rec.ino;
@@ -352,7 +370,9 @@ fn named(
     if !same && !alike {
         return Ok(None);
     }
-    Ok(Some(identity(path, &found)))
+    let mut identity = identity(path, &found);
+    identity.at.through = place.through;
+    Ok(Some(identity))
 }
 
 /// A file's name and what tells whether it has changed.
@@ -374,6 +394,7 @@ pub fn path_ref(path: &Path, stat: &Metadata) -> PathRef {
             dev: kernel_dev(stat.dev()),
             ino: stat.ino(),
         },
+        ..PathRef::default()
     }
 }
 

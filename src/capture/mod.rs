@@ -18,6 +18,7 @@ mod memory;
 mod message_queues;
 mod mm;
 mod names;
+mod namespaces;
 mod pages;
 mod pending;
 mod refresh;
@@ -29,9 +30,11 @@ mod target;
 mod tasks;
 mod threads;
 mod timeline;
+mod tmpfs;
 mod tracked;
 mod uring;
 mod vdso;
+mod view;
 mod wakeups;
 
 pub use error::CheckpointError;
@@ -53,9 +56,10 @@ use crate::sys::cgroup::{Cgroup, Event};
 use crate::sys::process::raise_descriptor_limit;
 use clocks::Offsets;
 use eligibility::Namespaces;
-use files::{CollectError, Listeners, Repaired};
+use files::{CollectError, Listeners, Repaired, Still};
 use guard::{Guard, Watch};
 use memory::Memory;
+use mm::Mapper;
 use restart::Now;
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -64,6 +68,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 use target::Target;
 use threads::Tracees;
+use view::View;
 use wakeups::Wakeups;
 
 /// Where network locks wait for a restore, on the bpf filesystem.
@@ -165,6 +170,7 @@ pub struct Capture {
     lock_left: bool,
     code: vdso::Code,
     ours: Namespaces,
+    view: Rc<View>,
     offsets: Offsets,
     blockers: Vec<Blocker>,
     memory: Memory,
@@ -216,6 +222,7 @@ impl Capture {
             lock_left: false,
             code: vdso::Code::ours(),
             ours: Namespaces::ours(),
+            view: Rc::default(),
             offsets: Offsets::default(),
             blockers: Vec::new(),
             memory: Memory::new(),
@@ -353,7 +360,10 @@ impl Capture {
         let Some(frozen) = &mut self.frozen else {
             return Err(CheckpointError::Unstable("It is not frozen".into()));
         };
-        frozen.processes = tasks::processes(&frozen.tasks, &frozen.tracees, &frozen.now)?;
+        self.view = Rc::new(View::of(&frozen.tasks, &self.ours)?);
+        self.target.header.namespaces = namespaces::read(&frozen.tasks, &self.ours, &self.view)?;
+        frozen.processes =
+            tasks::processes(&frozen.tasks, &frozen.tracees, &frozen.now, &self.view)?;
         let top = &self.target.cgroup;
         self.target.header.cgroups = cgroups::read(top, &frozen.tasks, &mut frozen.processes)?;
         self.target.header.semaphores = semaphores::read(&frozen.tasks)?;
@@ -377,9 +387,10 @@ impl Capture {
             return Err(CheckpointError::Blocked(blockers));
         }
         frozen.message_queues = message_queues::carried(queues)?;
+        let mapper = Mapper::new(segments, frozen.tasks.aio.clone(), Rc::clone(&self.view));
         frozen.mms =
             self.memory
-                .collect(&frozen.tasks, &vmas, segments, store, slots, &self.wakeups)?;
+                .collect(&frozen.tasks, &vmas, mapper, store, slots, &self.wakeups)?;
         self.timeline.done("memory");
         self.may_go_on()
     }
@@ -398,13 +409,17 @@ impl Capture {
             return Err(CheckpointError::Unstable("It is not frozen".into()));
         };
         let scope = Scope::Cgroup(self.target.cgroup.id());
-        let read = files::collect(
-            &frozen.open,
-            &frozen.tasks,
-            &mut self.iterators.borrow_mut(),
-            &frozen.now,
-            self.memory.contents(),
+        let still = Still {
+            found: &frozen.open,
+            tasks: &frozen.tasks,
             scope,
+            now: &frozen.now,
+            view: &self.view,
+        };
+        let read = files::collect(
+            still,
+            &mut self.iterators.borrow_mut(),
+            self.memory.contents(),
             std::mem::take(&mut self.listeners),
         )
         .map_err(|error| match error {

@@ -5,9 +5,10 @@
 //! a Unix socket leads elsewhere when it is a relative one.
 
 use super::files::is_pseudo;
+use super::view::View;
 use crate::bpf::events::{FileKind as Kind, VmaRec};
 use crate::bpf::iter::{Detail, Files, Tasks, user_dev};
-use crate::model::frozen::Blocker;
+use crate::model::frozen::{Blocker, Through};
 use crate::model::ids::{Fd, Pid};
 use nix::libc;
 use std::collections::{HashMap, HashSet};
@@ -25,10 +26,12 @@ pub fn leads_to(path: &Path, found: &Metadata) -> bool {
 
 /// Where a link of procfs says that it leads, if that does not lead there; `None` also for what
 /// has ended or was closed meanwhile.
-fn astray(link: &Path) -> Option<(PathBuf, Metadata)> {
+fn astray(link: &Path, view: &View) -> Option<(PathBuf, Metadata)> {
     let path = fs::read_link(link).ok()?;
     let found = fs::metadata(link).ok()?;
-    (!leads_to(&path, &found)).then_some((path, found))
+    let place = view.find(link, &path);
+    let leads = place.is_some_and(|place| leads_to(&place.path, &found));
+    (!leads).then_some((path, found))
 }
 
 const REASON: &str = "that name leads elsewhere or nowhere, and a restore finds it by its name";
@@ -36,15 +39,15 @@ const REASON: &str = "that name leads elsewhere or nowhere, and a restore finds 
 /// What of an application has a name that does not lead to it. A program that has none left is
 /// carried as long as it is mapped.
 #[must_use]
-pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], open: &Files) -> Vec<Blocker> {
-    let mut found = processes(tasks, vmas);
-    found.extend(files(open));
-    found.extend(unix_sockets(open));
+pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], open: &Files, view: &View) -> Vec<Blocker> {
+    let mut found = processes(tasks, vmas, view);
+    found.extend(files(open, view));
+    found.extend(unix_sockets(open, view));
     found
 }
 
 /// A zombie has none of these links.
-fn processes(tasks: &Tasks, vmas: &[VmaRec]) -> Vec<Blocker> {
+fn processes(tasks: &Tasks, vmas: &[VmaRec], view: &View) -> Vec<Blocker> {
     let mut found = Vec::new();
     let nameless: HashSet<_> = vmas
         .iter()
@@ -58,7 +61,17 @@ fn processes(tasks: &Tasks, vmas: &[VmaRec]) -> Vec<Blocker> {
             ("root", "root directory"),
         ] {
             let link = PathBuf::from(format!("/proc/{}/{name}", process.pid));
-            let Some((path, stat)) = astray(&link) else {
+            let Some((path, stat)) = astray(&link, view) else {
+                let path = fs::read_link(&link).unwrap_or_default();
+                let place = view.find(&link, &path);
+                if name != "exe" && place.is_some_and(|place| place.through == Through::Machine) {
+                    found.push(Blocker {
+                        pid: Pid(process.pid.cast_signed()),
+                        fd: None,
+                        object: format!("{what} {}", path.display()),
+                        reason: "it is in another mount namespace than the process".into(),
+                    });
+                }
                 continue;
             };
             if name == "exe" && nameless.contains(&(process.pid, stat.dev(), stat.ino())) {
@@ -75,7 +88,7 @@ fn processes(tasks: &Tasks, vmas: &[VmaRec]) -> Vec<Blocker> {
     found
 }
 
-fn files(open: &Files) -> Vec<Blocker> {
+fn files(open: &Files, view: &View) -> Vec<Blocker> {
     let mut found = Vec::new();
     let mut seen = HashSet::new();
     for file in &open.files {
@@ -88,7 +101,7 @@ fn files(open: &Files) -> Vec<Blocker> {
             continue;
         }
         let link = PathBuf::from(format!("/proc/{}/fd/{}", file.rec.tgid, file.rec.fd));
-        if let Some((path, _)) = astray(&link) {
+        if let Some((path, _)) = astray(&link, view) {
             found.push(Blocker {
                 pid: Pid(file.rec.tgid.cast_signed()),
                 fd: Some(Fd(file.rec.fd.cast_signed())),
@@ -102,7 +115,7 @@ fn files(open: &Files) -> Vec<Blocker> {
 
 /// Unix sockets with names that a restore would bind somewhere else: relative ones, and those
 /// below another root directory.
-fn unix_sockets(open: &Files) -> Vec<Blocker> {
+fn unix_sockets(open: &Files, view: &View) -> Vec<Blocker> {
     let sockets: Vec<_> = open
         .files
         .iter()
@@ -129,7 +142,7 @@ fn unix_sockets(open: &Files) -> Vec<Blocker> {
         let reason = match name.strip_prefix("/") {
             Err(_) => "a relative name, which is not carried yet",
             // It may have got its name before it changed its root directory.
-            Ok(below) if *root != Path::new("/") && root.join(below).exists() => {
+            Ok(below) if *root != Path::new("/") && view.here(&root.join(below)).exists() => {
                 "a name below another root directory, which is not carried yet"
             }
             Ok(_) => continue,
@@ -191,12 +204,12 @@ mod tests {
         let (first, second) = (dir.path().join("first"), dir.path().join("second"));
         let file = File::create(&first).unwrap();
         let link = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        assert!(astray(&link).is_none());
+        assert!(astray(&link, &View::default()).is_none());
         fs::hard_link(&first, &second).unwrap();
         fs::remove_file(&first).unwrap();
-        assert!(astray(&link).is_some());
+        assert!(astray(&link, &View::default()).is_some());
         fs::write(&first, "another").unwrap();
-        assert!(astray(&link).is_some());
+        assert!(astray(&link, &View::default()).is_some());
         assert!(leads_to(&second, &file.metadata().unwrap()));
     }
 }

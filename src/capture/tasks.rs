@@ -4,6 +4,7 @@ use super::error::CheckpointError;
 use super::mm::path_ref;
 use super::restart::Now;
 use super::threads::{self, Tracees};
+use super::view::View;
 use crate::bpf::events::{ProcessFlag, ProcessRec, SigactionsRec, ThreadFlag, ThreadRec, TimerRec};
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{
@@ -29,6 +30,7 @@ pub fn processes(
     tasks: &Tasks,
     tracees: &Tracees,
     now: &Now,
+    view: &View,
 ) -> Result<Vec<Process>, CheckpointError> {
     let mut threads: BTreeMap<u32, Vec<&ThreadRec>> = BTreeMap::new();
     for rec in &tasks.threads {
@@ -49,6 +51,7 @@ pub fn processes(
             tracees,
             groups: &groups,
             now,
+            view,
         };
         found.push(one.process()?);
     }
@@ -86,6 +89,7 @@ struct Assembly<'a> {
     tracees: &'a Tracees,
     groups: &'a BTreeMap<u64, Vec<u32>>,
     now: &'a Now,
+    view: &'a View,
 }
 
 impl Assembly<'_> {
@@ -130,9 +134,9 @@ impl Assembly<'_> {
             mm: MmId(leader.mm),
             files: FilesId(leader.files),
             fs: FsId(leader.fs),
-            exe: proc.link("exe")?,
-            cwd: proc.link("cwd")?,
-            root: proc.link("root")?,
+            exe: proc.link("exe", self.view)?,
+            cwd: proc.link("cwd", self.view)?,
+            root: proc.link("root", self.view)?,
             umask: leader.umask,
             personality: leader.personality,
             dumpable: u8::try_from(flags & 3).unwrap_or(0),
@@ -367,14 +371,21 @@ impl ProcDir {
         Self(PathBuf::from(format!("/proc/{pid}/task/{tid}")))
     }
 
-    fn link(&self, name: &str) -> Result<PathRef, CheckpointError> {
+    fn link(&self, name: &str, view: &View) -> Result<PathRef, CheckpointError> {
         let link = self.0.join(name);
         let path = fs::read_link(&link).map_err(CheckpointError::io("readlink", &link))?;
+        let place = view.find(&link, &path);
         // By name, so that the restore finds the same numbers (overlay filesystems).
-        let stat = fs::metadata(&path)
-            .or_else(|_| fs::metadata(&link))
-            .map_err(CheckpointError::io("stat", &link))?;
-        Ok(path_ref(Path::new(&path), &stat))
+        let named = place.as_ref().map(|place| fs::metadata(&place.path));
+        let stat = match named {
+            Some(Ok(stat)) => Ok(stat),
+            _ => fs::metadata(&link),
+        };
+        let stat = stat.map_err(CheckpointError::io("stat", &link))?;
+        Ok(PathRef {
+            through: place.map(|place| place.through).unwrap_or_default(),
+            ..path_ref(Path::new(&path), &stat)
+        })
     }
 }
 

@@ -47,6 +47,7 @@ pub fn run(args: &RestoreArgs) -> Result<ExitCode, RestoreError> {
     let options = RestoreOptions {
         cgroup_root: cgroup2_mount().map_err(RestoreError::io("find cgroup2"))?,
         network_lock: Some(Path::new(NETWORK_LOCKS).join(&app.header.name)),
+        early: false,
     };
     let restored = restore(app, Pages::new(&store, &image.slots), &options, || Ok(()))?;
     Ok(match restored.roots.first() {

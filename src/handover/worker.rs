@@ -139,6 +139,7 @@ fn restore_one(index: usize) -> Result<(), String> {
         cgroup_root,
         // The stage holds the lock itself, over all applications.
         network_lock: None,
+        early: true,
     };
     let restored = restore::restore(app, Pages::new(&store, &image.slots), &options, ask_stage);
     let restored = restored.map_err(|e| e.to_string())?;

@@ -88,6 +88,42 @@ pub enum RestoreError {
         /// How many there are.
         free: u64,
     },
+    /// A mount of the application's own namespace.
+    #[error(
+        "The application's mount {point}: {call}: {errno}; see that what it shows is there as it was"
+    )]
+    Mount {
+        /// Where it is.
+        point: PathBuf,
+        /// What was tried.
+        call: &'static str,
+        /// Why not.
+        errno: Errno,
+    },
+    /// What a mount of the application's own namespace shows is not mounted.
+    #[error("The application's mount {point} shows what was mounted on {at}; mount that again")]
+    NotMounted {
+        /// Where it is.
+        point: PathBuf,
+        /// Where the machine had it.
+        at: PathBuf,
+    },
+    /// What is mounted on a mount of the machine would not reach the application any more.
+    #[error("What is mounted below {0} no longer propagates; mount --make-shared {0}")]
+    NotShared(PathBuf),
+    /// A tmpfs that only the application had.
+    #[error("The application's tmpfs {point} cannot be filled: {error}")]
+    Tmpfs {
+        /// Where it is.
+        point: PathBuf,
+        /// Why not.
+        error: std::io::Error,
+    },
+    /// The machine's mounts, or those of the image.
+    #[error(
+        "The mounts of the machine cannot be read, or those of the image contradict each other"
+    )]
+    NoMounts,
     /// State this version does not put back.
     #[error("PID {pid}: {what} cannot be restored by this version")]
     Unsupported {
@@ -177,7 +213,7 @@ impl RestoreError {
     fn errno(&self) -> Option<Errno> {
         match self {
             Self::Call(error) => Some(error.errno),
-            Self::System { errno, .. } => Some(*errno),
+            Self::System { errno, .. } | Self::Mount { errno, .. } => Some(*errno),
             Self::Refused { refusal, .. } => i32::try_from(-refusal.result)
                 .ok()
                 .filter(|errno| (1..4096).contains(errno))

@@ -21,6 +21,7 @@ mod layout;
 mod memory;
 mod message_queues;
 mod mqueue;
+mod namespaces;
 mod pids;
 mod ready;
 mod restorer;
@@ -35,6 +36,7 @@ mod sysv;
 mod tape;
 mod threads;
 mod time;
+mod tmpfs;
 mod tree;
 mod vdso;
 

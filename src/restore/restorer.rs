@@ -9,6 +9,7 @@ use super::groups;
 use super::huge;
 use super::layout::Layout;
 use super::message_queues;
+use super::namespaces::Entrance;
 use super::pids;
 use super::semaphores;
 use super::silence;
@@ -49,6 +50,8 @@ pub struct RestoreOptions {
     /// the checkpoint. Released when everything stands; still engaged if the restore fails
     /// before.
     pub network_lock: Option<PathBuf>,
+    /// The machine's init has not run yet.
+    pub early: bool,
 }
 
 /// What was restored.
@@ -88,7 +91,9 @@ pub fn restore(
         options,
     };
     pids::check_free(task.app)?;
-    check_files(app)?;
+    if app.header.namespaces.mounts.is_empty() {
+        check_files(app, Pid(std::process::id().cast_signed()))?;
+    }
     huge::check(app)?;
     let cgroup = cgroups::make_all(app, options)?;
     let ((reader, writer), (gate, opener)) = (pipe()?, pipe()?);
@@ -263,7 +268,13 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
     sysv::create_all(app, image, &mut made.segments)?;
     semaphores::create_all(app, &mut made.semaphores)?;
     message_queues::create_all(app, &mut made.message_queues)?;
-    let mut opened = files::open_all(app, image, &mut made.mqueues)?;
+    let entrance = Entrance::make(app, options.early)?;
+    let mut opened = entrance.inside(|| {
+        if !app.header.namespaces.mounts.is_empty() {
+            check_files(app, Pid(unistd::getppid().as_raw()))?;
+        }
+        Ok(files::open_all(app, image, &mut made.mqueues)?)
+    })?;
     let departed = opened.take_departed();
     Fault::RestoreFiles.point_of(&app.header.name)?;
 
@@ -303,7 +314,7 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
         restorer,
         go_betweens,
     };
-    births.create(&mut made.born)?;
+    entrance.inside(|| births.create(&mut made.born))?;
     files::complete(app, &opened, departed)?;
     cgroups::move_all(app, options, &steps)?;
     births.furnish_all()?;

@@ -2,8 +2,10 @@
 //! numbers that its supervisor can compute.
 
 use super::RestoreError;
+use super::namespaces::place;
 use crate::model::frozen::{
-    Application, Backing, Content, ContentId, ContentKind, FileIdentity, PathRef, Process, Vma,
+    Application, Backing, Content, ContentId, ContentKind, FileIdentity, PathRef, Process, Through,
+    Vma,
 };
 use crate::model::ids::{Fd, OfdId, Pid};
 use crate::sys::pidfds::Pidfds;
@@ -26,7 +28,7 @@ enum Source {
     /// The program file.
     Exe,
     /// A mapped file, for reading or for writing too.
-    File(Vec<u8>, bool),
+    File(PathRef, bool),
 }
 
 /// The sources of one process and the numbers they get.
@@ -135,14 +137,15 @@ impl Sources {
     ///
     /// # Errors
     /// One cannot be opened, or its number is taken.
-    pub fn open_named(&self, exe: &PathRef) -> Result<(), String> {
+    pub fn open_named(&self, restorer: Pid, exe: &PathRef) -> Result<(), String> {
         for source in &self.list {
-            match source {
-                Source::Exe => self.place(source, os_path(&exe.path), OFlag::O_RDONLY)?,
-                Source::File(path, true) => self.place(source, os_path(path), OFlag::O_RDWR)?,
-                Source::File(path, false) => self.place(source, os_path(path), OFlag::O_RDONLY)?,
-                _ => {}
-            }
+            let (at, flags) = match source {
+                Source::Exe => (exe, OFlag::O_RDONLY),
+                Source::File(at, true) => (at, OFlag::O_RDWR),
+                Source::File(at, false) => (at, OFlag::O_RDONLY),
+                _ => continue,
+            };
+            self.place(source, place(at, restorer), flags)?;
         }
         Ok(())
     }
@@ -192,7 +195,7 @@ fn list(app: &Application, process: &Process) -> Vec<Source> {
 fn source(vma: &Vma) -> Option<Source> {
     match &vma.backing {
         Backing::File { file, writable, .. } => {
-            Some(Source::File(file.at.path.clone(), *writable && vma.shared))
+            Some(Source::File(file.at.clone(), *writable && vma.shared))
         }
         Backing::Content { id, .. } => Some(Source::Content(*id, vma.shared)),
         Backing::IoUring { ring, .. } => Some(Source::Ring(*ring)),
@@ -211,13 +214,17 @@ pub fn os_path(bytes: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(bytes))
 }
 
-/// Checks that the files and directories every process lives in are there and unchanged.
+/// Checks that the files and directories every process lives in are there and unchanged. To be
+/// called in its mount namespace; `outside` is a process in the machine's.
 ///
 /// # Errors
 /// The first that is gone or differs.
-pub fn check_files(app: &Application) -> Result<(), RestoreError> {
+pub fn check_files(app: &Application, outside: Pid) -> Result<(), RestoreError> {
     for process in app.processes.iter().filter(|p| p.zombie.is_none()) {
-        let check = Check { pid: process.pid };
+        let check = Check {
+            pid: process.pid,
+            outside,
+        };
         if nameless_program(app, process).is_none() {
             check.inode(&process.exe)?;
         }
@@ -240,16 +247,18 @@ pub fn check_files(app: &Application) -> Result<(), RestoreError> {
 
 struct Check {
     pid: Pid,
+    outside: Pid,
 }
 
 impl Check {
     fn inode(&self, file: &PathRef) -> Result<FileStat, RestoreError> {
         let path = os_path(&file.path).to_owned();
         let pid = self.pid;
-        match stat(&path) {
+        let numbered = file.inode.ino != 0 && file.through != Through::Remade;
+        match stat(&place(file, self.outside)) {
             Err(errno) => Err(RestoreError::FileGone { pid, path, errno }),
             // The device number is the next kernel's choice, the inode number is on the disk.
-            Ok(found) if found.st_ino != file.inode.ino && file.inode.ino != 0 => {
+            Ok(found) if numbered && found.st_ino != file.inode.ino => {
                 Err(RestoreError::FileChanged {
                     pid,
                     path,
@@ -302,6 +311,7 @@ mod tests {
                     at: PathRef {
                         path: path.as_os_str().as_bytes().to_vec(),
                         inode: InodeId { dev: 0, ino },
+                        ..PathRef::default()
                     },
                     size,
                     mtime,
@@ -343,8 +353,9 @@ mod tests {
         std::fs::write(&path, b"code").unwrap();
         let meta = std::fs::metadata(&path).unwrap();
         let mtime = meta.mtime() * 1_000_000_000 + meta.mtime_nsec();
-        let run =
-            |path: &Path, size, mtime, ino| check_files(&app(file_vma(path, size, mtime, ino)));
+        let run = |path: &Path, size, mtime, ino| {
+            check_files(&app(file_vma(path, size, mtime, ino)), Pid(1))
+        };
         run(&path, 4, mtime, meta.ino()).unwrap();
         let what = |result| match result {
             Err(RestoreError::FileChanged { what, .. }) => what,

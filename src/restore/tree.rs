@@ -255,8 +255,8 @@ impl Births<'_> {
             |id| self.files.content(id),
             |id| self.files.description(id),
         )?;
-        // Names are the machine's, wherever the process has its root directory.
-        sources.open_named(&process.exe)?;
+        // Names are those of the mount namespace, wherever the process has its root directory.
+        sources.open_named(self.restorer, &process.exe)?;
         if !shares.fs {
             let cwd = os_path(&process.cwd.path);
             unistd::chdir(cwd).map_err(|e| format!("chdir {}: {e}", cwd.display()))?;

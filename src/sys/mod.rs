@@ -17,6 +17,7 @@ pub mod mapped;
 pub mod membarrier;
 pub mod memory;
 pub mod message;
+pub mod mount;
 pub mod mqueue;
 pub mod pidfds;
 pub mod process;

@@ -18,7 +18,7 @@ use tracker::model::frozen::{
     OpenFile, Origin, Outgoing, PathRef, PeerCredentials, PipeState, PosixTimer, Process,
     Registers, Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket,
     SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow,
-    Thread, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState, WaitingConnection,
+    Thread, Through, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState, WaitingConnection,
     WaitingEnd, WaitingUnix,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
@@ -110,6 +110,7 @@ fn application() -> Application {
             cgroups: system::cgroups(),
             semaphores: system::semaphores(),
             message_queues: system::message_queues(),
+            namespaces: system::namespaces(),
             ..ApplicationHeader::default()
         },
         processes: vec![process, zombie()],
@@ -148,6 +149,11 @@ fn path(path: &str, ino: u64) -> PathRef {
     PathRef {
         path: path.into(),
         inode: InodeId { dev: 0xfe00, ino },
+        through: if ino == 0 {
+            Through::Machine
+        } else {
+            Through::Remade
+        },
     }
 }
 

@@ -3,9 +3,9 @@
 use super::path;
 use serde_bytes::ByteBuf;
 use tracker::model::frozen::{
-    AioRing, Backing, CgroupBelow, ContentKind, FileKind, IoUring, Message, MessageQueue,
-    MqueueNotify, MqueueState, PressureTrigger, PtyInput, PtyState, QueuedMessage, Segment,
-    SemaphoreSet, Termios,
+    AioRing, Backing, CgroupBelow, ContentKind, FileKind, IoUring, Message, MessageQueue, Mount,
+    MountSource, MqueueNotify, MqueueState, Namespaces, PeerGroup, PressureTrigger, PtyInput,
+    PtyState, QueuedMessage, Segment, SemaphoreSet, Termios, TmpfsEntry, TmpfsNode, UtsNames,
 };
 use tracker::model::ids::{OfdId, Pid};
 
@@ -171,5 +171,59 @@ pub fn terminal() -> FileKind {
         master: true,
         at: path("/dev/ptmx", 20),
         state: Some(Box::new(state)),
+    }
+}
+
+pub fn namespaces() -> Namespaces {
+    let entry = |path: &str, node| TmpfsEntry {
+        path: ByteBuf::from(path),
+        node,
+        mode: 0o640,
+        uid: 5,
+        gid: 6,
+        mtime: 1_700_000_000_000_000_007,
+    };
+    let bytes = |text: &str| ByteBuf::from(text);
+    let sources = [
+        MountSource::Machine {
+            point: bytes("/"),
+            path: bytes("srv/root"),
+            kind: "ext4".into(),
+        },
+        MountSource::Proc {
+            options: vec!["hidepid=invisible".into()],
+        },
+        MountSource::Tmpfs {
+            options: vec!["mode=755".into(), "size=4096k".into()],
+            name: "tmpfs".into(),
+            read_only: true,
+            entries: vec![
+                entry("", TmpfsNode::Directory),
+                entry("file", TmpfsNode::File(bytes("content"))),
+                entry("link", TmpfsNode::Link(bytes("file"))),
+                entry("null", TmpfsNode::Special(0o20_000, 0x103)),
+                entry("symlink", TmpfsNode::Symlink(bytes("file"))),
+            ],
+        },
+        MountSource::Own {
+            mount: 1,
+            path: bytes("sys"),
+        },
+    ];
+    let mounts = sources.into_iter().zip(0..).map(|(source, number)| Mount {
+        parent: Some(number),
+        point: bytes("/dev"),
+        source,
+        attributes: 7,
+        shared: Some(PeerGroup::Own(41)),
+        master: Some(PeerGroup::Machine(bytes("/"))),
+        unbindable: true,
+    });
+    Namespaces {
+        uts: Some(UtsNames {
+            node: bytes("elsewhere"),
+            domain: bytes("example.org"),
+        }),
+        mounts: mounts.collect(),
     }
 }

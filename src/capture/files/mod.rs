@@ -42,6 +42,7 @@ pub use uring::refused as rings;
 use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
 use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
+use crate::capture::view::View;
 use crate::model::frozen::{FdEntry, FilesTable, OpenFile};
 use crate::model::ids::{Fd, FilesId, OfdId};
 use describe::Reader;
@@ -115,25 +116,42 @@ pub struct FrozenFiles {
     pub repaired: Repaired,
 }
 
+/// Frozen processes with what they have open.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::capture) struct Still<'a> {
+    /// The iterators' pass over what is open.
+    pub found: &'a Files,
+    /// Theirs over the processes.
+    pub tasks: &'a Tasks,
+    /// Which processes these are.
+    pub scope: Scope,
+    /// What the clocks showed when they stopped.
+    pub now: &'a Now,
+    /// Where names lead.
+    pub view: &'a View,
+}
+
 /// Reads the open files of frozen processes.
 ///
-/// `found` and `tasks` are the iterators' passes over them, of this `scope`, `now` what the clocks showed when they
-/// stopped, `listeners` what is known from before. Bytes that no filesystem keeps are noted in
+/// `listeners` is what is known from before. Bytes that no filesystem keeps are noted in
 /// `contents`. On an error everything borrowed is given back and every connection left as it was.
 ///
 /// # Errors
 /// Something is not carried, or a system call fails.
 pub(in crate::capture) fn collect(
-    found: &Files,
-    tasks: &Tasks,
+    still: Still<'_>,
     iterators: &mut Iterators,
-    now: &Now,
     contents: &mut Contents,
-    scope: Scope,
     listeners: Listeners,
 ) -> Result<FrozenFiles, CollectError> {
+    let Still {
+        found,
+        tasks,
+        scope,
+        ..
+    } = still;
     let queues = accept::Queues::read(found, tasks, scope, iterators)?;
-    let mut reader = Reader::new(found, tasks, now, contents, listeners, queues);
+    let mut reader = Reader::new(still, contents, listeners, queues);
     for file in &found.files {
         reader.describe(file)?;
     }

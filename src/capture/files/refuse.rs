@@ -167,7 +167,7 @@ impl Survey {
             }
             Kind::REGULAR | Kind::DIRECTORY if pseudo::is_pseudo(rec.magic) => {
                 // One that cannot be read any more has been closed.
-                let path = regular::path(file).ok()?.path;
+                let path = regular::name(file).ok()?;
                 pseudo::refusal(&path, rec).map(|reason| {
                     blocked(
                         String::from_utf8_lossy(&path).into_owned(),

@@ -5,6 +5,7 @@ use super::borrow::place;
 use super::pseudo::is_pseudo;
 use crate::bpf::iter::File;
 use crate::capture::names::leads_to;
+use crate::capture::view::{Place, View};
 use crate::model::frozen::{Blocker, FileIdentity, PathRef};
 use crate::model::ids::InodeId;
 use std::ffi::OsStr;
@@ -27,11 +28,11 @@ fn failed(file: &File, call: &'static str) -> impl FnOnce(std::io::Error) -> Col
     }
 }
 
-/// The file's name as its owner sees it; with inode number 0 where the name says all.
+/// The file's name as its owner sees it.
 ///
 /// # Errors
 /// The link cannot be read.
-pub fn path(file: &File) -> Result<PathRef, CollectError> {
+pub fn name(file: &File) -> Result<Vec<u8>, CollectError> {
     let target = std::fs::read_link(link(file)).map_err(failed(file, "readlink"))?;
     let mut path = target.into_os_string().into_vec();
     if file.rec.nlink == 0
@@ -39,6 +40,16 @@ pub fn path(file: &File) -> Result<PathRef, CollectError> {
     {
         path = bare.to_vec();
     }
+    Ok(path)
+}
+
+/// The file by its name; with inode number 0 where that says all.
+///
+/// # Errors
+/// The link cannot be read, or leads through a mount of a namespace that is not carried.
+pub fn path(file: &File, view: &View) -> Result<PathRef, CollectError> {
+    let path = name(file)?;
+    let through = place_of(file, &path, view)?.through;
     let ino = match is_pseudo(file.rec.magic) {
         true => 0,
         false => file.rec.ino,
@@ -49,6 +60,22 @@ pub fn path(file: &File) -> Result<PathRef, CollectError> {
             dev: file.rec.dev,
             ino,
         },
+        through,
+    })
+}
+
+fn place_of(file: &File, path: &[u8], view: &View) -> Result<Place, CollectError> {
+    let path = Path::new(OsStr::from_bytes(path));
+    view.find(&link(file), path).ok_or_else(|| {
+        let (pid, fd) = place(file);
+        CollectError::Blocked(Blocker {
+            pid,
+            fd: Some(fd),
+            object: format!("file {}", path.display()),
+            reason: "it was opened through a mount that neither the application nor the machine \
+                     has; close it before the update"
+                .into(),
+        })
     })
 }
 
@@ -56,8 +83,8 @@ pub fn path(file: &File) -> Result<PathRef, CollectError> {
 ///
 /// # Errors
 /// It cannot be read.
-pub fn identity(file: &File) -> Result<FileIdentity, CollectError> {
-    let at = path(file)?;
+pub fn identity(file: &File, view: &View) -> Result<FileIdentity, CollectError> {
+    let at = path(file, view)?;
     if is_pseudo(file.rec.magic) {
         return Ok(FileIdentity {
             at,
@@ -66,7 +93,7 @@ pub fn identity(file: &File) -> Result<FileIdentity, CollectError> {
     }
     let found = std::fs::metadata(link(file)).map_err(failed(file, "stat"))?;
     let name = Path::new(OsStr::from_bytes(&at.path));
-    if !leads_to(name, &found) {
+    if !leads_to(&place_of(file, &at.path, view)?.path, &found) {
         let (pid, fd) = place(file);
         return Err(CollectError::Blocked(Blocker {
             pid,

@@ -7,6 +7,7 @@
 mod file;
 mod mm;
 mod mqueue;
+mod namespaces;
 mod pty;
 mod socket;
 mod system;
@@ -16,6 +17,7 @@ mod uring;
 pub use file::*;
 pub use mm::*;
 pub use mqueue::*;
+pub use namespaces::*;
 pub use pty::*;
 pub use socket::*;
 pub use system::*;
@@ -70,6 +72,9 @@ pub struct ApplicationHeader {
     /// System V message queues it uses.
     #[serde(default)]
     pub message_queues: Vec<MessageQueue>,
+    /// Namespaces of its own, which all its processes share.
+    #[serde(default, skip_serializing_if = "Namespaces::are_the_machines")]
+    pub namespaces: Namespaces,
 }
 
 /// A System V semaphore set.

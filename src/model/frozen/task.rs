@@ -100,6 +100,29 @@ pub struct PathRef {
     pub path: Vec<u8>,
     /// The inode it named when captured.
     pub inode: InodeId,
+    /// Through which mounts the name leads there.
+    #[serde(default, skip_serializing_if = "Through::is_own")]
+    pub through: Through,
+}
+
+/// Which mounts a name leads through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Through {
+    /// Those of the mount namespace that the application lives in.
+    #[default]
+    Own,
+    /// As above, to a filesystem that a restore makes anew: inode numbers are others then.
+    Remade,
+    /// Those of the machine's mount namespace, although the application lives in one of its own.
+    Machine,
+}
+
+impl Through {
+    /// Whether it is what it is for most.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        *self == Self::Own
+    }
 }
 
 /// `struct kernel_sigaction` as rt_sigaction(2) reads and writes it.

@@ -1,6 +1,7 @@
 //! Memfds, shared anonymous memory and deleted files: bytes that come from the image.
 
 use super::error::{FilesError, call, io_call};
+use super::regular;
 use crate::image::{Pages, StoreError, bytes, parts};
 use crate::model::frozen::{Content, ContentKind, PAGE_SIZE};
 use crate::sys::huge::size_flag;
@@ -9,10 +10,8 @@ use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl, op
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, Uid, fchown, ftruncate};
-use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -34,7 +33,7 @@ pub fn make(content: &Content, image: Pages<'_>) -> Result<OwnedFd, FilesError> 
             return Err(FilesError::Missing(object));
         }
         ContentKind::Deleted { at } => {
-            let path = Path::new(OsStr::from_bytes(&at.path));
+            let path = regular::here(at);
             // Its directory may be gone as well.
             let above = path.ancestors().skip(1).find(|dir| dir.is_dir());
             let dir = above.unwrap_or(Path::new("/"));

@@ -1,16 +1,15 @@
 //! Pipes and FIFOs: the ends that belong together, with what was written and not read.
 
 use super::error::{FilesError, call, missing_part};
+use super::regular;
 use crate::model::frozen::{Application, FileKind, OpenFile, PathRef, PipeId, PipeState};
 use crate::model::ids::OfdId;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 use nix::unistd::{pipe2, write};
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Ends of one pipe.
 struct Pipe<'a> {
@@ -64,9 +63,12 @@ fn make(pipe: &Pipe<'_>, opened: &mut BTreeMap<OfdId, OwnedFd>) -> Result<(), Fi
         None => pipe2(OFlag::O_CLOEXEC).map_err(call(&object, "pipe2"))?,
         Some(at) => {
             // Opened for both, a FIFO does not wait for its other end (fifo(7)).
-            let path = Path::new(OsStr::from_bytes(&at.path));
-            let both = open(path, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
-                .map_err(call(&object, "open"))?;
+            let both = open(
+                &regular::here(at),
+                OFlag::O_RDWR | OFlag::O_CLOEXEC,
+                Mode::empty(),
+            )
+            .map_err(call(&object, "open"))?;
             let writer = both
                 .try_clone()
                 .map_err(super::error::io_call(&object, "dup"))?;
@@ -141,6 +143,7 @@ mod tests {
             at: PathRef {
                 path: format!("/{dev}/fifo").into_bytes(),
                 inode: InodeId { dev, ino: 7 },
+                ..PathRef::default()
             },
             state: None,
         };

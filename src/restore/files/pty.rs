@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 struct Pair<'a> {
     id: u64,
     state: Option<&'a PtyState>,
-    master: Option<(OfdId, &'a OpenFile, &'a Path)>,
+    master: Option<(OfdId, &'a OpenFile, PathBuf)>,
     slaves: Vec<(OfdId, &'a OpenFile)>,
 }
 
@@ -77,7 +77,7 @@ fn pairs_of(app: &Application) -> BTreeMap<u64, Pair<'_>> {
         });
         pair.state = pair.state.or(state.as_deref());
         match master {
-            true => pair.master = Some((ofd, file, super::regular::path_of(at))),
+            true => pair.master = Some((ofd, file, super::regular::here(at))),
             false => pair.slaves.push((ofd, file)),
         }
     }
@@ -100,8 +100,8 @@ fn make(
         object: format!("pseudo-terminal /dev/pts/{}", state.index),
         state,
     };
-    let (path, flags) = match pair.master {
-        Some((_, file, path)) => (path, flags_of(file)),
+    let (path, flags) = match &pair.master {
+        Some((_, file, path)) => (path.as_path(), flags_of(file)),
         None => (
             Path::new("/dev/ptmx"),
             OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC,

@@ -1,18 +1,26 @@
 //! Files that have a name: regular files, directories, devices without state.
 
 use super::error::{FilesError, call};
-use crate::model::frozen::{FileIdentity, PathRef, PressureTrigger};
+use crate::model::frozen::{FileIdentity, PathRef, PressureTrigger, Through};
+use crate::model::ids::Pid;
+use crate::restore::namespaces::place;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{FileStat, Mode, fstat};
-use nix::unistd::{Whence, lseek, write};
+use nix::unistd::{Whence, getppid, lseek, write};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The name as a path.
 pub(super) fn path_of(at: &PathRef) -> &Path {
     Path::new(OsStr::from_bytes(&at.path))
+}
+
+/// What it is called in the mount namespace of the application, where files are opened.
+pub(super) fn here(at: &PathRef) -> PathBuf {
+    // Who made this process is in the machine's.
+    place(at, Pid(getppid().as_raw()))
 }
 
 /// Flags that open(2) acts on once and that `F_GETFL` does not show again.
@@ -22,9 +30,9 @@ fn flags_of(flags: u32) -> OFlag {
 }
 
 fn open_path(at: &PathRef, flags: OFlag) -> Result<(OwnedFd, FileStat), FilesError> {
-    let path = path_of(at);
-    let name = path.display().to_string();
-    let fd = open(path, flags | OFlag::O_NOCTTY, Mode::empty()).map_err(call(&name, "open"))?;
+    let name = path_of(at).display().to_string();
+    let fd =
+        open(&here(at), flags | OFlag::O_NOCTTY, Mode::empty()).map_err(call(&name, "open"))?;
     let found = fstat(fd.as_fd()).map_err(call(&name, "fstat"))?;
     Ok((fd, found))
 }
@@ -32,7 +40,7 @@ fn open_path(at: &PathRef, flags: OFlag) -> Result<(OwnedFd, FileStat), FilesErr
 fn check_inode(at: &PathRef, found: &FileStat) -> Result<(), FilesError> {
     // The device number may differ on another kernel; the inode number does not, except on
     // pseudo filesystems, where it is not carried.
-    if at.inode.ino == 0 || found.st_ino == at.inode.ino {
+    if at.inode.ino == 0 || at.through == Through::Remade || found.st_ino == at.inode.ino {
         return Ok(());
     }
     Err(FilesError::Changed {

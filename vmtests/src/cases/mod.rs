@@ -24,6 +24,7 @@ mod mqueue;
 mod mqueue_notify;
 mod multicast;
 mod names;
+mod namespaces;
 mod options;
 mod owner;
 mod pidfd;
@@ -64,6 +65,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         multicast::CASES,
         mapping::CASES,
         names::CASES,
+        namespaces::CASES,
         memory::CASES,
         huge::CASES,
         rewritten::CASES,

@@ -8,7 +8,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::waitpid;
-use nix::unistd::{gethostname, sethostname};
 
 use super::probe::sys;
 use crate::guest::case::{Case, Entry};
@@ -18,7 +17,7 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_fanotify", "fanotify", fanotify),
     Entry::refused("refused_perf_event", "perf event", perf_event),
     Entry::refused("refused_bpf_map", "BPF object", bpf_map),
-    Entry::refused("refused_namespace", "UTS namespace", namespace),
+    Entry::refused("refused_namespace", "IPC namespace", namespace),
     Entry::refused("refused_clone_vm", "address space shared", clone_vm),
 ];
 
@@ -101,10 +100,11 @@ fn bpf_map(case: &Case) -> Result<()> {
 }
 
 fn namespace(case: &Case) -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWUTS)?;
-    sethostname("elsewhere")?;
+    let link = || std::fs::read_link("/proc/self/ns/ipc");
+    unshare(CloneFlags::CLONE_NEWIPC)?;
+    let own = link()?;
     case.ready()?;
-    ensure!(gethostname()? == "elsewhere", "In another namespace");
+    ensure!(link()? == own, "In another namespace");
     Ok(())
 }
 

@@ -6,16 +6,17 @@ use super::borrow::{Lender, place};
 use super::listeners::Listeners;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
-    CollectError, FrozenFiles, Repaired, accept, lease, mqueue, pipe, pseudo, pty, regular, unix,
-    uring,
+    CollectError, FrozenFiles, Repaired, Still, accept, lease, mqueue, pipe, pseudo, pty, regular,
+    unix, uring,
 };
 use crate::bpf::events::{
     EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, MqueueRec, PipeRec, TtyDataRec,
     TtyRec, WatchRec,
 };
-use crate::bpf::iter::{Detail, File, Files, Tasks};
+use crate::bpf::iter::{Detail, File};
 use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
+use crate::capture::view::View;
 use crate::model::frozen::{
     Blocker, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch, LockKind,
     OpenFile, PathRef, PipeId, PipeState, Timerfd,
@@ -34,6 +35,7 @@ pub(super) struct Reader<'a> {
     /// The clocks as the image shows them, whatever time reading takes.
     now: &'a Now,
     contents: &'a mut Contents,
+    view: &'a View,
     survey: Survey,
     items: HashMap<u64, Vec<&'a EpollItemRec>>,
     watches: HashMap<u64, Vec<&'a WatchRec>>,
@@ -67,16 +69,22 @@ fn grouped<T>(records: &[T], key: impl Fn(&T) -> u64) -> HashMap<u64, Vec<&T>> {
 
 impl<'a> Reader<'a> {
     pub(super) fn new(
-        found: &'a Files,
-        tasks: &Tasks,
-        now: &'a Now,
+        still: Still<'a>,
         contents: &'a mut Contents,
         listeners: Listeners,
         accept_queues: accept::Queues,
     ) -> Self {
+        let Still {
+            found,
+            tasks,
+            now,
+            view,
+            ..
+        } = still;
         Self {
             now,
             contents,
+            view,
             survey: Survey::of(found, tasks),
             items: grouped(&found.epoll_items, |item| item.epoll),
             watches: grouped(&found.watches, |watch| watch.group),
@@ -132,15 +140,17 @@ impl<'a> Reader<'a> {
         let rec = &file.rec;
         Ok(match (rec.kind, &file.detail) {
             (Kind::REGULAR, Detail::Pressure(pressure)) => FileKind::Pressure {
-                at: regular::path(file)?,
+                at: regular::path(file, self.view)?,
                 trigger: pseudo::trigger(pressure),
             },
-            (Kind::REGULAR, _) if rec.nlink > 0 => FileKind::Regular(regular::identity(file)?),
+            (Kind::REGULAR, _) if rec.nlink > 0 => {
+                FileKind::Regular(regular::identity(file, self.view)?)
+            }
             (Kind::REGULAR | Kind::MEMFD, _) => FileKind::Content(self.content(file)?),
-            (Kind::DIRECTORY, _) => FileKind::Directory(regular::path(file)?),
+            (Kind::DIRECTORY, _) => FileKind::Directory(regular::path(file, self.view)?),
             (Kind::CHAR_DEVICE, Detail::Tty(tty)) => self.terminal(file, tty)?,
             (Kind::CHAR_DEVICE, _) => FileKind::CharDevice {
-                at: regular::path(file)?,
+                at: regular::path(file, self.view)?,
                 rdev: rec.rdev,
             },
             (Kind::PIPE, Detail::Pipe(pipe)) => FileKind::Pipe {
@@ -148,7 +158,7 @@ impl<'a> Reader<'a> {
                 state: self.pipe_state(id, file, pipe, PipeId::Anonymous(rec.ino))?,
             },
             (Kind::FIFO, Detail::Pipe(pipe)) => {
-                let at = regular::path(file)?;
+                let at = regular::path(file, self.view)?;
                 let state = self.pipe_state(id, file, pipe, PipeId::Fifo(at.inode))?;
                 FileKind::Fifo { at, state }
             }
@@ -210,13 +220,14 @@ impl<'a> Reader<'a> {
         if let Some(id) = self.contents.known(inode) {
             return Ok(id);
         }
-        let at = regular::path(file)?;
         let kind = if file.rec.kind == Kind::MEMFD {
-            let path = String::from_utf8_lossy(&at.path).into_owned();
+            let path = String::from_utf8_lossy(&regular::name(file)?).into_owned();
             let name = path.strip_prefix("/memfd:").unwrap_or(&path).to_owned();
             ContentKind::Memfd { name, seals: 0 }
         } else {
-            ContentKind::Deleted { at }
+            ContentKind::Deleted {
+                at: regular::path(file, self.view)?,
+            }
         };
         let from = self.lender.borrow(file)?;
         // A description of our own: the borrowed one may be write-only, and its offset is the
@@ -268,7 +279,7 @@ impl<'a> Reader<'a> {
         Ok(FileKind::Pty {
             id,
             master,
-            at: regular::path(file)?,
+            at: regular::path(file, self.view)?,
             state: state.map(Box::new),
         })
     }
@@ -373,6 +384,7 @@ impl<'a> Reader<'a> {
                     at: PathRef {
                         path: watched.path,
                         inode,
+                        ..PathRef::default()
                     },
                 })
             })

@@ -1,0 +1,223 @@
+//! Where the names of an application lead, which may live in a mount namespace of its own.
+
+use super::eligibility::Namespaces;
+use super::error::CheckpointError;
+use crate::bpf::iter::Tasks;
+use crate::model::frozen::Through;
+use nix::sched::{CloneFlags, setns, unshare};
+use procfs::process::MountInfo;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, openat, statx};
+use rustix::mount::{OpenTreeFlags, open_tree};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+/// Where names lead.
+#[derive(Debug, Default)]
+pub struct View {
+    own: Option<OwnMounts>,
+}
+
+/// A mount namespace that is not the machine's, or not the one that tracker is in.
+#[derive(Debug)]
+pub(super) struct OwnMounts {
+    root: OwnedFd,
+    /// Its mounts and the machine's, by their ids, which are unique among all namespaces.
+    pub mounts: BTreeMap<u64, MountInfo>,
+    pub machine: BTreeMap<u64, MountInfo>,
+    /// Those of tmpfs instances that the machine has not mounted, without what is mounted on
+    /// them.
+    pub tmpfs: BTreeMap<u64, OwnedFd>,
+}
+
+/// Where a name leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// What it is called here.
+    pub path: PathBuf,
+    /// As images say it.
+    pub through: Through,
+}
+
+impl View {
+    /// Where the names of these processes lead, which are all in one mount namespace.
+    ///
+    /// # Errors
+    /// They are in another than this process, and it cannot be entered or read.
+    pub(super) fn of(tasks: &Tasks, ours: &Namespaces) -> Result<Self, CheckpointError> {
+        let leaders = tasks.threads.iter().filter(|rec| rec.tid == rec.tgid);
+        let living = leaders.filter(|rec| !rec.is_zombie());
+        let mut failure = None;
+        // Those that end meanwhile leave no namespace behind.
+        for rec in living {
+            if ours.has_mounts_of(rec) {
+                return Ok(Self::default());
+            }
+            match OwnMounts::of(rec.tgid) {
+                Ok(own) => return Ok(Self { own: Some(own) }),
+                Err(error) => failure = failure.or(Some((rec.tgid, error))),
+            }
+        }
+        failure.map_or(Ok(Self::default()), |(pid, error)| {
+            let path = format!("/proc/{pid}/ns/mnt");
+            Err(CheckpointError::io("enter", path)(error))
+        })
+    }
+
+    /// The mount namespace, unless it is the one that tracker is in.
+    pub(super) fn own(&self) -> Option<&OwnMounts> {
+        self.own.as_ref()
+    }
+
+    /// What a name of the application's is called here.
+    #[must_use]
+    pub fn here(&self, path: &Path) -> PathBuf {
+        let own = self.own.as_ref();
+        own.map_or_else(|| path.to_owned(), |own| own.path(path))
+    }
+
+    /// Where `path` leads, which is what a link of procfs is read as; nothing if the link leads
+    /// through a mount that is neither of the application's namespace nor of the machine's.
+    #[must_use]
+    pub fn find(&self, link: &Path, path: &Path) -> Option<Place> {
+        let Some(own) = &self.own else {
+            return Some(Place {
+                path: path.to_owned(),
+                through: Through::Own,
+            });
+        };
+        let id = mount_id(link)?;
+        if let Some(mount) = own.mounts.get(&id) {
+            let remade = !own.is_the_machines(mount);
+            return Some(Place {
+                path: own.path(path),
+                through: if remade {
+                    Through::Remade
+                } else {
+                    Through::Own
+                },
+            });
+        }
+        own.machine.contains_key(&id).then(|| Place {
+            path: path.to_owned(),
+            through: Through::Machine,
+        })
+    }
+}
+
+/// The id of the mount that leads to a file, following links.
+fn mount_id(path: &Path) -> Option<u64> {
+    let found = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID);
+    found.ok().map(|found| found.stx_mnt_id)
+}
+
+impl OwnMounts {
+    /// Reads those of a process's mount namespace, in a thread of its own: there is no way back.
+    fn of(pid: u32) -> io::Result<Self> {
+        let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let proc = open("/proc", flags, Mode::empty())?;
+        let machine = read(File::open("/proc/self/mountinfo")?)?;
+        let look = || {
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(&namespace, CloneFlags::CLONE_NEWNS)?;
+            let file = openat(
+                &proc,
+                "thread-self/mountinfo",
+                OFlags::RDONLY,
+                Mode::empty(),
+            )?;
+            let mut own = Self {
+                root: open("/", flags, Mode::empty())?,
+                mounts: read(File::from(file))?,
+                machine,
+                tmpfs: BTreeMap::new(),
+            };
+            for (id, mount) in &own.mounts {
+                let alone = mount.fs_type == "tmpfs" && !own.is_the_machines(mount);
+                if alone && mount_id(&mount.mount_point) == Some(*id) {
+                    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+                    own.tmpfs
+                        .insert(*id, open_tree(CWD, &mount.mount_point, flags)?);
+                }
+            }
+            Ok(own)
+        };
+        thread::scope(|scope| scope.spawn(look).join())
+            .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+    }
+
+    /// What a name in this namespace is called here.
+    pub fn path(&self, path: &Path) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/self/fd/{}", self.root.as_raw_fd()));
+        root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// Whether the machine has mounted the filesystem, too.
+    pub fn is_the_machines(&self, mount: &MountInfo) -> bool {
+        self.machine.values().any(|one| one.majmin == mount.majmin)
+    }
+
+    /// The machine's name of what a mount shows: where a mount of it is, and the way from there.
+    pub fn at_the_machines(&self, mount: &MountInfo) -> Option<(&MountInfo, PathBuf)> {
+        let same = |one: &&MountInfo| one.majmin == mount.majmin;
+        let shown = self.machine.iter().filter(|(_, one)| same(one));
+        let mut found: Vec<_> = shown
+            .filter_map(|(id, one)| {
+                let way = Path::new(&mount.root).strip_prefix(&one.root).ok()?;
+                let leads = mount_id(&one.mount_point.join(way)) == Some(*id);
+                leads.then(|| (one, way.to_owned()))
+            })
+            .collect();
+        // Another kernel has mounted early what all have.
+        found.sort_by_key(|(one, way)| {
+            let elsewhere = !way.as_os_str().is_empty() || one.mount_point != mount.mount_point;
+            (elsewhere, one.mount_point.components().count())
+        });
+        found.into_iter().next()
+    }
+}
+
+fn read(mut file: File) -> io::Result<BTreeMap<u64, MountInfo>> {
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    text.lines().map(parse).collect()
+}
+
+fn parse(line: &str) -> io::Result<(u64, MountInfo)> {
+    let mut mount = MountInfo::from_line(line).map_err(io::Error::other)?;
+    mount.root = plain(&mount.root);
+    mount.mount_point = PathBuf::from(plain(&mount.mount_point.to_string_lossy()));
+    let id = u64::try_from(mount.mnt_id).map_err(io::Error::other)?;
+    Ok((id, mount))
+}
+
+/// mountinfo writes blanks and the like as octal numbers (mangle_path()).
+fn plain(text: &str) -> String {
+    const ESCAPES: [(&str, &str); 5] = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\043", "#"),
+        // The last: what it gives begins no other.
+        ("\\134", "\\"),
+    ];
+    let replace = |text: String, (from, to): &(&str, &str)| text.replace(from, to);
+    ESCAPES.iter().fold(text.to_owned(), replace)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blanks_in_names_are_read() {
+        let line = "36 35 98:0 /mnt\\0401 /mnt/a\\134040b rw,noatime master:1 - ext3 /dev/root rw";
+        let (id, mount) = parse(line).unwrap();
+        assert_eq!((id, mount.root.as_str()), (36, "/mnt 1"));
+        assert_eq!(mount.mount_point, Path::new("/mnt/a\\040b"));
+    }
+}

@@ -1,0 +1,130 @@
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+/// What an application does not share with the machine (namespaces(7)).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Namespaces {
+    /// Its UTS namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uts: Option<UtsNames>,
+    /// The mounts of its mount namespace, the root first and all before what is mounted on them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<Mount>,
+}
+
+impl Namespaces {
+    /// Whether it shares all that is looked at here with the machine.
+    #[must_use]
+    pub fn are_the_machines(&self) -> bool {
+        self.uts.is_none() && self.mounts.is_empty()
+    }
+}
+
+/// The names of a UTS namespace (uts_namespaces(7)).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UtsNames {
+    /// sethostname(2).
+    pub node: ByteBuf,
+    /// setdomainname(2).
+    pub domain: ByteBuf,
+}
+
+/// A mount, as /proc/PID/mountinfo shows it (proc_pid_mountinfo(5)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Which of the list it is mounted on; none for the root.
+    pub parent: Option<u32>,
+    /// Where, from the root of the namespace.
+    pub point: ByteBuf,
+    /// What is mounted there.
+    pub source: MountSource,
+    /// `MOUNT_ATTR_*` of mount_setattr(2).
+    pub attributes: u64,
+    /// The group whose mounts get what is mounted here, and the other way round.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared: Option<PeerGroup>,
+    /// The group from which it gets what is mounted there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub master: Option<PeerGroup>,
+    /// It cannot be the source of another mount.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unbindable: bool,
+}
+
+/// Mounts among which mounting propagates (mount_namespaces(7)).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PeerGroup {
+    /// That of the machine's mount at this place.
+    Machine(ByteBuf),
+    /// One that the machine has no part in, by its number then.
+    Own(u32),
+}
+
+/// Where the content of a mount comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountSource {
+    /// A file or directory of a filesystem that the machine has mounted, too.
+    Machine {
+        /// Where.
+        point: ByteBuf,
+        /// The way from the root of that mount, without a leading slash; empty for the root.
+        path: ByteBuf,
+        /// Type of the filesystem.
+        kind: String,
+    },
+    /// The same of a filesystem that only this namespace has.
+    Own {
+        /// Which of the list has its root.
+        mount: u32,
+        /// As above.
+        path: ByteBuf,
+    },
+    /// An instance of procfs with options of its own.
+    Proc {
+        /// As its superblock shows them.
+        options: Vec<String>,
+    },
+    /// A tmpfs that only this namespace has.
+    Tmpfs {
+        /// As its superblock shows them.
+        options: Vec<String>,
+        /// The device that was named when it was mounted.
+        name: String,
+        /// Nobody may write to it, by no mount of it.
+        read_only: bool,
+        /// All it has, directories before what is in them, its root first.
+        entries: Vec<TmpfsEntry>,
+    },
+}
+
+/// A name in a tmpfs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TmpfsEntry {
+    /// From its root, without a leading slash.
+    pub path: ByteBuf,
+    /// What it is.
+    pub node: TmpfsNode,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Owner.
+    pub gid: u32,
+    /// Time of the last change, since 1970.
+    pub mtime: i64,
+}
+
+/// What is in a tmpfs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TmpfsNode {
+    /// A directory.
+    Directory,
+    /// A regular file with this content.
+    File(ByteBuf),
+    /// Another name of the entry with this path.
+    Link(ByteBuf),
+    /// A symbolic link.
+    Symlink(ByteBuf),
+    /// A device, a FIFO or the name of a Unix socket: `S_IFMT` bits and device (makedev(3)).
+    Special(u32, u64),
+}

@@ -1,0 +1,98 @@
+//! Mounts and the namespaces they are in: what the libraries have no calls for.
+
+use nix::errno::Errno;
+use nix::libc;
+use std::ffi::CStr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// `MOUNT_ATTR_*` of include/uapi/linux/mount.h.
+pub mod attr {
+    #![allow(missing_docs)]
+    pub const RDONLY: u64 = 0x1;
+    pub const NOSUID: u64 = 0x2;
+    pub const NODEV: u64 = 0x4;
+    pub const NOEXEC: u64 = 0x8;
+    /// The two below are values of this field, as relatime is with 0.
+    pub const ATIME: u64 = 0x70;
+    pub const NOATIME: u64 = 0x10;
+    pub const STRICTATIME: u64 = 0x20;
+    pub const NODIRATIME: u64 = 0x80;
+    pub const NOSYMFOLLOW: u64 = 0x20_0000;
+    /// All that mountinfo shows and mount_setattr(2) sets without further arguments.
+    pub const ALL: u64 = RDONLY | NOSUID | NODEV | NOEXEC | ATIME | NODIRATIME | NOSYMFOLLOW;
+}
+
+/// Which mounts what is mounted there propagates to (`MS_*` of include/uapi/linux/mount.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Propagation {
+    /// None.
+    Private = 1 << 18,
+    /// None, and it cannot be bound elsewhere.
+    Unbindable = 1 << 17,
+    /// It gets what the peers it has get, which do not get what it gets.
+    Slave = 1 << 19,
+    /// A peer group of its own, unless it has one.
+    Shared = 1 << 20,
+}
+
+/// `struct mount_attr`.
+#[repr(C)]
+#[derive(Default)]
+struct MountAttr {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+fn set(mount: BorrowedFd<'_>, attributes: &MountAttr) -> Result<(), Errno> {
+    let (path, size): (&CStr, _) = (c"", size_of::<MountAttr>());
+    // SAFETY: the kernel reads the string and as many bytes of the structure as are told.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            path.as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const *attributes,
+            size,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// Gives the mount whose root `mount` is exactly these attributes ([`attr`]).
+///
+/// # Errors
+/// `EPERM`: `CAP_SYS_ADMIN` is missing; `EINVAL`: not the root of a mount of this namespace or of
+/// one that is not mounted yet.
+pub fn set_attributes(mount: BorrowedFd<'_>, attributes: u64) -> Result<(), Errno> {
+    let attributes = MountAttr {
+        set: attributes,
+        clear: attr::ALL,
+        ..MountAttr::default()
+    };
+    set(mount, &attributes)
+}
+
+/// Changes how mounts propagate from and to the mount whose root `mount` is.
+///
+/// # Errors
+/// As [`set_attributes`].
+pub fn set_propagation(mount: BorrowedFd<'_>, to: Propagation) -> Result<(), Errno> {
+    let attributes = MountAttr {
+        propagation: to as u64,
+        ..MountAttr::default()
+    };
+    set(mount, &attributes)
+}
+
+/// Names the domain of the UTS namespace (setdomainname(2)).
+///
+/// # Errors
+/// `EPERM`: `CAP_SYS_ADMIN` is missing; `EINVAL`: longer than 64 bytes.
+pub fn set_domain_name(name: &[u8]) -> Result<(), Errno> {
+    // SAFETY: the kernel reads as many bytes as the slice has.
+    Errno::result(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }).map(drop)
+}
