@@ -275,6 +275,28 @@ impl Capture {
         Ok(())
     }
 
+    /// Adds mounts of the application's own namespace to what cannot be carried: those that show
+    /// what is not mounted yet where it is to be restored. `is_there` tells of a place, the way from
+    /// there and a type.
+    ///
+    /// # Errors
+    /// The namespace cannot be read.
+    pub fn refuse_mounts_unless(
+        &mut self,
+        is_there: impl Fn(&[u8], &[u8], &str) -> bool,
+    ) -> Result<(), CheckpointError> {
+        let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
+        let view = View::of(&tasks, &self.ours)?;
+        match namespaces::read(&tasks, &self.ours, &view) {
+            // Known already.
+            Err(CheckpointError::Blocked(_)) => {}
+            read => self
+                .blockers
+                .extend(namespaces::too_early(&tasks, &read?, is_there)),
+        }
+        Ok(())
+    }
+
     /// Adds io_uring instances to what cannot be carried, for this reason.
     ///
     /// # Errors

@@ -80,6 +80,26 @@ pub fn read(tasks: &Tasks, ours: &Ours, view: &View) -> Result<Namespaces, Check
     Ok(Namespaces { uts, mounts })
 }
 
+/// Mounts that show what is not there yet, as `is_there` tells of a place,
+/// the way from there and a type.
+pub fn too_early(
+    tasks: &Tasks,
+    namespaces: &Namespaces,
+    is_there: impl Fn(&[u8], &[u8], &str) -> bool,
+) -> Vec<Blocker> {
+    let pid = leaders(tasks).next().map_or(0, |leader| leader.tgid);
+    let found = namespaces.too_early(is_there).into_iter();
+    found
+        .map(|mount| {
+            let object = format!("mount {}", String::from_utf8_lossy(&mount.point));
+            let reason = "what it shows is not there yet when an update restores, and would not \
+                          follow later; unmount it, or let mounting propagate to what it is on \
+                          (mount --make-rslave)";
+            blocker(pid, &object, reason)
+        })
+        .collect()
+}
+
 /// In a thread of its own: there is no way back.
 fn uts_names(path: &str) -> io::Result<UtsNames> {
     let namespace = File::open(path)?;

@@ -1,5 +1,6 @@
 //! Filesystems that the real init would mount later and restored applications need now.
 
+use crate::restore::is_the_only_one;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use procfs::process::Process;
@@ -65,6 +66,18 @@ const MOUNTS: [Mount; 9] = [
     api("/dev/mqueue", "mqueue", ""),
 ];
 
+/// Whether a filesystem of this type is mounted there, or can be mounted, before the real init
+/// runs; `way` leads from its root to what is wanted.
+#[must_use]
+pub fn is_early(point: &[u8], way: &[u8], kind: &str) -> bool {
+    if kind == "tmpfs" && !way.is_empty() {
+        // A new one is empty.
+        return false;
+    }
+    let here = |mount: &Mount| mount.target.as_bytes() == point && mount.kind == kind;
+    point == b"/" || MOUNTS.iter().any(here) || way.is_empty() && is_the_only_one(kind)
+}
+
 /// Mounts what is missing and makes root writable; what could not be done is returned.
 #[must_use]
 pub fn prepare() -> Vec<String> {
@@ -107,4 +120,23 @@ fn mount_points() -> Vec<PathBuf> {
         |_| Vec::new(),
         |mounts| mounts.0.into_iter().map(|m| m.mount_point).collect(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_early_is_known() {
+        let is_early =
+            |point: &str, way: &str, kind| is_early(point.as_bytes(), way.as_bytes(), kind);
+        assert!(is_early("/", "srv/data", "ext4"));
+        assert!(is_early("/dev", "null", "devtmpfs"));
+        assert!(is_early("/run", "", "tmpfs"));
+        assert!(!is_early("/run", "some/directory", "tmpfs"));
+        assert!(is_early("/sys/kernel/debug", "", "debugfs"));
+        assert!(!is_early("/sys/kernel/debug", "tracing", "debugfs"));
+        assert!(!is_early("/dev/hugepages", "", "hugetlbfs"));
+        assert!(!is_early("/srv", "", "ext4"));
+    }
 }

@@ -10,6 +10,7 @@ use super::eligible;
 use super::filesystems::{self, FilesystemError, Filesystems};
 use super::huge;
 use super::kexec::{self, KexecError};
+use super::mounts;
 use super::network::{self, NetworkError};
 use super::next;
 use super::report::{TscRate, step};
@@ -232,6 +233,9 @@ impl Update {
         let volatile = filesystems::volatile()?;
         for capture in &mut captures {
             on(capture, |capture| capture.refuse_devices(&volatile))?;
+            on(capture, |capture| {
+                capture.refuse_mounts_unless(mounts::is_early)
+            })?;
         }
         if let Some(reason) = next::refuses_rings(&request.kernel) {
             for capture in &mut captures {

@@ -44,6 +44,12 @@ const ONLY_ONES: [&str; 9] = [
     "tracefs",
 ];
 
+/// Whether there is one filesystem of this type, which can be mounted again at any time.
+#[must_use]
+pub fn is_the_only_one(kind: &str) -> bool {
+    ONLY_ONES.contains(&kind)
+}
+
 /// Where a name of the image leads for who is in the application's mount namespace, or would be if
 /// it had one; `outside` is a process in the machine's.
 #[must_use]
@@ -188,10 +194,10 @@ impl<'a> Tree<'a> {
                     let found = on_top(&machine, point).filter(|found| found.fs_type == *kind);
                     let tree_of = if found.is_some() {
                         clone_of(mount, &path_of(point).join(path_of(path)))?
-                    } else if parent.is_some_and(|parent| follows(&mounts[parent])) {
+                    } else if parent.is_some_and(|parent| mounts[parent].follows_the_machine()) {
                         tree.awaited[number] = true;
                         continue;
-                    } else if path.is_empty() && ONLY_ONES.contains(&kind.as_str()) {
+                    } else if path.is_empty() && is_the_only_one(kind) {
                         instance(mount, kind, "none", &[])?
                     } else {
                         return Err(unmounted(mount, point));
@@ -347,15 +353,6 @@ fn on_top<'a>(machine: &'a [MountInfo], point: &[u8]) -> Option<&'a MountInfo> {
     let id = mount_id(point)?;
     let is_it = |one: &&MountInfo| u64::try_from(one.mnt_id) == Ok(id) && one.mount_point == point;
     machine.iter().find(is_it)
-}
-
-/// Whether what the machine mounts on it comes by itself.
-fn follows(mount: &Mount) -> bool {
-    let groups = [&mount.shared, &mount.master];
-    groups
-        .into_iter()
-        .flatten()
-        .any(|group| matches!(group, PeerGroup::Machine(_)))
 }
 
 fn is_shared(mount: &MountInfo) -> bool {

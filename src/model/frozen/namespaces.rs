@@ -18,6 +18,30 @@ impl Namespaces {
     pub fn are_the_machines(&self) -> bool {
         self.uts.is_none() && self.mounts.is_empty()
     }
+
+    /// The mounts that cannot be made again on a machine that has mounted only what `is_there`
+    /// says, by place, way and type, and to which the rest does not come by itself later.
+    pub fn too_early(&self, is_there: impl Fn(&[u8], &[u8], &str) -> bool) -> Vec<&Mount> {
+        let mut awaited = vec![false; self.mounts.len()];
+        let mut found = Vec::new();
+        for (number, mount) in self.mounts.iter().enumerate() {
+            let parent = mount.parent.map(|parent| parent as usize);
+            let waits = parent.is_some_and(|parent| awaited.get(parent) == Some(&true));
+            let follows = parent.and_then(|parent| self.mounts.get(parent));
+            let follows = follows.is_some_and(Mount::follows_the_machine);
+            match &mount.source {
+                _ if waits => awaited[number] = true,
+                MountSource::Machine { point, path, kind } if !is_there(point, path, kind) => {
+                    match follows {
+                        true => awaited[number] = true,
+                        false => found.push(mount),
+                    }
+                }
+                _ => {}
+            }
+        }
+        found
+    }
 }
 
 /// The names of a UTS namespace (uts_namespaces(7)).
@@ -49,6 +73,16 @@ pub struct Mount {
     /// It cannot be the source of another mount.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unbindable: bool,
+}
+
+impl Mount {
+    /// Whether what the machine mounts on its own mount of the same comes here by itself.
+    #[must_use]
+    pub fn follows_the_machine(&self) -> bool {
+        let groups = [&self.shared, &self.master];
+        let mut groups = groups.into_iter().flatten();
+        groups.any(|group| matches!(group, PeerGroup::Machine(_)))
+    }
 }
 
 /// Mounts among which mounting propagates (mount_namespaces(7)).
@@ -127,4 +161,42 @@ pub enum TmpfsNode {
     Symlink(ByteBuf),
     /// A device, a FIFO or the name of a Unix socket: `S_IFMT` bits and device (makedev(3)).
     Special(u32, u64),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_later_need_not_be_there() {
+        let mount = |parent, point: &str, master| Mount {
+            parent,
+            point: ByteBuf::from(point),
+            source: MountSource::Machine {
+                point: ByteBuf::from(point),
+                path: ByteBuf::new(),
+                kind: "tmpfs".into(),
+            },
+            attributes: 0,
+            shared: None,
+            master,
+            unbindable: false,
+        };
+        let machine = Some(PeerGroup::Machine(ByteBuf::from("/")));
+        let mut namespaces = Namespaces {
+            uts: None,
+            mounts: vec![
+                mount(None, "/", machine),
+                mount(Some(0), "/late", None),
+                mount(Some(1), "/late/inner", None),
+                mount(Some(0), "/early", None),
+            ],
+        };
+        let is_there = |point: &[u8], _: &[u8], _: &str| !point.starts_with(b"/late");
+        assert!(namespaces.too_early(is_there).is_empty());
+        namespaces.mounts[0].master = None;
+        let points = |found: Vec<&Mount>| found.iter().map(|one| one.point.clone()).collect();
+        let found: Vec<ByteBuf> = points(namespaces.too_early(is_there));
+        assert_eq!(found, ["/late", "/late/inner"].map(ByteBuf::from));
+    }
 }

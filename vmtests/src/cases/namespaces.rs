@@ -47,7 +47,22 @@ fn separate() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(NOTHING, "/", NOTHING, flags, NOTHING)?;
-    leave_out_late_ones()
+    leave_out_late_ones()?;
+    // Another case's.
+    for point in points()?.iter().filter(|one| one.starts_with(EARLY)) {
+        umount2(point.as_str(), MntFlags::MNT_DETACH)?;
+    }
+    Ok(())
+}
+
+/// What the machine has mounted for [`slave`], but for a number.
+const EARLY: &str = "/var/lib/early.";
+
+/// Where something is mounted.
+fn points() -> Result<Vec<String>> {
+    let text = fs::read_to_string("/proc/self/mountinfo")?;
+    let points = text.lines().filter_map(|line| line.split(' ').nth(4));
+    Ok(points.map(str::to_owned).collect())
 }
 
 fn leave_out_late_ones() -> Result<()> {
@@ -84,7 +99,9 @@ fn table() -> Result<Vec<String>> {
         let kind = filesystem.split(' ').next()?;
         Some(format!("{root} {point} {options} {groups:?} {kind}"))
     };
-    let mut lines: Vec<_> = text.lines().filter_map(line).collect();
+    // What has arrived by itself may propagate further than it did before.
+    let lasting = text.lines().filter(|line| !line.contains(EARLY));
+    let mut lines: Vec<_> = lasting.filter_map(line).collect();
     lines.sort_unstable();
     Ok(lines)
 }
@@ -322,8 +339,8 @@ fn outside(case: &Case, name: &str, act: impl FnOnce() -> Result<()>) -> Result<
 /// What is mounted for the machine arrives, and nothing gets out.
 fn slave(case: &Case) -> Result<()> {
     let pid = std::process::id();
-    let [early, late, own] =
-        ["early", "late", "own"].map(|name| PathBuf::from(format!("/var/lib/{name}.{pid}")));
+    let early = PathBuf::from(format!("{EARLY}{pid}"));
+    let [late, own] = ["late", "own"].map(|name| PathBuf::from(format!("/var/lib/{name}.{pid}")));
     for dir in [&early, &late, &own] {
         fs::create_dir(dir)?;
     }
@@ -340,11 +357,8 @@ fn slave(case: &Case) -> Result<()> {
     case.ready()?;
 
     let here = |at: &Path| -> Result<bool> {
-        let text = fs::read_to_string("/proc/self/mountinfo")?;
         let point = at.display().to_string();
-        Ok(text
-            .lines()
-            .any(|line| line.split(' ').nth(4) == Some(&point)))
+        Ok(points()?.contains(&point))
     };
     if !here(&early)? {
         // Another kernel has not mounted it yet.
