@@ -97,15 +97,22 @@ fn iterators() -> Result<Iterators, LoadError> {
 }
 
 /// What of the processes in a cgroup cannot be carried, named files on these devices
-/// (major << 20 | minor) included. Nothing is touched.
+/// (major << 20 | minor) included, and mounts of what is not there then
+/// ([`Capture::refuse_mounts_unless`]). Nothing is touched.
 ///
 /// # Errors
 /// The kernel lacks something, or there is no such cgroup.
-pub fn survey(cgroup: &Path, devices: &BTreeSet<u32>) -> Result<Vec<Blocker>, CheckpointError> {
-    let mut iterators = iterators()?;
+pub fn survey(
+    cgroup: &Path,
+    devices: &BTreeSet<u32>,
+    is_there: impl Fn(&[u8], &[u8], &str) -> bool,
+) -> Result<Vec<Blocker>, CheckpointError> {
+    let (mut iterators, ours) = (iterators()?, Namespaces::ours());
     let cgroup = Cgroup::open(cgroup)?;
-    let mut found = eligibility::survey(&mut iterators, &cgroup, &Namespaces::ours())?;
+    let mut found = eligibility::survey(&mut iterators, &cgroup, &ours)?;
     found.extend(eligibility::on_devices(&mut iterators, &cgroup, devices)?);
+    let tasks = iterators.tasks(Scope::Cgroup(cgroup.id()))?;
+    found.extend(namespaces::too_early(&tasks, &ours, is_there)?);
     Ok(found)
 }
 
@@ -286,14 +293,8 @@ impl Capture {
         is_there: impl Fn(&[u8], &[u8], &str) -> bool,
     ) -> Result<(), CheckpointError> {
         let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
-        let view = View::of(&tasks, &self.ours)?;
-        match namespaces::read(&tasks, &self.ours, &view) {
-            // Known already.
-            Err(CheckpointError::Blocked(_)) => {}
-            read => self
-                .blockers
-                .extend(namespaces::too_early(&tasks, &read?, is_there)),
-        }
+        let more = namespaces::too_early(&tasks, &self.ours, is_there)?;
+        self.blockers.extend(more);
         Ok(())
     }
 

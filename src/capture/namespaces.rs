@@ -80,16 +80,24 @@ pub fn read(tasks: &Tasks, ours: &Ours, view: &View) -> Result<Namespaces, Check
     Ok(Namespaces { uts, mounts })
 }
 
-/// Mounts that show what is not there yet, as `is_there` tells of a place,
-/// the way from there and a type.
+/// Mounts that show what is not there yet, as `is_there` tells of a place, the way from there and
+/// a type.
+///
+/// # Errors
+/// A namespace cannot be read.
 pub fn too_early(
     tasks: &Tasks,
-    namespaces: &Namespaces,
+    ours: &Ours,
     is_there: impl Fn(&[u8], &[u8], &str) -> bool,
-) -> Vec<Blocker> {
+) -> Result<Vec<Blocker>, CheckpointError> {
+    let namespaces = match read(tasks, ours, &View::of(tasks, ours)?) {
+        // Not carried at all, which is told elsewhere.
+        Err(CheckpointError::Blocked(_)) => return Ok(Vec::new()),
+        read => read?,
+    };
     let pid = leaders(tasks).next().map_or(0, |leader| leader.tgid);
     let found = namespaces.too_early(is_there).into_iter();
-    found
+    let found = found
         .map(|mount| {
             let object = format!("mount {}", String::from_utf8_lossy(&mount.point));
             let reason = "what it shows is not there yet when an update restores, and would not \
@@ -97,7 +105,8 @@ pub fn too_early(
                           (mount --make-rslave)";
             blocker(pid, &object, reason)
         })
-        .collect()
+        .collect();
+    Ok(found)
 }
 
 /// In a thread of its own: there is no way back.

@@ -7,6 +7,7 @@ use crate::capture::{CheckpointError, survey};
 use crate::error::{ExitCode, HasExitCode};
 use crate::handover::eligible;
 use crate::handover::filesystems::{FilesystemError, volatile};
+use crate::handover::mounts::is_early;
 use crate::model::ids::Pid;
 use clap::Args;
 use serde::Serialize;
@@ -77,7 +78,7 @@ fn eligibility(wanted: &str, json: bool) -> Result<ExitCode, CheckError> {
     if pids.is_empty() {
         return Err(CheckpointError::NotRunning(wanted.to_owned()).into());
     }
-    let mut blockers = survey(application.cgroup(), &volatile()?)?;
+    let mut blockers = survey(application.cgroup(), &volatile()?, is_early)?;
     blockers.extend(eligible::blockers(&pids));
     let name = application.name();
     if json {

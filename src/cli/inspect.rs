@@ -4,7 +4,9 @@ use crate::error::{ExitCode, HasExitCode};
 use crate::image::{
     DirectoryStore, Image, ImageError, Pages, RangeStore, Store, StoreError, decode,
 };
-use crate::model::frozen::{Application, Backing, FileKind, Process, SyscallInProgress};
+use crate::model::frozen::{
+    Application, Backing, FileKind, Mount, MountSource, Process, SyscallInProgress,
+};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -93,9 +95,35 @@ fn print(app: &Application) {
             queue.id
         );
     }
+    if let Some(names) = &header.namespaces.uts {
+        println!(
+            "  host name {}, domain {}",
+            String::from_utf8_lossy(&names.node),
+            String::from_utf8_lossy(&names.domain)
+        );
+    }
+    for mount in &header.namespaces.mounts {
+        println!("  {}", mount_line(mount));
+    }
     for process in &app.processes {
         print_process(app, process);
     }
+}
+
+fn mount_line(mount: &Mount) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let shows = match &mount.source {
+        MountSource::Machine { point, path, kind } => {
+            let whole = text(point);
+            format!("{}/{} ({kind})", whole.trim_end_matches('/'), text(path))
+        }
+        MountSource::Own { mount, path } => format!("/{} of its mount {mount}", text(path)),
+        MountSource::Proc { .. } => "procfs".to_owned(),
+        MountSource::Tmpfs { entries, .. } => {
+            format!("a tmpfs of its own, {} names", entries.len())
+        }
+    };
+    format!("mount {}: {shows}", text(&mount.point))
 }
 
 fn print_process(app: &Application, process: &Process) {

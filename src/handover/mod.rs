@@ -11,7 +11,7 @@ pub mod filesystems;
 pub mod huge;
 mod kexec;
 pub mod modules;
-mod mounts;
+pub mod mounts;
 pub mod network;
 mod next;
 pub mod report;

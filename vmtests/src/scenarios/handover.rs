@@ -47,6 +47,7 @@ fn machine(vm: &Vm) -> Result<()> {
     };
     refused("/boot/missing", 3)?;
     volatile_file(vm, &kernel, &initrd)?;
+    late_mount(vm, &kernel, &initrd)?;
     ring(vm, &kernel, &initrd)?;
     refused("/bin/ls", 4)?;
     let dry = [&update(&kernel, &initrd)[..], &["--dry-run", "--json"]].concat();
@@ -92,27 +93,38 @@ fn machine(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// A file that would be gone afterwards is named before anything happens, also by `check`.
-fn volatile_file(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
-    let hold = "tracker run --name holder -- sh -c 'exec 5>/run/volatile; exec sleep 1000'";
-    let pid = vm.spawn(Exec::new(["sh", "-c", hold]), None)?;
+/// What would be gone afterwards is named before anything happens, also by `check`.
+fn named_before(vm: &Vm, kernel: &str, initrd: &str, hold: &str, names: &[&str]) -> Result<()> {
+    let hold = format!("tracker run --name holder -- {hold}");
+    let pid = vm.spawn(Exec::new(["sh", "-c", &hold]), None)?;
     let there = vm.await_file("/run/volatile", std::time::Duration::from_secs(60))?;
     ensure!(there, "The holder does not run");
     for words in [&update(kernel, initrd)[..], &["tracker", "check", "holder"]] {
         let output = vm.exec(Exec::new(words.iter().copied()))?;
         let said = output.text() + &output.error_text();
         ensure!(
-            output.status == Status::Exited(3)
-                && said.contains("fd 5: file volatile")
-                && said.contains("tmpfs"),
+            output.status == Status::Exited(3) && names.iter().all(|name| said.contains(name)),
             "{words:?}: {} {said}",
             output.status
         );
     }
     vm.kill(pid, libc::SIGKILL)?;
-    vm.sh("echo 1 >/sys/fs/cgroup/tracker/holder/cgroup.kill")?;
+    vm.sh("echo 1 >/sys/fs/cgroup/tracker/holder/cgroup.kill; rm /run/volatile")?;
     vm.wait(pid, std::time::Duration::from_secs(10))?;
     Ok(())
+}
+
+/// A file that lives in memory.
+fn volatile_file(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
+    let hold = "sh -c 'exec 5>/run/volatile; exec sleep 1000'";
+    named_before(vm, kernel, initrd, hold, &["fd 5: file volatile", "tmpfs"])
+}
+
+/// A mount namespace that sees what a machine has not mounted when an update restores.
+fn late_mount(vm: &Vm, kernel: &str, initrd: &str) -> Result<()> {
+    let hold = "unshare --mount sh -c 'echo >/run/volatile; exec sleep 1000'";
+    let name = "mount /run/lock: what it shows is not there yet";
+    named_before(vm, kernel, initrd, hold, &[name])
 }
 
 /// A ring that the next kernel would keep in another form, and one that it would not.
