@@ -69,6 +69,14 @@ pub fn await_spare(vm: &Vm) -> Result<()> {
 /// # Errors
 /// If it does not start or cannot be filled.
 pub fn start_redis(vm: &Vm, megabytes: usize) -> Result<()> {
+    start_redis_by(vm, &[], megabytes)
+}
+
+/// [`start_redis`], by a command that is given its own as arguments.
+///
+/// # Errors
+/// As there.
+pub fn start_redis_by(vm: &Vm, starter: &[&str], megabytes: usize) -> Result<()> {
     let port = REDIS.to_string();
     let server = [
         "redis-server",
@@ -87,7 +95,7 @@ pub fn start_redis(vm: &Vm, megabytes: usize) -> Result<()> {
         "--dir",
         "/var/lib/redis",
     ];
-    start(vm, "redis", &server)?;
+    start(vm, "redis", &[starter, &server].concat())?;
     let mut connection =
         Connection::open(Protocol::Redis, vm.port(REDIS)).context(said(vm, "redis"))?;
     let (keys, size) = (keys(megabytes).to_string(), VALUE.to_string());
@@ -102,6 +110,14 @@ pub fn start_redis(vm: &Vm, megabytes: usize) -> Result<()> {
 /// # Errors
 /// If it does not start.
 pub fn start_memcached(vm: &Vm) -> Result<()> {
+    start_memcached_by(vm, &[])
+}
+
+/// [`start_memcached`], by a command that is given its own as arguments.
+///
+/// # Errors
+/// As there.
+pub fn start_memcached_by(vm: &Vm, starter: &[&str]) -> Result<()> {
     let port = MEMCACHED.to_string();
     let server = [
         "memcached",
@@ -116,7 +132,7 @@ pub fn start_memcached(vm: &Vm) -> Result<()> {
         "-t",
         "4",
     ];
-    start(vm, "memcached", &server)?;
+    start(vm, "memcached", &[starter, &server].concat())?;
     Connection::open(Protocol::Memcached, vm.port(MEMCACHED))
         .context(said(vm, "memcached"))
         .map(|_| ())

@@ -16,6 +16,7 @@ mod lending;
 mod message_queues;
 mod mqueue;
 mod programs;
+mod sandboxed;
 mod services;
 mod single_case;
 mod terminal;
@@ -52,6 +53,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         message_queues::SCENARIOS,
         mqueue::SCENARIOS,
         programs::SCENARIOS,
+        sandboxed::SCENARIOS,
         services::SCENARIOS,
         terminal::SCENARIOS,
         faults::SCENARIOS,

@@ -48,7 +48,7 @@ const NEXT: Kernel = Kernel::V6_12;
 const ARENA: &str = "/dev/pmem0";
 
 /// Updates; whatever becomes of the applications, the machine must be there.
-fn update(vm: &Vm, more: &[&str]) -> Result<Value> {
+pub(super) fn update(vm: &Vm, more: &[&str]) -> Result<Value> {
     let (kernel, initrd) = (NEXT.guest_vmlinuz()?, NEXT.guest_initrd()?);
     let words = [&update_to(&kernel, &initrd)[..], more];
     match vm.exec_or_reboot(Exec::new(words.concat()).timeout(PATIENCE))? {
