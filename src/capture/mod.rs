@@ -8,6 +8,7 @@ mod contents;
 mod copier;
 mod eligibility;
 mod error;
+mod examine;
 pub mod files;
 mod freeze;
 mod guard;
@@ -38,6 +39,7 @@ mod view;
 mod wakeups;
 
 pub use error::CheckpointError;
+pub use examine::survey;
 pub use files::Slots;
 pub use known::Known;
 pub use target::Selection;
@@ -51,8 +53,8 @@ use crate::image::Store;
 use crate::model::frozen::{
     Application, ApplicationHeader, Blocker, Clocks, MessageQueue, Mm, Process,
 };
-use crate::model::ids::{MmId, Pid};
-use crate::sys::cgroup::{Cgroup, Event};
+use crate::model::ids::MmId;
+use crate::sys::cgroup::Event;
 use crate::sys::process::raise_descriptor_limit;
 use clocks::Offsets;
 use eligibility::Namespaces;
@@ -62,7 +64,7 @@ use memory::Memory;
 use mm::Mapper;
 use restart::Now;
 use std::cell::{OnceCell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -94,26 +96,6 @@ fn iterators() -> Result<Iterators, LoadError> {
             Iterators::load()
         }
     }
-}
-
-/// What of the processes in a cgroup cannot be carried, named files on these devices
-/// (major << 20 | minor) included, and mounts of what is not there then
-/// ([`Capture::refuse_mounts_unless`]). Nothing is touched.
-///
-/// # Errors
-/// The kernel lacks something, or there is no such cgroup.
-pub fn survey(
-    cgroup: &Path,
-    devices: &BTreeSet<u32>,
-    is_there: impl Fn(&[u8], &[u8], &str) -> bool,
-) -> Result<Vec<Blocker>, CheckpointError> {
-    let (mut iterators, ours) = (iterators()?, Namespaces::ours());
-    let cgroup = Cgroup::open(cgroup)?;
-    let mut found = eligibility::survey(&mut iterators, &cgroup, &ours)?;
-    found.extend(eligibility::on_devices(&mut iterators, &cgroup, devices)?);
-    let tasks = iterators.tasks(Scope::Cgroup(cgroup.id()))?;
-    found.extend(namespaces::too_early(&tasks, &ours, is_there)?);
-    Ok(found)
 }
 
 /// How a capture goes about it.
@@ -247,71 +229,6 @@ impl Capture {
 
     fn scope(&self) -> Scope {
         Scope::Cgroup(self.target.cgroup.id())
-    }
-
-    fn examine(&mut self) -> Result<(), CheckpointError> {
-        let scope = self.scope();
-        let name = &self.target.header.name;
-        if self.target.cgroup.holds(Event::Frozen)? {
-            return Err(CheckpointError::Unstable(format!(
-                "The cgroup of {name} is frozen already by somebody else"
-            )));
-        }
-        let tasks = self.iterators.borrow_mut().tasks(scope)?;
-        let Some(first) = tasks.processes.first() else {
-            return Err(CheckpointError::NotRunning(name.clone()));
-        };
-        let ourselves = std::process::id();
-        if tasks.processes.iter().any(|p| p.pid == ourselves) {
-            return Err(CheckpointError::Ourselves(Pid(ourselves.cast_signed())));
-        }
-        self.offsets = Offsets::of(Pid(first.pid.cast_signed()));
-        let mut iterators = self.iterators.borrow_mut();
-        self.blockers = eligibility::survey(&mut iterators, &self.target.cgroup, &self.ours)?;
-        Ok(())
-    }
-
-    /// Adds named files on these devices (major << 20 | minor) to what cannot be carried.
-    ///
-    /// # Errors
-    /// The iterators cannot be read.
-    pub fn refuse_devices(&mut self, devices: &BTreeSet<u32>) -> Result<(), CheckpointError> {
-        let mut iterators = self.iterators.borrow_mut();
-        let more = eligibility::on_devices(&mut iterators, &self.target.cgroup, devices)?;
-        self.blockers.extend(more);
-        Ok(())
-    }
-
-    /// Adds mounts of the application's own namespace to what cannot be carried: those that show
-    /// what is not mounted yet where it is to be restored. `is_there` tells of a place, the way from
-    /// there and a type.
-    ///
-    /// # Errors
-    /// The namespace cannot be read.
-    pub fn refuse_mounts_unless(
-        &mut self,
-        is_there: impl Fn(&[u8], &[u8], &str) -> bool,
-    ) -> Result<(), CheckpointError> {
-        let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
-        let more = namespaces::too_early(&tasks, &self.ours, is_there)?;
-        self.blockers.extend(more);
-        Ok(())
-    }
-
-    /// Adds io_uring instances to what cannot be carried, for this reason.
-    ///
-    /// # Errors
-    /// The iterators cannot be read.
-    pub fn refuse_rings(&mut self, reason: &str) -> Result<(), CheckpointError> {
-        let open = self.iterators.borrow_mut().files(self.scope())?;
-        self.blockers.extend(files::rings(&open, reason));
-        Ok(())
-    }
-
-    /// Whether connections that nobody has accepted are carried, as far as whoever restores them
-    /// is concerned: if not, for this reason. Unless this is called it is this kernel.
-    pub fn set_accept_queues(&mut self, refusal: Option<String>) {
-        self.accept_queues = OnceCell::from(refusal);
     }
 
     /// Fails once an abort was asked for, or the application stands still for too long.

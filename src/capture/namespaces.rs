@@ -227,7 +227,7 @@ impl<'a> Table<'a> {
             },
             "tmpfs" => {
                 let tree = self.own.tmpfs.get(&id);
-                let tree = tree.ok_or("something else is mounted over it")?;
+                let tree = tree.ok_or("other mounts hide what is in it")?;
                 MountSource::Tmpfs {
                     options: options(mount),
                     name: mount.mount_source.clone().unwrap_or("none".into()),

@@ -4,13 +4,14 @@ use super::eligibility::Namespaces;
 use super::error::CheckpointError;
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::Through;
+use crate::sys::mount::{mount_id, mounts};
 use nix::sched::{CloneFlags, setns, unshare};
-use procfs::process::MountInfo;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, openat, statx};
+use procfs::process::{MountInfo, MountOptFields};
+use rustix::fs::{CWD, Mode, OFlags, open, openat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -108,19 +109,13 @@ impl View {
     }
 }
 
-/// The id of the mount that leads to a file, following links.
-fn mount_id(path: &Path) -> Option<u64> {
-    let found = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID);
-    found.ok().map(|found| found.stx_mnt_id)
-}
-
 impl OwnMounts {
     /// Reads those of a process's mount namespace, in a thread of its own: there is no way back.
     fn of(pid: u32) -> io::Result<Self> {
         let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc = open("/proc", flags, Mode::empty())?;
-        let machine = read(File::open("/proc/self/mountinfo")?)?;
+        let machine = mounts(File::open("/proc/self/mountinfo")?)?;
         let look = || {
             unshare(CloneFlags::CLONE_FS)?;
             setns(&namespace, CloneFlags::CLONE_NEWNS)?;
@@ -132,22 +127,36 @@ impl OwnMounts {
             )?;
             let mut own = Self {
                 root: open("/", flags, Mode::empty())?,
-                mounts: read(File::from(file))?,
+                mounts: mounts(File::from(file))?,
                 machine,
                 tmpfs: BTreeMap::new(),
             };
             for (id, mount) in &own.mounts {
                 let alone = mount.fs_type == "tmpfs" && !own.is_the_machines(mount);
                 if alone && mount_id(&mount.mount_point) == Some(*id) {
-                    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
                     own.tmpfs
-                        .insert(*id, open_tree(CWD, &mount.mount_point, flags)?);
+                        .extend(own.alone(*id, mount)?.map(|tree| (*id, tree)));
                 }
             }
             Ok(own)
         };
         thread::scope(|scope| scope.spawn(look).join())
             .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+    }
+
+    /// The root of a mount of the namespace that this thread is in, without what is mounted on it;
+    /// nothing if that cannot be had.
+    fn alone(&self, id: u64, mount: &MountInfo) -> io::Result<Option<OwnedFd>> {
+        if !is_unbindable(mount) {
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            return Ok(Some(open_tree(CWD, &mount.mount_point, flags)?));
+        }
+        let mut others = self.mounts.values();
+        if others.any(|other| u64::try_from(other.pid) == Ok(id)) {
+            return Ok(None);
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Some(open(&mount.mount_point, flags, Mode::empty())?))
     }
 
     /// What a name in this namespace is called here.
@@ -163,7 +172,7 @@ impl OwnMounts {
 
     /// The machine's name of what a mount shows: where a mount of it is, and the way from there.
     pub fn at_the_machines(&self, mount: &MountInfo) -> Option<(&MountInfo, PathBuf)> {
-        let same = |one: &&MountInfo| one.majmin == mount.majmin;
+        let same = |one: &&MountInfo| one.majmin == mount.majmin && !is_unbindable(one);
         let shown = self.machine.iter().filter(|(_, one)| same(one));
         let mut found: Vec<_> = shown
             .filter_map(|(id, one)| {
@@ -181,43 +190,8 @@ impl OwnMounts {
     }
 }
 
-fn read(mut file: File) -> io::Result<BTreeMap<u64, MountInfo>> {
-    let mut text = String::new();
-    file.read_to_string(&mut text)?;
-    text.lines().map(parse).collect()
-}
-
-fn parse(line: &str) -> io::Result<(u64, MountInfo)> {
-    let mut mount = MountInfo::from_line(line).map_err(io::Error::other)?;
-    mount.root = plain(&mount.root);
-    mount.mount_point = PathBuf::from(plain(&mount.mount_point.to_string_lossy()));
-    let id = u64::try_from(mount.mnt_id).map_err(io::Error::other)?;
-    Ok((id, mount))
-}
-
-/// mountinfo writes blanks and the like as octal numbers (mangle_path()).
-fn plain(text: &str) -> String {
-    const ESCAPES: [(&str, &str); 5] = [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\043", "#"),
-        // The last: what it gives begins no other.
-        ("\\134", "\\"),
-    ];
-    let replace = |text: String, (from, to): &(&str, &str)| text.replace(from, to);
-    ESCAPES.iter().fold(text.to_owned(), replace)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blanks_in_names_are_read() {
-        let line = "36 35 98:0 /mnt\\0401 /mnt/a\\134040b rw,noatime master:1 - ext3 /dev/root rw";
-        let (id, mount) = parse(line).unwrap();
-        assert_eq!((id, mount.root.as_str()), (36, "/mnt 1"));
-        assert_eq!(mount.mount_point, Path::new("/mnt/a\\040b"));
-    }
+/// A restore could not clone it.
+fn is_unbindable(mount: &MountInfo) -> bool {
+    let mut fields = mount.opt_fields.iter();
+    fields.any(|field| matches!(field, MountOptFields::Unbindable))
 }

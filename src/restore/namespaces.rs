@@ -10,12 +10,14 @@ use crate::model::frozen::{
     Application, Mount, MountSource, Namespaces, PathRef, PeerGroup, Through, UtsNames,
 };
 use crate::model::ids::Pid;
-use crate::sys::mount::{Propagation, set_attributes, set_domain_name, set_propagation};
+use crate::sys::mount::{
+    self as sys, Propagation, mount_id, set_attributes, set_domain_name, set_propagation,
+};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{chdir, fchdir, pivot_root, sethostname};
-use procfs::process::{MountInfo, MountOptFields, Process};
+use procfs::process::{MountInfo, MountOptFields};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, statx};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
@@ -156,11 +158,6 @@ fn unmounted(mount: &Mount, at: &[u8]) -> RestoreError {
     }
 }
 
-fn mount_id(path: &Path) -> Option<u64> {
-    let found = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID);
-    found.ok().map(|found| found.stx_mnt_id)
-}
-
 /// The mounts of an application on their way into a namespace.
 struct Tree<'a> {
     mounts: &'a [Mount],
@@ -175,8 +172,8 @@ struct Tree<'a> {
 impl<'a> Tree<'a> {
     /// Finds in the machine's namespace what the mounts show, or makes it.
     fn open(mounts: &'a [Mount], early: bool) -> Result<Self> {
-        let machine = Process::myself().and_then(|process| process.mountinfo());
-        let machine = machine.map_err(|_| RestoreError::NoMounts)?.0;
+        let machine = File::open("/proc/self/mountinfo").and_then(sys::mounts);
+        let machine = machine.map_err(RestoreError::io("read /proc/self/mountinfo"))?;
         let mut tree = Self {
             mounts,
             shown: BTreeMap::new(),
@@ -185,15 +182,24 @@ impl<'a> Tree<'a> {
         };
         for (number, mount) in mounts.iter().enumerate() {
             let parent = mount.parent.map(|parent| parent as usize);
+            if parent.is_some_and(|parent| parent >= number) || parent.is_none() != (number == 0) {
+                return Err(RestoreError::NoMounts);
+            }
             if parent.is_some_and(|parent| tree.awaited[parent]) {
                 tree.awaited[number] = true;
                 continue;
             }
             match &mount.source {
                 MountSource::Machine { point, path, kind } => {
-                    let found = on_top(&machine, point).filter(|found| found.fs_type == *kind);
-                    let tree_of = if found.is_some() {
-                        clone_of(mount, &path_of(point).join(path_of(path)))?
+                    let found = on_top(&machine, point);
+                    let found = found.filter(|(_, found)| found.fs_type == *kind);
+                    let tree_of = if let Some((id, _)) = found {
+                        let from = path_of(point).join(path_of(path));
+                        if mount_id(&from).is_some_and(|through| through != id) {
+                            // Something else is mounted on the way.
+                            return Err(unmounted(mount, point));
+                        }
+                        open_tree(CWD, &from, CLONE).map_err(refused(mount, "open_tree"))?
                     } else if parent.is_some_and(|parent| mounts[parent].follows_the_machine()) {
                         tree.awaited[number] = true;
                         continue;
@@ -229,7 +235,7 @@ impl<'a> Tree<'a> {
             for group in [&mount.shared, &mount.master].into_iter().flatten() {
                 if let PeerGroup::Machine(point) = group {
                     let found = on_top(&machine, point);
-                    let found = found.ok_or_else(|| unmounted(mount, point))?;
+                    let (_, found) = found.ok_or_else(|| unmounted(mount, point))?;
                     let peer = open(
                         path_of(point),
                         OFlags::PATH | OFlags::CLOEXEC,
@@ -289,53 +295,79 @@ impl<'a> Tree<'a> {
 
     /// Puts the mounts into the groups they were in.
     fn propagate(&self, made: &BTreeMap<usize, OwnedFd>) -> Result<()> {
-        let mut leaders: BTreeMap<u32, &OwnedFd> = BTreeMap::new();
-        let mut slaves = Vec::new();
-        for (number, tree) in made {
-            let mount = &self.mounts[*number];
-            let change =
-                |to| set_propagation(tree.as_fd(), to).map_err(unchanged(mount, "mount_setattr"));
-            match &mount.master {
-                Some(PeerGroup::Machine(point)) => {
-                    self.join(mount, tree, point)?;
-                    change(Propagation::Slave)?;
+        let mut left: Vec<_> = made
+            .iter()
+            .map(|(at, tree)| (&self.mounts[*at], tree))
+            .collect();
+        // A group is joined through a mount that shows as much (do_set_group()).
+        left.sort_by_key(|(mount, _)| way(mount).len());
+        let mut leaders = BTreeMap::new();
+        while !left.is_empty() {
+            let before = left.len();
+            let mut later = Vec::new();
+            for (mount, tree) in left {
+                if !self.enter_groups(mount, tree, &mut leaders)? {
+                    later.push((mount, tree));
                 }
-                Some(PeerGroup::Own(group)) => slaves.push((*group, mount, tree)),
-                None => {}
             }
-            match &mount.shared {
-                Some(PeerGroup::Machine(point)) => self.join(mount, tree, point)?,
-                Some(PeerGroup::Own(group)) => match leaders.get(group) {
-                    // Of whom the first is a slave, the others are by joining it.
-                    Some(leader) => {
-                        change(Propagation::Private)?;
-                        join(mount, leader, tree)?;
-                    }
-                    None => {
-                        change(Propagation::Shared)?;
-                        leaders.insert(*group, tree);
-                    }
-                },
-                None if mount.unbindable => change(Propagation::Unbindable)?,
-                None => {}
+            if later.len() == before {
+                return Err(RestoreError::NoMounts);
             }
-        }
-        for (group, mount, tree) in slaves {
-            let leader = leaders.get(&group).ok_or(RestoreError::NoMounts)?;
-            join(mount, leader, tree)?;
-            set_propagation(tree.as_fd(), Propagation::Slave)
-                .map_err(unchanged(mount, "mount_setattr"))?;
-            if mount.shared.is_some() {
-                set_propagation(tree.as_fd(), Propagation::Shared)
-                    .map_err(unchanged(mount, "mount_setattr"))?;
-            }
+            left = later;
         }
         Ok(())
     }
 
-    fn join(&self, mount: &Mount, tree: &OwnedFd, point: &[u8]) -> Result<()> {
-        let peer = self.peers.get(point).ok_or(RestoreError::NoMounts)?;
-        join(mount, peer, tree)
+    /// Puts a mount into its groups, of which `leaders` are one each; false while the one that it is
+    /// a slave of has none.
+    fn enter_groups<'b>(
+        &self,
+        mount: &Mount,
+        tree: &'b OwnedFd,
+        leaders: &mut BTreeMap<u32, &'b OwnedFd>,
+    ) -> Result<bool> {
+        let change =
+            |to| set_propagation(tree.as_fd(), to).map_err(unchanged(mount, "mount_setattr"));
+        // What a peer is a slave of comes with it.
+        let peer = match &mount.shared {
+            Some(PeerGroup::Machine(point)) => Some(self.peer(point)?),
+            Some(PeerGroup::Own(group)) => leaders.get(group).copied(),
+            None => None,
+        };
+        if let Some(peer) = peer {
+            return join(mount, peer, tree).map(|()| true);
+        }
+        let master = match &mount.master {
+            Some(PeerGroup::Machine(point)) => Some(self.peer(point)?),
+            Some(PeerGroup::Own(group)) => match leaders.get(group) {
+                None => return Ok(false),
+                leader => leader.copied(),
+            },
+            None => None,
+        };
+        if let Some(master) = master {
+            join(mount, master, tree)?;
+            change(Propagation::Slave)?;
+        }
+        if let Some(PeerGroup::Own(group)) = &mount.shared {
+            change(Propagation::Shared)?;
+            leaders.insert(*group, tree);
+        } else if mount.unbindable {
+            change(Propagation::Unbindable)?;
+        }
+        Ok(true)
+    }
+
+    fn peer(&self, point: &[u8]) -> Result<&OwnedFd> {
+        self.peers.get(point).ok_or(RestoreError::NoMounts)
+    }
+}
+
+/// The way to what a mount shows, from the root of a filesystem.
+fn way(mount: &Mount) -> &[u8] {
+    match &mount.source {
+        MountSource::Machine { path, .. } | MountSource::Own { path, .. } => path,
+        MountSource::Proc { .. } | MountSource::Tmpfs { .. } => &[],
     }
 }
 
@@ -347,12 +379,12 @@ fn join(mount: &Mount, peer: &OwnedFd, tree: &OwnedFd) -> Result<()> {
     move_mount(peer, "", tree, "", flags).map_err(refused(mount, "move_mount(SET_GROUP)"))
 }
 
-/// The mount that a name leads to: the last of those in one place.
-fn on_top<'a>(machine: &'a [MountInfo], point: &[u8]) -> Option<&'a MountInfo> {
+/// The mount whose root a name leads to: the last of those in one place.
+fn on_top<'a>(machine: &'a BTreeMap<u64, MountInfo>, point: &[u8]) -> Option<(u64, &'a MountInfo)> {
     let point = path_of(point);
     let id = mount_id(point)?;
-    let is_it = |one: &&MountInfo| u64::try_from(one.mnt_id) == Ok(id) && one.mount_point == point;
-    machine.iter().find(is_it)
+    let found = machine.get(&id)?;
+    (found.mount_point == point).then_some((id, found))
 }
 
 fn is_shared(mount: &MountInfo) -> bool {
@@ -361,10 +393,6 @@ fn is_shared(mount: &MountInfo) -> bool {
 }
 
 const CLONE: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE.union(OpenTreeFlags::OPEN_TREE_CLOEXEC);
-
-fn clone_of(mount: &Mount, from: &Path) -> Result<OwnedFd> {
-    open_tree(CWD, from, CLONE).map_err(refused(mount, "open_tree"))
-}
 
 /// A part of a filesystem that is mounted already.
 fn part(mount: &Mount, whole: &OwnedFd, path: &[u8]) -> Result<OwnedFd> {

@@ -1,9 +1,15 @@
-//! Mounts and the namespaces they are in: what the libraries have no calls for.
+//! Mounts and the namespaces they are in: what the libraries have no calls for, or misread.
 
 use nix::errno::Errno;
 use nix::libc;
+use procfs::process::MountInfo;
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use std::collections::BTreeMap;
 use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 
 /// `MOUNT_ATTR_*` of include/uapi/linux/mount.h.
 pub mod attr {
@@ -95,4 +101,57 @@ pub fn set_propagation(mount: BorrowedFd<'_>, to: Propagation) -> Result<(), Err
 pub fn set_domain_name(name: &[u8]) -> Result<(), Errno> {
     // SAFETY: the kernel reads as many bytes as the slice has.
     Errno::result(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }).map(drop)
+}
+
+/// The id of the mount that a name leads through, following links.
+#[must_use]
+pub fn mount_id(path: &Path) -> Option<u64> {
+    let found = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID);
+    found.ok().map(|found| found.stx_mnt_id)
+}
+
+/// The mounts of a namespace by id, from a mountinfo of procfs (proc_pid_mountinfo(5)), with names
+/// as they are.
+///
+/// # Errors
+/// It cannot be read, or has something that is not understood.
+pub fn mounts(mut file: File) -> io::Result<BTreeMap<u64, MountInfo>> {
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    text.lines().map(parse).collect()
+}
+
+fn parse(line: &str) -> io::Result<(u64, MountInfo)> {
+    let mut mount = MountInfo::from_line(line).map_err(io::Error::other)?;
+    mount.root = plain(&mount.root);
+    mount.mount_point = PathBuf::from(plain(&mount.mount_point.to_string_lossy()));
+    let id = u64::try_from(mount.mnt_id).map_err(io::Error::other)?;
+    Ok((id, mount))
+}
+
+/// mountinfo writes blanks and the like as octal numbers (mangle_path()).
+fn plain(text: &str) -> String {
+    const ESCAPES: [(&str, &str); 5] = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\043", "#"),
+        // The last: what it gives begins no other.
+        ("\\134", "\\"),
+    ];
+    let replace = |text: String, (from, to): &(&str, &str)| text.replace(from, to);
+    ESCAPES.iter().fold(text.to_owned(), replace)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blanks_in_names_are_read() {
+        let line = "36 35 98:0 /mnt\\0401 /mnt/a\\134040b rw,noatime master:1 - ext3 /dev/root rw";
+        let (id, mount) = parse(line).unwrap();
+        assert_eq!((id, mount.root.as_str()), (36, "/mnt 1"));
+        assert_eq!(mount.mount_point, Path::new("/mnt/a\\040b"));
+    }
 }

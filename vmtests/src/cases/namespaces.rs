@@ -25,6 +25,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("namespace_mount", own_mounts),
     Entry::carried("namespace_mount_tmpfs", own_tmpfs),
     Entry::carried("namespace_mount_slave", slave),
+    Entry::carried("namespace_mount_groups", groups),
     Entry::carried("namespace_mount_family", family),
     Entry::refused(
         "refused_namespace_divided",
@@ -374,6 +375,44 @@ fn slave(case: &Case) -> Result<()> {
         outside(case, "unmount", || Ok(umount2(at, MntFlags::empty())?))?;
         ensure!(!here(at)?, "What the machine unmounts stays");
     }
+    Ok(())
+}
+
+/// Mounts among which mounting propagates, some of them in one direction only.
+fn groups(case: &Case) -> Result<()> {
+    let [whole, part, slave, unbindable] =
+        ["z", "part", "slave", "unbindable"].map(|name| case.path(name));
+    for dir in [&whole, &part, &slave, &unbindable] {
+        fs::create_dir(dir)?;
+    }
+    separate()?;
+    tmpfs(&whole, "size=64k")?;
+    for name in ["sub", "sub/inner", "other"] {
+        fs::create_dir(whole.join(name))?;
+    }
+    let change = |at: &Path, flags: MsFlags| -> Result<()> {
+        Ok(mount(NOTHING, at, NOTHING, flags, NOTHING)?)
+    };
+    change(&whole, MsFlags::MS_SHARED)?;
+    bind(&whole.join("sub"), &part, MsFlags::MS_NOEXEC)?;
+    bind(&whole, &slave, MsFlags::empty())?;
+    change(&slave, MsFlags::MS_SLAVE)?;
+    change(&slave, MsFlags::MS_SHARED)?;
+    tmpfs(&unbindable, "size=64k")?;
+    change(&unbindable, MsFlags::MS_UNBINDABLE)?;
+    let before = table()?;
+
+    case.ready()?;
+
+    same_table(&before)?;
+    let there = |at: &Path| Ok::<_, anyhow::Error>(points()?.contains(&at.display().to_string()));
+    tmpfs(&part.join("inner"), "size=64k")?;
+    ensure!(there(&whole.join("sub/inner"))?, "Not from the part");
+    ensure!(there(&slave.join("sub/inner"))?, "Not to the slave");
+    tmpfs(&slave.join("other"), "size=64k")?;
+    ensure!(!there(&whole.join("other"))?, "From the slave");
+    let bound = bind(&unbindable, &whole.join("other"), MsFlags::empty());
+    ensure!(bound.is_err(), "It is no longer unbindable");
     Ok(())
 }
 
