@@ -8,7 +8,7 @@ use super::files::is_pseudo;
 use super::view::View;
 use crate::bpf::events::{FileKind as Kind, VmaRec};
 use crate::bpf::iter::{Detail, Files, Tasks, user_dev};
-use crate::model::frozen::{Blocker, Through};
+use crate::model::frozen::Blocker;
 use crate::model::ids::{Fd, Pid};
 use nix::libc;
 use std::collections::{HashMap, HashSet};
@@ -62,16 +62,6 @@ fn processes(tasks: &Tasks, vmas: &[VmaRec], view: &View) -> Vec<Blocker> {
         ] {
             let link = PathBuf::from(format!("/proc/{}/{name}", process.pid));
             let Some((path, stat)) = astray(&link, view) else {
-                let path = fs::read_link(&link).unwrap_or_default();
-                let place = view.find(&link, &path);
-                if name != "exe" && place.is_some_and(|place| place.through == Through::Machine) {
-                    found.push(Blocker {
-                        pid: Pid(process.pid.cast_signed()),
-                        fd: None,
-                        object: format!("{what} {}", path.display()),
-                        reason: "it is in another mount namespace than the process".into(),
-                    });
-                }
                 continue;
             };
             if name == "exe" && nameless.contains(&(process.pid, stat.dev(), stat.ino())) {

@@ -2,17 +2,21 @@
 
 use super::eligibility::Namespaces;
 use super::error::CheckpointError;
-use crate::bpf::iter::Tasks;
+use crate::bpf::iter::{Tasks, user_dev};
 use crate::model::frozen::Through;
+use crate::model::ids::InodeId;
 use crate::sys::mount::{mount_id, mounts};
 use nix::sched::{CloneFlags, setns, unshare};
 use procfs::process::{MountInfo, MountOptFields};
 use rustix::fs::{CWD, Mode, OFlags, open, openat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -78,6 +82,17 @@ impl View {
     pub fn here(&self, path: &Path) -> PathBuf {
         let own = self.own.as_ref();
         own.map_or_else(|| path.to_owned(), |own| own.path(path))
+    }
+
+    /// Whether a name leads to an inode in the application's mount namespace; where that is the one
+    /// that tracker is in nobody looks.
+    #[must_use]
+    pub fn leads_to(&self, path: &[u8], inode: InodeId) -> bool {
+        let Some(own) = &self.own else {
+            return true;
+        };
+        let found = fs::metadata(own.path(Path::new(OsStr::from_bytes(path))));
+        found.is_ok_and(|found| (found.dev(), found.ino()) == (user_dev(inode.dev), inode.ino))
     }
 
     /// Where `path` leads, which is what a link of procfs is read as; nothing if the link leads

@@ -6,7 +6,8 @@
 
 use super::RestoreError;
 use super::files::{self, OpenedFiles};
-use super::sources::{Sources, os_path};
+use super::namespaces::place;
+use super::sources::Sources;
 use super::tape::Tape;
 use crate::model::frozen::{Application, Process};
 use crate::model::ids::{Pid, Tid};
@@ -19,6 +20,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd;
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 
 /// What all processes of the tree know from their birth.
 #[derive(Debug)]
@@ -258,12 +260,12 @@ impl Births<'_> {
         // Names are those of the mount namespace, wherever the process has its root directory.
         sources.open_named(self.restorer, &process.exe)?;
         if !shares.fs {
-            let cwd = os_path(&process.cwd.path);
+            let cwd = &place(&process.cwd, self.restorer);
             unistd::chdir(cwd).map_err(|e| format!("chdir {}: {e}", cwd.display()))?;
             umask(Mode::from_bits_truncate(process.umask));
         }
-        let root = os_path(&process.root.path);
-        if root != os_path(b"/") {
+        let root = &place(&process.root, self.restorer);
+        if root != Path::new("/") {
             unistd::chroot(root).map_err(|e| format!("chroot {}: {e}", root.display()))?;
         }
         Ok(())

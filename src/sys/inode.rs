@@ -1,14 +1,17 @@
 //! Names of inodes that are known by a file handle.
 
+use super::mount::mounts;
 use crate::model::ids::{Fd, InodeId, Pid};
 use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::sys::stat::Mode;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 
 /// Largest handle any filesystem makes (`MAX_HANDLE_SZ`).
 const MAX_HANDLE: usize = 128;
@@ -121,15 +124,16 @@ fn hex(text: &str) -> Option<Vec<u8>> {
 /// A directory on the filesystem with this device (`MKDEV`).
 fn mount_of(pid: Pid, device: u32) -> io::Result<OwnedFd> {
     let wanted = format!("{}:{}", device >> 20, device & 0xf_ffff);
-    let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
-    let point = mounts
-        .lines()
-        .map(|line| line.split(' ').collect::<Vec<_>>())
-        .find(|fields| fields.get(2).is_some_and(|number| *number == wanted))
-        .and_then(|fields| fields.get(4).map(|point| (*point).to_owned()))
-        .ok_or(io::ErrorKind::NotFound)?;
+    let mounts = mounts(File::open(format!("/proc/{pid}/mountinfo"))?)?;
+    let shown = mounts.values().filter(|mount| mount.majmin == wanted);
+    // Through a mount of a part, what is elsewhere has no name.
+    let widest = shown.min_by_key(|mount| mount.root.len());
+    let mount = widest.ok_or(io::ErrorKind::NotFound)?;
+    // As the process sees it, whose mount namespace or root directory may be its own.
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    let point = mount.mount_point.strip_prefix("/");
     Ok(open(
-        point.as_str(),
+        &root.join(point.unwrap_or(&mount.mount_point)),
         OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
         Mode::empty(),
     )?)

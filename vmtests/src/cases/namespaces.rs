@@ -6,13 +6,14 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, chown
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::mman::{MapFlags, ProtFlags};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::sys::utsname::uname;
-use nix::unistd::{gethostname, mkfifo, sethostname};
+use nix::unistd::{fchdir, gethostname, mkfifo, sethostname};
 
 use super::child::Child;
 use super::mapping::Mapping;
@@ -230,6 +231,9 @@ fn own_tmpfs(case: &Case) -> Result<()> {
     let (mode, device) = (Mode::from_bits_truncate(0o666), makedev(1, 5));
     mknod(&at("zero"), SFlag::S_IFCHR, mode, device)?;
     mkfifo(&at("fifo"), Mode::from_bits_truncate(0o600))?;
+    fs::create_dir(at("watched"))?;
+    let watch = Inotify::init(InitFlags::IN_NONBLOCK)?;
+    watch.add_watch(&at("watched"), AddWatchFlags::IN_CREATE)?;
     fs::create_dir(at("sub"))?;
     fs::write(at("sub/covered"), "covered")?;
     tmpfs(&at("sub"), "size=64k")?;
@@ -299,6 +303,12 @@ fn own_tmpfs(case: &Case) -> Result<()> {
         .open(at("fifo"))?
         .write_all(b"x")?;
     (&fifo).read_exact(&mut [0])?;
+    fs::write(at("watched/new"), "")?;
+    let events = watch.read_events()?;
+    let [event] = events.as_slice() else {
+        bail!("Events of the watched directory: {events:?}");
+    };
+    ensure!(event.name.as_deref() == Some("new".as_ref()), "{event:?}");
     let mut client = UnixStream::connect(at("socket"))?;
     client.write_all(b"y")?;
     listener.accept()?.0.read_exact(&mut [0])?;
@@ -416,12 +426,26 @@ fn groups(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// Processes that share one mount namespace, one of them in another root directory.
+/// Processes that share one mount namespace: one of them has another root directory, one is in a
+/// directory of the machine's that something hides from it.
 fn family(case: &Case) -> Result<()> {
-    let own = case.path("own");
+    let (own, hidden) = (case.path("own"), case.path("hidden"));
     fs::create_dir(&own)?;
+    fs::create_dir(&hidden)?;
+    fs::write(hidden.join("file"), "outside")?;
+    let outside = File::open(&hidden)?;
     separate()?;
     tmpfs(&own, "size=1m")?;
+    bind(&own, &hidden, MsFlags::empty())?;
+    let stranger = Child::start(case.dir(), "outside", |turn| {
+        fchdir(&outside)?;
+        turn.wait();
+        let text = fs::read_to_string("file")?;
+        ensure!(text == "outside", "It reads {text:?}");
+        Ok(())
+    })?;
+    drop(outside);
+    stranger.waits()?;
     fs::create_dir(own.join("inner"))?;
     fs::write(own.join("inner/file"), "inner")?;
     let inner = own.join("inner");
@@ -437,6 +461,7 @@ fn family(case: &Case) -> Result<()> {
 
     case.ready()?;
 
+    stranger.finish()?;
     child.finish()?;
     let text = fs::read_to_string(own.join("inner/file"))?;
     ensure!(text == "changed", "It is {text:?}");

@@ -378,6 +378,17 @@ impl<'a> Reader<'a> {
                 };
                 let watched = shown.watched(watch.wd);
                 let watched = watched.map_err(failed("open_by_handle_at"))?;
+                if !self.view.leads_to(&watched.path, inode) {
+                    return Err(CollectError::Blocked(Blocker {
+                        pid,
+                        fd: Some(fd),
+                        object: format!(
+                            "inotify watch of {}",
+                            String::from_utf8_lossy(&watched.path)
+                        ),
+                        reason: "that name leads elsewhere in its mount namespace".into(),
+                    }));
+                }
                 Ok(InotifyWatch {
                     wd: watch.wd,
                     mask: watched.mask,
