@@ -50,15 +50,18 @@ fn separate() -> Result<()> {
     let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(NOTHING, "/", NOTHING, flags, NOTHING)?;
     leave_out_late_ones()?;
-    // Another case's.
-    for point in points()?.iter().filter(|one| one.starts_with(EARLY)) {
-        umount2(point.as_str(), MntFlags::MNT_DETACH)?;
+    // Those of other cases, the last first.
+    for point in points()?.iter().rev().filter(|one| is_another_cases(one)) {
+        umount2(point.as_str(), MntFlags::MNT_DETACH)
+            .with_context(|| format!("Unmount {point}"))?;
     }
     Ok(())
 }
 
-/// What the machine has mounted for [`slave`], but for a number.
-const EARLY: &str = "/var/lib/early.";
+/// Where cases mount something; the directory itself may be on a disk of its own.
+fn is_another_cases(point: &str) -> bool {
+    point.starts_with("/var/lib/") && point != "/var/lib/cases"
+}
 
 /// Where something is mounted.
 fn points() -> Result<Vec<String>> {
@@ -89,8 +92,9 @@ fn tmpfs(at: &Path, options: &str) -> Result<()> {
 }
 
 /// What mountinfo shows of each mount but for numbers: root, mount point, options, propagation,
-/// type.
-fn table() -> Result<Vec<String>> {
+/// type; without those of other cases, which come and go.
+fn table(case: &Case) -> Result<Vec<String>> {
+    let own = case.dir().display().to_string();
     let text = fs::read_to_string("/proc/self/mountinfo")?;
     let line = |line: &str| -> Option<String> {
         let (mount, filesystem) = line.split_once(" - ")?;
@@ -101,15 +105,17 @@ fn table() -> Result<Vec<String>> {
         let kind = filesystem.split(' ').next()?;
         Some(format!("{root} {point} {options} {groups:?} {kind}"))
     };
-    // What has arrived by itself may propagate further than it did before.
-    let lasting = text.lines().filter(|line| !line.contains(EARLY));
+    let lasting = text.lines().filter(|line| {
+        let point = line.split(' ').nth(4).unwrap_or_default();
+        point.starts_with(&own) || !is_another_cases(point)
+    });
     let mut lines: Vec<_> = lasting.filter_map(line).collect();
     lines.sort_unstable();
     Ok(lines)
 }
 
-fn same_table(before: &[String]) -> Result<()> {
-    let after = table()?;
+fn same_table(case: &Case, before: &[String]) -> Result<()> {
+    let after = table(case)?;
     let missing: Vec<_> = before.iter().filter(|one| !after.contains(one)).collect();
     let new: Vec<_> = after.iter().filter(|one| !before.contains(one)).collect();
     ensure!(
@@ -183,11 +189,11 @@ fn own_mounts(case: &Case) -> Result<()> {
     bind(&proc.join("sys"), &proc.join("sys"), MsFlags::MS_RDONLY)?;
     let view_file = File::open(view.join("file"))?;
     std::env::set_current_dir(&view)?;
-    let before = table()?;
+    let before = table(case)?;
 
     case.ready()?;
 
-    same_table(&before)?;
+    same_table(case, &before)?;
     let text = fs::read_to_string("file").context("Through the working directory")?;
     ensure!(text == "content", "It holds {text:?}");
     let written = fs::write(view.join("new"), "text").map_err(|error| error.raw_os_error());
@@ -268,11 +274,11 @@ fn own_tmpfs(case: &Case) -> Result<()> {
     ];
     let nodes = names.map(numbers).into_iter().collect::<Result<Vec<_>>>()?;
     let changed = fs::metadata(at("file"))?.modified()?;
-    let before = table()?;
+    let before = table(case)?;
 
     case.ready()?;
 
-    same_table(&before)?;
+    same_table(case, &before)?;
     let after = names.map(numbers).into_iter().collect::<Result<Vec<_>>>()?;
     ensure!(after == nodes, "{names:?} were {nodes:?} and are {after:?}");
     ensure!(
@@ -350,8 +356,8 @@ fn outside(case: &Case, name: &str, act: impl FnOnce() -> Result<()>) -> Result<
 /// What is mounted for the machine arrives, and nothing gets out.
 fn slave(case: &Case) -> Result<()> {
     let pid = std::process::id();
-    let early = PathBuf::from(format!("{EARLY}{pid}"));
-    let [late, own] = ["late", "own"].map(|name| PathBuf::from(format!("/var/lib/{name}.{pid}")));
+    let [early, late, own] =
+        ["early", "late", "own"].map(|name| PathBuf::from(format!("/var/lib/{name}.{pid}")));
     for dir in [&early, &late, &own] {
         fs::create_dir(dir)?;
     }
@@ -363,7 +369,7 @@ fn slave(case: &Case) -> Result<()> {
     mount(NOTHING, "/", NOTHING, flags, NOTHING)?;
     mount(NOTHING, "/", NOTHING, MsFlags::MS_SHARED, NOTHING)?;
     leave_out_late_ones()?;
-    let before = table()?;
+    let before = table(case)?;
 
     case.ready()?;
 
@@ -375,7 +381,7 @@ fn slave(case: &Case) -> Result<()> {
         // Another kernel has not mounted it yet.
         outside(case, "early", || tmpfs(&early, "size=64k"))?;
     }
-    same_table(&before)?;
+    same_table(case, &before)?;
     outside(case, "late", || tmpfs(&late, "size=64k"))?;
     ensure!(here(&late)?, "What the machine mounts does not arrive");
     tmpfs(&own, "size=64k")?;
@@ -410,11 +416,11 @@ fn groups(case: &Case) -> Result<()> {
     change(&slave, MsFlags::MS_SHARED)?;
     tmpfs(&unbindable, "size=64k")?;
     change(&unbindable, MsFlags::MS_UNBINDABLE)?;
-    let before = table()?;
+    let before = table(case)?;
 
     case.ready()?;
 
-    same_table(&before)?;
+    same_table(case, &before)?;
     let there = |at: &Path| Ok::<_, anyhow::Error>(points()?.contains(&at.display().to_string()));
     tmpfs(&part.join("inner"), "size=64k")?;
     ensure!(there(&whole.join("sub/inner"))?, "Not from the part");
