@@ -2,7 +2,7 @@
 
 use super::contents::Contents;
 use super::error::CheckpointError;
-use super::view::View;
+use super::view::{Place, View};
 use super::{aio, huge, sysv, uring};
 use crate::bpf::events::{AioRec, MmRec, VmaKind, VmaRec};
 use crate::bpf::iter::user_dev;
@@ -330,30 +330,30 @@ fn look_at(rec: &VmaRec, contents: &mut Contents, view: &View) -> Result<Known, 
             "it is no regular file",
         )]));
     }
-    if let Some(file) = named(rec, &link, &path, &mapped, view)? {
+    let place = view.find(&link, &path);
+    if let Some(file) = named(rec, &path, &mapped, place.as_ref())? {
         return Ok(Known::File(file));
     }
     let inode = InodeId {
         dev: rec.dev,
         ino: rec.ino,
     };
-    let through = view.find(&link, &path).map(|place| place.through);
-    let added = contents.add_mapped(inode, &link, &path, through.unwrap_or_default());
+    let through = place.map(|place| place.through).unwrap_or_default();
+    let added = contents.add_mapped(inode, &link, &path, through);
     added.map(Known::Content)
 }
 
 /// The file's identity if its path still leads to it.
 fn named(
     rec: &VmaRec,
-    link: &Path,
     path: &Path,
     mapped: &Metadata,
-    view: &View,
+    place: Option<&Place>,
 ) -> Result<Option<FileIdentity>, CheckpointError> {
     if rec.nlink == 0 || !path.is_absolute() {
         return Ok(None);
     }
-    let place = view.find(link, path).ok_or_else(|| {
+    let place = place.ok_or_else(|| {
         let reason = "it was opened through a mount that neither the application nor the machine \
                       has";
         let object = format!("of {}", path.display());

@@ -9,19 +9,19 @@ use crate::bpf::events::ThreadRec;
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{Blocker, Mount, MountSource, Namespaces, PeerGroup, UtsNames};
 use crate::sys::mount::attr;
+use crate::sys::process::apart;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::utsname::uname;
 use procfs::process::{MountInfo, MountOptFields};
 use serde_bytes::ByteBuf;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::thread;
 
 /// Living leaders, whose namespaces are those of all their threads.
-fn leaders(tasks: &Tasks) -> impl Iterator<Item = &ThreadRec> {
+pub(super) fn leaders(tasks: &Tasks) -> impl Iterator<Item = &ThreadRec> {
     let threads = tasks.threads.iter();
     threads.filter(|rec| rec.tid == rec.tgid && !rec.is_zombie())
 }
@@ -71,7 +71,7 @@ pub fn read(tasks: &Tasks, ours: &Ours, view: &View) -> Result<Namespaces, Check
         }
     };
     let mounts = view.own().map_or(Ok(Vec::new()), |own| {
-        Table::of(own).mounts().map_err(|refused| {
+        Table::read(own).map_err(|refused| {
             let (point, reason) = *refused;
             let object = format!("mount {point}");
             CheckpointError::Blocked(vec![blocker(leader.tgid, &object, &reason)])
@@ -109,7 +109,6 @@ pub fn too_early(
     Ok(found)
 }
 
-/// In a thread of its own: there is no way back.
 fn uts_names(path: &str) -> io::Result<UtsNames> {
     let namespace = File::open(path)?;
     let look = || {
@@ -120,8 +119,7 @@ fn uts_names(path: &str) -> io::Result<UtsNames> {
             domain: ByteBuf::from(names.domainname().as_bytes()),
         })
     };
-    thread::scope(|scope| scope.spawn(look).join())
-        .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+    apart(look)
 }
 
 /// A mount and why it is not carried.
@@ -130,8 +128,6 @@ type Refused = Box<(String, String)>;
 /// The mounts of a namespace on their way into an image.
 struct Table<'a> {
     own: &'a OwnMounts,
-    /// By id, parents before what is mounted on them.
-    order: Vec<u64>,
     /// Numbers in the list by id.
     numbers: HashMap<u64, u32>,
     /// Which of the list has the root of a filesystem that only this namespace has, by device.
@@ -139,22 +135,17 @@ struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    fn of(own: &'a OwnMounts) -> Self {
+    fn read(own: &'a OwnMounts) -> Result<Vec<Mount>, Refused> {
         let order = order(&own.mounts);
-        let numbers = order.iter().copied().zip(0..).collect();
-        Self {
+        let mut table = Self {
             own,
-            order,
-            numbers,
+            numbers: order.iter().copied().zip(0..).collect(),
             roots: HashMap::new(),
-        }
-    }
-
-    fn mounts(mut self) -> Result<Vec<Mount>, Refused> {
+        };
         let mut found = Vec::new();
-        for (id, number) in std::mem::take(&mut self.order).into_iter().zip(0..) {
-            let mount = &self.own.mounts[&id];
-            let one = self.mount(id, number, mount);
+        for (id, number) in order.into_iter().zip(0..) {
+            let mount = &own.mounts[&id];
+            let one = table.mount(id, number, mount);
             found.push(one.map_err(|reason| {
                 let point = mount.mount_point.display().to_string();
                 Box::new((point, reason))
@@ -255,9 +246,8 @@ impl<'a> Table<'a> {
             return Err("mounting propagates to it from a namespace that is not carried".into());
         }
         // A group is joined through one that shows as much (do_set_group()).
-        let wider = machines.iter().filter(|one| {
-            of.root.as_bytes() == one.root.as_bytes() || Path::new(&of.root).starts_with(&one.root)
-        });
+        let root = Path::new(&of.root);
+        let wider = machines.iter().filter(|one| root.starts_with(&one.root));
         let first = wider.min_by_key(|one| one.mount_point.components().count());
         let first = first.ok_or("what propagates to it shows less than it")?;
         Ok(PeerGroup::Machine(bytes(&first.mount_point)))
@@ -277,12 +267,9 @@ fn order(mounts: &BTreeMap<u64, MountInfo>) -> Vec<u64> {
         let parent = parent.filter(|parent| mounts.contains_key(parent) && parent != id);
         children.entry(parent).or_default().push(*id);
     }
-    let (mut order, mut seen) = (Vec::new(), BTreeSet::new());
+    let mut order = Vec::new();
     let mut next = children.remove(&None).unwrap_or_default();
     while let Some(id) = next.pop() {
-        if !seen.insert(id) {
-            continue;
-        }
         order.push(id);
         let mut on_it = children.remove(&Some(id)).unwrap_or_default();
         // The last is the next.

@@ -2,10 +2,12 @@
 
 use super::eligibility::Namespaces;
 use super::error::CheckpointError;
+use super::namespaces::leaders;
 use crate::bpf::iter::{Tasks, user_dev};
 use crate::model::frozen::Through;
 use crate::model::ids::InodeId;
 use crate::sys::mount::{mount_id, mounts};
+use crate::sys::process::apart;
 use nix::sched::{CloneFlags, setns, unshare};
 use procfs::process::{MountInfo, MountOptFields};
 use rustix::fs::{CWD, Mode, OFlags, open, openat};
@@ -18,7 +20,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 /// Where names lead.
 #[derive(Debug, Default)]
@@ -53,11 +54,9 @@ impl View {
     /// # Errors
     /// They are in another than this process, and it cannot be entered or read.
     pub(super) fn of(tasks: &Tasks, ours: &Namespaces) -> Result<Self, CheckpointError> {
-        let leaders = tasks.threads.iter().filter(|rec| rec.tid == rec.tgid);
-        let living = leaders.filter(|rec| !rec.is_zombie());
         let mut failure = None;
         // Those that end meanwhile leave no namespace behind.
-        for rec in living {
+        for rec in leaders(tasks) {
             if ours.has_mounts_of(rec) {
                 return Ok(Self::default());
             }
@@ -125,7 +124,7 @@ impl View {
 }
 
 impl OwnMounts {
-    /// Reads those of a process's mount namespace, in a thread of its own: there is no way back.
+    /// Reads those of a process's mount namespace.
     fn of(pid: u32) -> io::Result<Self> {
         let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -155,8 +154,7 @@ impl OwnMounts {
             }
             Ok(own)
         };
-        thread::scope(|scope| scope.spawn(look).join())
-            .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+        apart(look)
     }
 
     /// The root of a mount of the namespace that this thread is in, without what is mounted on it;

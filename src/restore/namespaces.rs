@@ -5,9 +5,10 @@
 //! together while nothing propagates; the groups they were in follow at the end.
 
 use super::RestoreError;
+use super::sources::os_path;
 use super::tmpfs;
 use crate::model::frozen::{
-    Application, Mount, MountSource, Namespaces, PathRef, PeerGroup, Through, UtsNames,
+    Application, Arrival, Mount, MountSource, Namespaces, PathRef, PeerGroup, Through, UtsNames,
 };
 use crate::model::ids::Pid;
 use crate::sys::mount::{
@@ -27,6 +28,7 @@ use rustix::mount::{
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -56,7 +58,7 @@ pub fn is_the_only_one(kind: &str) -> bool {
 /// it had one; `outside` is a process in the machine's.
 #[must_use]
 pub fn place(at: &PathRef, outside: Pid) -> PathBuf {
-    let path = Path::new(OsStr::from_bytes(&at.path));
+    let path = os_path(&at.path);
     match at.through {
         Through::Own | Through::Remade => path.to_owned(),
         Through::Machine => {
@@ -80,16 +82,16 @@ impl Entrance {
     /// # Errors
     /// What the mounts show is not there any more, or the kernel refuses.
     pub fn make(app: &Application, early: bool) -> Result<Self> {
-        let Namespaces { uts, mounts } = &app.header.namespaces;
-        if let Some(names) = uts {
+        let namespaces = &app.header.namespaces;
+        if let Some(names) = &namespaces.uts {
             name(names)?;
         }
-        if mounts.is_empty() {
+        if namespaces.mounts.is_empty() {
             return Ok(Self { both: None });
         }
         let own = || open_namespace().map_err(RestoreError::io("open /proc/self/ns/mnt"));
         let machine = own()?;
-        let tree = Tree::open(mounts, early)?;
+        let tree = Tree::open(namespaces, early)?;
         unshare(CloneFlags::CLONE_NEWNS).map_err(RestoreError::system("unshare(CLONE_NEWNS)"))?;
         tree.build()?;
         let both = Some((own()?, machine));
@@ -119,7 +121,7 @@ impl Entrance {
     }
 }
 
-fn open_namespace() -> std::io::Result<OwnedFd> {
+fn open_namespace() -> io::Result<OwnedFd> {
     File::open("/proc/self/ns/mnt").map(OwnedFd::from)
 }
 
@@ -133,28 +135,26 @@ fn name(names: &UtsNames) -> Result<()> {
     set_domain_name(&names.domain).map_err(RestoreError::system("setdomainname"))
 }
 
-fn path_of(bytes: &[u8]) -> &Path {
-    Path::new(OsStr::from_bytes(bytes))
-}
-
-fn refused(mount: &Mount, call: &'static str) -> impl FnOnce(rustix::io::Errno) -> RestoreError {
-    let point = path_of(&mount.point).to_owned();
-    move |errno| RestoreError::Mount {
-        point,
-        call,
-        errno: Errno::from_raw(errno.raw_os_error()),
+/// Both libraries' errors.
+fn refused<E: Into<io::Error>>(
+    mount: &Mount,
+    call: &'static str,
+) -> impl FnOnce(E) -> RestoreError {
+    let point = os_path(&mount.point).to_owned();
+    move |error| {
+        let number = error.into().raw_os_error();
+        RestoreError::Mount {
+            point,
+            call,
+            errno: Errno::from_raw(number.unwrap_or(nix::libc::EIO)),
+        }
     }
-}
-
-fn unchanged(mount: &Mount, call: &'static str) -> impl FnOnce(Errno) -> RestoreError {
-    let point = path_of(&mount.point).to_owned();
-    move |errno| RestoreError::Mount { point, call, errno }
 }
 
 fn unmounted(mount: &Mount, at: &[u8]) -> RestoreError {
     RestoreError::NotMounted {
-        point: path_of(&mount.point).to_owned(),
-        at: path_of(at).to_owned(),
+        point: os_path(&mount.point).to_owned(),
+        at: os_path(at).to_owned(),
     }
 }
 
@@ -171,42 +171,46 @@ struct Tree<'a> {
 
 impl<'a> Tree<'a> {
     /// Finds in the machine's namespace what the mounts show, or makes it.
-    fn open(mounts: &'a [Mount], early: bool) -> Result<Self> {
+    fn open(namespaces: &'a Namespaces, early: bool) -> Result<Self> {
         let machine = File::open("/proc/self/mountinfo").and_then(sys::mounts);
         let machine = machine.map_err(RestoreError::io("read /proc/self/mountinfo"))?;
+        let there = |point: &[u8], kind: &str| {
+            let found = on_top(&machine, point);
+            found.filter(|(_, found)| found.fs_type == kind)
+        };
+        let arrivals = namespaces.arrivals(|point, way, kind| {
+            there(point, kind).is_some() || way.is_empty() && is_the_only_one(kind)
+        });
+        let mounts = &namespaces.mounts;
         let mut tree = Self {
             mounts,
             shown: BTreeMap::new(),
-            awaited: vec![false; mounts.len()],
+            awaited: Vec::with_capacity(mounts.len()),
             peers: BTreeMap::new(),
         };
-        for (number, mount) in mounts.iter().enumerate() {
+        for (number, (mount, arrival)) in mounts.iter().zip(arrivals).enumerate() {
             let parent = mount.parent.map(|parent| parent as usize);
             if parent.is_some_and(|parent| parent >= number) || parent.is_none() != (number == 0) {
                 return Err(RestoreError::NoMounts);
             }
-            if parent.is_some_and(|parent| tree.awaited[parent]) {
-                tree.awaited[number] = true;
+            tree.awaited.push(arrival == Arrival::Later);
+            if arrival == Arrival::Later {
                 continue;
             }
             match &mount.source {
+                MountSource::Machine { point, .. } if arrival == Arrival::Never => {
+                    return Err(unmounted(mount, point));
+                }
                 MountSource::Machine { point, path, kind } => {
-                    let found = on_top(&machine, point);
-                    let found = found.filter(|(_, found)| found.fs_type == *kind);
-                    let tree_of = if let Some((id, _)) = found {
-                        let from = path_of(point).join(path_of(path));
+                    let tree_of = if let Some((id, _)) = there(point, kind) {
+                        let from = os_path(point).join(os_path(path));
                         if mount_id(&from).is_some_and(|through| through != id) {
                             // Something else is mounted on the way.
                             return Err(unmounted(mount, point));
                         }
                         open_tree(CWD, &from, CLONE).map_err(refused(mount, "open_tree"))?
-                    } else if parent.is_some_and(|parent| mounts[parent].follows_the_machine()) {
-                        tree.awaited[number] = true;
-                        continue;
-                    } else if path.is_empty() && is_the_only_one(kind) {
-                        instance(mount, kind, "none", &[])?
                     } else {
-                        return Err(unmounted(mount, point));
+                        instance(mount, kind, "none", &[])?
                     };
                     tree.shown.insert(number, tree_of);
                 }
@@ -222,7 +226,7 @@ impl<'a> Tree<'a> {
                 } => {
                     let made = instance(mount, "tmpfs", name, options)?;
                     tmpfs::fill(&made, entries).map_err(|error| RestoreError::Tmpfs {
-                        point: path_of(&mount.point).to_owned(),
+                        point: os_path(&mount.point).to_owned(),
                         error,
                     })?;
                     if *read_only {
@@ -237,18 +241,18 @@ impl<'a> Tree<'a> {
                     let found = on_top(&machine, point);
                     let (_, found) = found.ok_or_else(|| unmounted(mount, point))?;
                     let peer = open(
-                        path_of(point),
+                        os_path(point),
                         OFlags::PATH | OFlags::CLOEXEC,
                         Mode::empty(),
                     );
                     let peer = peer.map_err(refused(mount, "open"))?;
                     if !is_shared(found) {
                         if !early {
-                            return Err(RestoreError::NotShared(path_of(point).to_owned()));
+                            return Err(RestoreError::NotShared(os_path(point).to_owned()));
                         }
                         // As init will do: it makes all shared that there is.
                         set_propagation(peer.as_fd(), Propagation::Shared)
-                            .map_err(unchanged(mount, "mount_setattr"))?;
+                            .map_err(refused(mount, "mount_setattr"))?;
                     }
                     tree.peers.insert(point, peer);
                 }
@@ -277,7 +281,7 @@ impl<'a> Tree<'a> {
             let tree = tree.ok_or(RestoreError::NoMounts)?;
             set_propagation(tree.as_fd(), Propagation::Private)
                 .and_then(|()| set_attributes(tree.as_fd(), mount.attributes))
-                .map_err(unchanged(mount, "mount_setattr"))?;
+                .map_err(refused(mount, "mount_setattr"))?;
             let parent = mount.parent.map(|parent| parent as usize);
             let on = parent.and_then(|parent| Some((&self.mounts[parent], made.get(&parent)?)));
             attach(mount, &tree, on)?;
@@ -327,7 +331,7 @@ impl<'a> Tree<'a> {
         leaders: &mut BTreeMap<u32, &'b OwnedFd>,
     ) -> Result<bool> {
         let change =
-            |to| set_propagation(tree.as_fd(), to).map_err(unchanged(mount, "mount_setattr"));
+            |to| set_propagation(tree.as_fd(), to).map_err(refused(mount, "mount_setattr"));
         // What a peer is a slave of comes with it.
         let peer = match &mount.shared {
             Some(PeerGroup::Machine(point)) => Some(self.peer(point)?),
@@ -381,7 +385,7 @@ fn join(mount: &Mount, peer: &OwnedFd, tree: &OwnedFd) -> Result<()> {
 
 /// The mount whose root a name leads to: the last of those in one place.
 fn on_top<'a>(machine: &'a BTreeMap<u64, MountInfo>, point: &[u8]) -> Option<(u64, &'a MountInfo)> {
-    let point = path_of(point);
+    let point = os_path(point);
     let id = mount_id(point)?;
     let found = machine.get(&id)?;
     (found.mount_point == point).then_some((id, found))
@@ -400,7 +404,7 @@ fn part(mount: &Mount, whole: &OwnedFd, path: &[u8]) -> Result<OwnedFd> {
         let found = statx(whole, path, AtFlags::EMPTY_PATH, StatxFlags::MNT_ID);
         found.map(|found| found.stx_mnt_id)
     };
-    let path = path_of(path);
+    let path = os_path(path);
     let way = id(path).map_err(refused(mount, "statx"))?;
     if id(Path::new("")) != Ok(way) {
         // Something that was not in its way is mounted there already.
@@ -441,7 +445,7 @@ fn attach(mount: &Mount, tree: &OwnedFd, on: Option<(&Mount, &OwnedFd)>) -> Resu
     let moved = match on {
         None => move_mount(tree, "", CWD, "/proc", flags),
         Some((parent, below)) => {
-            let way = path_of(&mount.point).strip_prefix(path_of(&parent.point));
+            let way = os_path(&mount.point).strip_prefix(os_path(&parent.point));
             let way = way.map_err(|_| RestoreError::NoMounts)?;
             let flags = flags | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
             move_mount(tree, "", below, way, flags)

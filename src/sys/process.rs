@@ -10,6 +10,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::thread;
 
 /// A system call that failed on one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -236,6 +237,15 @@ pub fn quiet_signals() {
         let (how, mask) = (libc::SIG_SETMASK, &raw const all_but_trap);
         libc::syscall(libc::SYS_rt_sigprocmask, how, mask, null, 8);
     }
+}
+
+/// Runs `act` in a thread of its own: one that enters a namespace has no way back.
+///
+/// # Errors
+/// Those of `act`.
+pub fn apart<T: Send>(act: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    thread::scope(|scope| scope.spawn(act).join())
+        .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
 }
 
 /// Moves children made from now on into a new time namespace (unshare(2) `CLONE_NEWTIME`).

@@ -48,20 +48,26 @@ pub fn name(file: &File) -> Result<Vec<u8>, CollectError> {
 /// # Errors
 /// The link cannot be read, or leads through a mount of a namespace that is not carried.
 pub fn path(file: &File, view: &View) -> Result<PathRef, CollectError> {
+    Ok(located(file, view)?.0)
+}
+
+/// The file by its name, and where that leads.
+fn located(file: &File, view: &View) -> Result<(PathRef, Place), CollectError> {
     let path = name(file)?;
-    let through = place_of(file, &path, view)?.through;
+    let place = place_of(file, &path, view)?;
     let ino = match is_pseudo(file.rec.magic) {
         true => 0,
         false => file.rec.ino,
     };
-    Ok(PathRef {
+    let at = PathRef {
         path,
         inode: InodeId {
             dev: file.rec.dev,
             ino,
         },
-        through,
-    })
+        through: place.through,
+    };
+    Ok((at, place))
 }
 
 fn place_of(file: &File, path: &[u8], view: &View) -> Result<Place, CollectError> {
@@ -84,7 +90,7 @@ fn place_of(file: &File, path: &[u8], view: &View) -> Result<Place, CollectError
 /// # Errors
 /// It cannot be read.
 pub fn identity(file: &File, view: &View) -> Result<FileIdentity, CollectError> {
-    let at = path(file, view)?;
+    let (at, led) = located(file, view)?;
     if is_pseudo(file.rec.magic) {
         return Ok(FileIdentity {
             at,
@@ -92,8 +98,8 @@ pub fn identity(file: &File, view: &View) -> Result<FileIdentity, CollectError> 
         });
     }
     let found = std::fs::metadata(link(file)).map_err(failed(file, "stat"))?;
-    let name = Path::new(OsStr::from_bytes(&at.path));
-    if !leads_to(&place_of(file, &at.path, view)?.path, &found) {
+    if !leads_to(&led.path, &found) {
+        let name = Path::new(OsStr::from_bytes(&at.path));
         let (pid, fd) = place(file);
         return Err(CollectError::Blocked(Blocker {
             pid,

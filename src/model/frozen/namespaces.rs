@@ -19,29 +19,47 @@ impl Namespaces {
         self.uts.is_none() && self.mounts.is_empty()
     }
 
-    /// The mounts that cannot be made again on a machine that has mounted only what `is_there`
-    /// says, by place, way and type, and to which the rest does not come by itself later.
-    pub fn too_early(&self, is_there: impl Fn(&[u8], &[u8], &str) -> bool) -> Vec<&Mount> {
-        let mut awaited = vec![false; self.mounts.len()];
-        let mut found = Vec::new();
-        for (number, mount) in self.mounts.iter().enumerate() {
+    /// When each mount can be made again on a machine that has mounted only what `is_there` says, by
+    /// place, way and type.
+    pub fn arrivals(&self, is_there: impl Fn(&[u8], &[u8], &str) -> bool) -> Vec<Arrival> {
+        let mut arrivals: Vec<Arrival> = Vec::with_capacity(self.mounts.len());
+        for mount in &self.mounts {
             let parent = mount.parent.map(|parent| parent as usize);
-            let waits = parent.is_some_and(|parent| awaited.get(parent) == Some(&true));
+            let waits = parent.and_then(|parent| arrivals.get(parent)) == Some(&Arrival::Later);
             let follows = parent.and_then(|parent| self.mounts.get(parent));
             let follows = follows.is_some_and(Mount::follows_the_machine);
-            match &mount.source {
-                _ if waits => awaited[number] = true,
+            arrivals.push(match &mount.source {
+                _ if waits => Arrival::Later,
                 MountSource::Machine { point, path, kind } if !is_there(point, path, kind) => {
                     match follows {
-                        true => awaited[number] = true,
-                        false => found.push(mount),
+                        true => Arrival::Later,
+                        false => Arrival::Never,
                     }
                 }
-                _ => {}
-            }
+                _ => Arrival::Now,
+            });
         }
-        found
+        arrivals
     }
+
+    /// The mounts that cannot be made again there and do not come by themselves, either.
+    pub fn too_early(&self, is_there: impl Fn(&[u8], &[u8], &str) -> bool) -> Vec<&Mount> {
+        let arrivals = self.arrivals(is_there);
+        let mounts = self.mounts.iter().zip(arrivals);
+        let never = mounts.filter(|(_, arrival)| *arrival == Arrival::Never);
+        never.map(|(mount, _)| mount).collect()
+    }
+}
+
+/// When a mount can be made again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// What it shows is there, or is made anew.
+    Now,
+    /// It comes by itself, with what it is on, once the machine has mounted it.
+    Later,
+    /// Neither.
+    Never,
 }
 
 /// The names of a UTS namespace (uts_namespaces(7)).

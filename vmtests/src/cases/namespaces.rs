@@ -63,6 +63,10 @@ fn is_another_cases(point: &str) -> bool {
     point.starts_with("/var/lib/") && point != "/var/lib/cases"
 }
 
+fn is_mounted(at: &Path) -> Result<bool> {
+    Ok(points()?.contains(&at.display().to_string()))
+}
+
 /// Where something is mounted.
 fn points() -> Result<Vec<String>> {
     let text = fs::read_to_string("/proc/self/mountinfo")?;
@@ -373,23 +377,22 @@ fn slave(case: &Case) -> Result<()> {
 
     case.ready()?;
 
-    let here = |at: &Path| -> Result<bool> {
-        let point = at.display().to_string();
-        Ok(points()?.contains(&point))
-    };
-    if !here(&early)? {
+    if !is_mounted(&early)? {
         // Another kernel has not mounted it yet.
         outside(case, "early", || tmpfs(&early, "size=64k"))?;
     }
     same_table(case, &before)?;
     outside(case, "late", || tmpfs(&late, "size=64k"))?;
-    ensure!(here(&late)?, "What the machine mounts does not arrive");
+    ensure!(
+        is_mounted(&late)?,
+        "What the machine mounts does not arrive"
+    );
     tmpfs(&own, "size=64k")?;
     fs::write(own.join("file"), "own")?;
     ensure!(!machines(&own.join("file")).exists(), "It got out");
     for at in [&early, &late] {
         outside(case, "unmount", || Ok(umount2(at, MntFlags::empty())?))?;
-        ensure!(!here(at)?, "What the machine unmounts stays");
+        ensure!(!is_mounted(at)?, "What the machine unmounts stays");
     }
     Ok(())
 }
@@ -421,12 +424,11 @@ fn groups(case: &Case) -> Result<()> {
     case.ready()?;
 
     same_table(case, &before)?;
-    let there = |at: &Path| Ok::<_, anyhow::Error>(points()?.contains(&at.display().to_string()));
     tmpfs(&part.join("inner"), "size=64k")?;
-    ensure!(there(&whole.join("sub/inner"))?, "Not from the part");
-    ensure!(there(&slave.join("sub/inner"))?, "Not to the slave");
+    ensure!(is_mounted(&whole.join("sub/inner"))?, "Not from the part");
+    ensure!(is_mounted(&slave.join("sub/inner"))?, "Not to the slave");
     tmpfs(&slave.join("other"), "size=64k")?;
-    ensure!(!there(&whole.join("other"))?, "From the slave");
+    ensure!(!is_mounted(&whole.join("other"))?, "From the slave");
     let bound = bind(&unbindable, &whole.join("other"), MsFlags::empty());
     ensure!(bound.is_err(), "It is no longer unbindable");
     Ok(())

@@ -2,12 +2,12 @@
 
 use super::diag::{self, Diag};
 use crate::model::ids::Pid;
+use crate::sys::process::apart;
 use nix::sched::{CloneFlags, setns};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::rc::Rc;
-use std::thread;
 
 /// A socket as the kernel shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,15 +59,14 @@ impl Namespaces {
     }
 }
 
-/// In the network namespace of a process; a thread of its own, since there is no way back.
+/// In the network namespace of a process.
 fn dump_in(pid: Pid) -> io::Result<BTreeMap<u64, Diag>> {
     let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
     let dump = || {
         setns(&namespace, CloneFlags::CLONE_NEWNET)?;
         diag::dump()
     };
-    thread::scope(|scope| scope.spawn(dump).join())
-        .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+    apart(dump)
 }
 
 fn sockets(pid: Pid, diag: &BTreeMap<u64, Diag>) -> BTreeMap<u64, ProcSocket> {
