@@ -1,6 +1,5 @@
 //! Filesystems that the real init would mount later and restored applications need now.
 
-use crate::restore::is_the_only_one;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use procfs::process::Process;
@@ -66,8 +65,8 @@ const MOUNTS: [Mount; 9] = [
     api("/dev/mqueue", "mqueue", ""),
 ];
 
-/// Whether a filesystem of this type is mounted there, or can be mounted, before the real init
-/// runs; `way` leads from its root to what is wanted.
+/// Whether a filesystem of this type is mounted there before the real init runs; `way` leads from
+/// its root to what is wanted.
 #[must_use]
 pub fn is_early(point: &[u8], way: &[u8], kind: &str) -> bool {
     if kind == "tmpfs" && !way.is_empty() {
@@ -75,7 +74,7 @@ pub fn is_early(point: &[u8], way: &[u8], kind: &str) -> bool {
         return false;
     }
     let here = |mount: &Mount| mount.target.as_bytes() == point && mount.kind == kind;
-    point == b"/" || MOUNTS.iter().any(here) || way.is_empty() && is_the_only_one(kind)
+    point == b"/" || MOUNTS.iter().any(here)
 }
 
 /// Mounts what is missing and makes root writable; what could not be done is returned.
@@ -134,7 +133,6 @@ mod tests {
         assert!(is_early("/dev", "null", "devtmpfs"));
         assert!(is_early("/run", "", "tmpfs"));
         assert!(!is_early("/run", "some/directory", "tmpfs"));
-        assert!(is_early("/sys/kernel/debug", "", "debugfs"));
         assert!(!is_early("/sys/kernel/debug", "tracing", "debugfs"));
         assert!(!is_early("/dev/hugepages", "", "hugetlbfs"));
         assert!(!is_early("/srv", "", "ext4"));

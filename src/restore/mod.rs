@@ -41,5 +41,4 @@ mod tree;
 mod vdso;
 
 pub use error::RestoreError;
-pub use namespaces::is_the_only_one;
 pub use restorer::{RestoreOptions, Restored, restore};

@@ -35,25 +35,6 @@ use std::path::{Path, PathBuf};
 
 type Result<T> = std::result::Result<T, RestoreError>;
 
-/// Filesystems of which there is one: mounted again they show the same.
-const ONLY_ONES: [&str; 9] = [
-    "binfmt_misc",
-    "configfs",
-    "debugfs",
-    "efivarfs",
-    "fusectl",
-    "pstore",
-    "securityfs",
-    "sysfs",
-    "tracefs",
-];
-
-/// Whether there is one filesystem of this type, which can be mounted again at any time.
-#[must_use]
-pub fn is_the_only_one(kind: &str) -> bool {
-    ONLY_ONES.contains(&kind)
-}
-
 /// Where a name of the image leads for who is in the application's mount namespace, or would be if
 /// it had one; `outside` is a process in the machine's.
 #[must_use]
@@ -178,9 +159,7 @@ impl<'a> Tree<'a> {
             let found = on_top(&machine, point);
             found.filter(|(_, found)| found.fs_type == kind)
         };
-        let arrivals = namespaces.arrivals(|point, way, kind| {
-            there(point, kind).is_some() || way.is_empty() && is_the_only_one(kind)
-        });
+        let arrivals = namespaces.arrivals(|point, _, kind| there(point, kind).is_some());
         let mounts = &namespaces.mounts;
         let mut tree = Self {
             mounts,

@@ -1,6 +1,19 @@
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
+/// Filesystems of which there is one: mounted again they show the same.
+const ONLY_ONES: [&str; 9] = [
+    "binfmt_misc",
+    "configfs",
+    "debugfs",
+    "efivarfs",
+    "fusectl",
+    "pstore",
+    "securityfs",
+    "sysfs",
+    "tracefs",
+];
+
 /// What an application does not share with the machine (namespaces(7)).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Namespaces {
@@ -20,7 +33,7 @@ impl Namespaces {
     }
 
     /// When each mount can be made again on a machine that has mounted only what `is_there` says, by
-    /// place, way and type.
+    /// place, way and type. What comes by itself is left to come, whatever could be made.
     pub fn arrivals(&self, is_there: impl Fn(&[u8], &[u8], &str) -> bool) -> Vec<Arrival> {
         let mut arrivals: Vec<Arrival> = Vec::with_capacity(self.mounts.len());
         for mount in &self.mounts {
@@ -31,9 +44,12 @@ impl Namespaces {
             arrivals.push(match &mount.source {
                 _ if waits => Arrival::Later,
                 MountSource::Machine { point, path, kind } if !is_there(point, path, kind) => {
-                    match follows {
-                        true => Arrival::Later,
-                        false => Arrival::Never,
+                    if follows {
+                        Arrival::Later
+                    } else if path.is_empty() && ONLY_ONES.contains(&kind.as_str()) {
+                        Arrival::Now
+                    } else {
+                        Arrival::Never
                     }
                 }
                 _ => Arrival::Now,
@@ -185,9 +201,8 @@ pub enum TmpfsNode {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_comes_later_need_not_be_there() {
-        let mount = |parent, point: &str, master| Mount {
+    fn mount(parent: Option<u32>, point: &str, master: Option<PeerGroup>) -> Mount {
+        Mount {
             parent,
             point: ByteBuf::from(point),
             source: MountSource::Machine {
@@ -199,7 +214,34 @@ mod tests {
             shared: None,
             master,
             unbindable: false,
+        }
+    }
+
+    #[test]
+    fn what_there_is_one_of_comes_or_is_made() {
+        let debugfs = |way: &str| Mount {
+            source: MountSource::Machine {
+                point: ByteBuf::from("/sys/kernel/debug"),
+                path: ByteBuf::from(way),
+                kind: "debugfs".into(),
+            },
+            ..mount(Some(0), "/sys/kernel/debug", None)
         };
+        let arrivals = |master| {
+            let namespaces = Namespaces {
+                uts: None,
+                mounts: vec![mount(None, "/", master), debugfs(""), debugfs("tracing")],
+            };
+            namespaces.arrivals(|point, _, _| point == b"/")
+        };
+        use Arrival::{Later, Never, Now};
+        assert_eq!(arrivals(None), [Now, Now, Never]);
+        let machine = Some(PeerGroup::Machine(ByteBuf::from("/")));
+        assert_eq!(arrivals(machine), [Now, Later, Later]);
+    }
+
+    #[test]
+    fn what_comes_later_need_not_be_there() {
         let machine = Some(PeerGroup::Machine(ByteBuf::from("/")));
         let mut namespaces = Namespaces {
             uts: None,
