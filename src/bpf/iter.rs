@@ -204,13 +204,32 @@ impl Iterators {
         Ok(self.read_files(scope, 0)?.files)
     }
 
+    /// The same of a scope that has these processes, as [`Self::files_of`].
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn descriptors_of(
+        &mut self,
+        scope: Scope,
+        processes: &[ProcessRec],
+    ) -> Result<Vec<File>, ReadError> {
+        Ok(self.walk_files(scope, &targets(scope, processes), 0)?.files)
+    }
+
     /// The same with the fingerprints of TCP listeners.
     ///
     /// # Errors
     ///
     /// See [`ReadError`].
-    pub fn fingerprinted(&mut self, scope: Scope) -> Result<Vec<File>, ReadError> {
-        Ok(self.read_files(scope, want::FINGERPRINTS)?.files)
+    pub fn fingerprinted_of(
+        &mut self,
+        scope: Scope,
+        processes: &[ProcessRec],
+    ) -> Result<Vec<File>, ReadError> {
+        let targets = targets(scope, processes);
+        let found = self.walk_files(scope, &targets, want::FINGERPRINTS)?;
+        Ok(found.files)
     }
 
     /// Descriptors with what epoll and inotify instances hold, without locks and bytes of
@@ -328,21 +347,34 @@ impl Iterators {
     ///
     /// See [`ReadError`].
     pub fn vmas(&mut self, scope: Scope) -> Result<Vec<VmaRec>, ReadError> {
-        let what = "mappings";
-        let targets: Vec<Target> = match scope {
-            Scope::System => vec![Target::System],
-            Scope::Process(pid) => vec![Target::Process(pid)],
+        match scope {
             Scope::Cgroup(_) => {
                 let processes = self.threads(scope)?.processes;
-                processes
-                    .iter()
-                    .map(|process| Target::Process(process.pid))
-                    .collect()
+                self.vmas_of(scope, &processes)
             }
-        };
+            Scope::System | Scope::Process(_) => self.walk_vmas(scope, &[scope.target()]),
+        }
+    }
+
+    /// As [`Self::vmas`], of a scope that has these processes and no others.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn vmas_of(
+        &mut self,
+        scope: Scope,
+        processes: &[ProcessRec],
+    ) -> Result<Vec<VmaRec>, ReadError> {
+        let targets: Vec<_> = processes.iter().map(Target::of).collect();
+        self.walk_vmas(scope, &targets)
+    }
+
+    fn walk_vmas(&mut self, scope: Scope, targets: &[Target]) -> Result<Vec<VmaRec>, ReadError> {
+        let what = "mappings";
         self.prepare(what, scope, 0)?;
         for target in targets {
-            self.run(Pass::Vmas, target, what)?;
+            self.run(Pass::Vmas, *target, what)?;
         }
         records(self.buffer.filled())
             .map(|raw| Ok(raw?.decode()?))
@@ -464,6 +496,12 @@ impl Iterators {
     }
 }
 
+impl Target {
+    fn of(process: &ProcessRec) -> Self {
+        Self::Process(process.pid)
+    }
+}
+
 impl Scope {
     /// What the kernel has to walk for it.
     fn target(self) -> Target {
@@ -478,10 +516,7 @@ impl Scope {
 /// has open takes no time.
 fn targets(scope: Scope, processes: &[ProcessRec]) -> Vec<Target> {
     match processes.len() {
-        1..=FEW_WALKS => processes
-            .iter()
-            .map(|rec| Target::Process(rec.pid))
-            .collect(),
+        1..=FEW_WALKS => processes.iter().map(Target::of).collect(),
         _ => vec![scope.target()],
     }
 }

@@ -106,7 +106,7 @@ fn look(
     let mut tasks = iterators.tasks(scope)?;
     let waiting = uring::waiting(&tasks);
     uring::leave_out_workers(&mut tasks);
-    let vmas = iterators.vmas(scope)?;
+    let vmas = iterators.vmas_of(scope, &tasks.processes)?;
     let mut found = blockers(&tasks, &vmas, ours);
     found.extend(waiting);
     found.extend(cgroups::blockers(cgroup, &tasks)?);
@@ -116,7 +116,7 @@ fn look(
     let waits = message_queues::running_waits(&tasks)?;
     let queues = message_queues::read(&tasks, &waits)?;
     found.extend(message_queues::blockers(&tasks, &queues));
-    let open = iterators.files(scope)?;
+    let open = iterators.files_of(scope, &tasks.processes)?;
     found.extend(files::blockers(&open, &tasks));
     found.extend(files::leased_and_mapped(&open, &vmas));
     found.extend(uring::unopened(&vmas, &open));
@@ -139,7 +139,8 @@ pub fn on_devices(
     const REASON: &str = "it lives in memory alone (tmpfs) and would be gone after the update; \
                           keep it on a disk, or close it before";
     let scope = Scope::Cgroup(cgroup.id());
-    let open = iterators.files(scope)?.files;
+    let processes = iterators.threads(scope)?.processes;
+    let open = iterators.descriptors_of(scope, &processes)?;
     let named = |kind| [FileKind::REGULAR, FileKind::DIRECTORY, FileKind::FIFO].contains(&kind);
     let held = open.iter().filter(|file| {
         named(file.rec.kind) && file.rec.nlink > 0 && devices.contains(&file.rec.dev)
@@ -152,7 +153,7 @@ pub fn on_devices(
             reason: REASON.to_owned(),
         })
         .collect();
-    let mapped = iterators.vmas(scope)?;
+    let mapped = iterators.vmas_of(scope, &processes)?;
     let mapped = mapped
         .iter()
         .filter(|vma| vma.file != 0 && vma.nlink > 0 && devices.contains(&vma.dev));

@@ -88,7 +88,9 @@ impl Capture {
     /// # Errors
     /// The iterators cannot be read.
     pub fn refuse_rings(&mut self, reason: &str) -> Result<(), CheckpointError> {
-        let open = self.iterators.borrow_mut().files(self.scope())?;
+        let (scope, mut iterators) = (self.scope(), self.iterators.borrow_mut());
+        let processes = iterators.threads(scope)?.processes;
+        let open = iterators.files_of(scope, &processes)?;
         self.blockers.extend(files::rings(&open, reason));
         Ok(())
     }

@@ -20,7 +20,9 @@ impl Capture {
     /// The lock takes no more entries.
     pub fn add_to_lock(&mut self, lock: &mut NetLock) -> Result<usize, CheckpointError> {
         let scope = self.scope();
-        let count = add_sockets(lock, &self.iterators.borrow_mut().descriptors(scope)?)?;
+        let mut iterators = self.iterators.borrow_mut();
+        let processes = iterators.threads(scope)?.processes;
+        let count = add_sockets(lock, &iterators.descriptors_of(scope, &processes)?)?;
         lock.add_cgroup(self.target.cgroup.id())?;
         Ok(count)
     }
@@ -43,7 +45,9 @@ impl Capture {
     /// The iterators cannot be read.
     pub fn read_listeners(&mut self) -> Result<usize, CheckpointError> {
         let scope = self.scope();
-        let files = self.iterators.borrow_mut().fingerprinted(scope)?;
+        let mut iterators = self.iterators.borrow_mut();
+        let processes = iterators.threads(scope)?.processes;
+        let files = iterators.fingerprinted_of(scope, &processes)?;
         self.listeners = Listeners::read(&files);
         Ok(entries(&files).count())
     }

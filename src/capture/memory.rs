@@ -85,10 +85,11 @@ impl Memory {
         slots: &mut Slots,
         wakeups: &Wakeups,
     ) -> Result<(), CheckpointError> {
-        if !self.stats.dirty_tracking {
-            return self.shared.precopy(&iterators.vmas(scope)?, store, slots);
-        }
         let tasks = iterators.threads(scope)?;
+        if !self.stats.dirty_tracking {
+            let vmas = iterators.vmas_of(scope, &tasks.processes)?;
+            return self.shared.precopy(&vmas, store, slots);
+        }
         let mms = address_spaces(&tasks);
         let mut tracked = Vec::new();
         for rec in mms {
@@ -97,7 +98,7 @@ impl Memory {
                 tracked.push(rec);
             }
         }
-        let vmas = iterators.vmas(scope)?;
+        let vmas = iterators.vmas_of(scope, &tasks.processes)?;
         let by_mm = grouped(ordinary(&vmas));
         for rec in tracked {
             wakeups.check()?;
@@ -129,7 +130,7 @@ impl Memory {
     /// How many pages of the running application would have to be copied by now, about.
     pub fn written(&self, iterators: &mut Iterators, scope: Scope) -> Result<u64, CheckpointError> {
         let tasks = iterators.threads(scope)?;
-        let vmas = iterators.vmas(scope)?;
+        let vmas = iterators.vmas_of(scope, &tasks.processes)?;
         let by_mm = grouped(ordinary(&vmas));
         let mut pages = 0;
         for rec in address_spaces(&tasks) {
@@ -158,7 +159,7 @@ impl Memory {
         scope: Scope,
     ) -> Result<(), CheckpointError> {
         let tasks = iterators.threads(scope)?;
-        let vmas = iterators.vmas(scope)?;
+        let vmas = iterators.vmas_of(scope, &tasks.processes)?;
         let by_mm = grouped(ordinary(&vmas));
         for rec in address_spaces(&tasks) {
             let vmas = of(&by_mm, rec);

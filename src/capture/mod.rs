@@ -314,7 +314,9 @@ impl Capture {
         self.wakeups.check()?;
         self.timeline.within(self.options.max_freeze)?;
 
-        let vmas = self.iterators.borrow_mut().vmas(scope)?;
+        let mut iterators = self.iterators.borrow_mut();
+        let vmas = iterators.vmas_of(scope, &frozen.tasks.processes)?;
+        drop(iterators);
         let segments = sysv::segments()?;
         let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks);
         blockers.extend(aio::unmapped(&frozen.tasks, &vmas));

@@ -101,7 +101,7 @@ impl Update {
 
 impl fmt::Display for Update {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = |what: &str| self.report[what].as_f64().unwrap_or_default() / 1e9;
+        let seconds = |what: &str| seconds_of(self.report[what].as_u64().unwrap_or_default());
         write!(
             f,
             "{}; frozen {:.1} s, boot {:.1} s, restore {:.1} s",
@@ -109,8 +109,23 @@ impl fmt::Display for Update {
             seconds("frozen_until_kexec"),
             seconds("boot"),
             seconds("restore")
-        )
+        )?;
+        // Whoever wonders why it took so long wants to know of each step.
+        let steps = self.report["timeline"].as_array().into_iter().flatten();
+        let mut before = None;
+        for step in steps {
+            let at = step["at"].as_u64().unwrap_or_default();
+            let since = at.saturating_sub(before.unwrap_or(at));
+            let name = step["step"].as_str().unwrap_or_default();
+            write!(f, "\nvm:   {name} +{:.1} s", seconds_of(since))?;
+            before = Some(at);
+        }
+        Ok(())
     }
+}
+
+fn seconds_of(nanoseconds: u64) -> f64 {
+    Duration::from_nanos(nanoseconds).as_secs_f64()
 }
 
 fn update(vm: &Vm, to: Kernel) -> Result<Update> {

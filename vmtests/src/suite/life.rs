@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
+use serde_json::Value;
+
 use super::Mode;
 use crate::apps;
 use crate::control::ControlError;
@@ -103,15 +105,29 @@ impl Life {
         vm.exec(apps::checkpoint(self.name, image, more).timeout(STEP))
     }
 
+    /// Makes an image. Where the agent runs, its model was right about everything that it vouched
+    /// for.
+    fn image(&self, vm: &Vm, image: &str, more: &[&str]) -> Result<()> {
+        let more = [more, &["--json"]].concat();
+        let outcome = self.checkpoint(vm, image, &more)?.check()?.text();
+        let outcome: Value = serde_json::from_str(&outcome).context(outcome)?;
+        let verification = &outcome["verification"];
+        ensure!(
+            verification.is_null() || verification["differing"] == 0,
+            "The model differs from what was found: {verification:#}"
+        );
+        Ok(())
+    }
+
     /// Makes an image of the program, which runs on.
     pub(crate) fn checkpoint_and_leave(&self, vm: &Vm, image: &str) -> Result<()> {
-        self.checkpoint(vm, image, &["--leave-running"])?.check()?;
+        self.image(vm, image, &["--leave-running"])?;
         self.is_there(vm)
     }
 
     /// Makes an image of the program, which ends, and restores it.
     pub(crate) fn end_and_restore(&self, vm: &Vm, image: &str) -> Result<()> {
-        self.checkpoint(vm, image, &[])?.check()?;
+        self.image(vm, image, &[])?;
         self.is_gone(vm).context("After the checkpoint")?;
         self.restore(vm, image)
     }

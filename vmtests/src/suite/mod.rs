@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 use std::{fmt, path::PathBuf};
 
 use anyhow::{Result, anyhow};
+use serde_json::Value;
 
 use self::batch::Fate;
 use crate::cases;
 use crate::control::ControlError;
 use crate::guest::case::{Entry, Expect};
 use crate::image::Kernel;
+use crate::scenarios::tracked::{await_status, start_agent};
 use crate::scenarios::{self, Scenario};
 use crate::vm::{Vm, VmBuilder};
 
@@ -277,10 +279,7 @@ fn run_group(options: &Options, group: &Group, report: &Report) {
     let builder = Vm::builder(&options.workspace).keep(options.keep);
     match group {
         Group::Cases { kernel, entries } => {
-            let mut lab = Lab {
-                builder: builder.kernel(*kernel),
-                vm: None,
-            };
+            let mut lab = Lab::new(builder.kernel(*kernel)).with_agent();
             for entry in entries {
                 report.test(&case_name(*kernel, entry), || {
                     lab.run(|vm| life::run(vm, *kernel, entry))
@@ -292,26 +291,20 @@ fn run_group(options: &Options, group: &Group, report: &Report) {
             fate,
             entries,
         } => {
-            let mut lab = Lab {
-                builder: builder.kernel(*kernel),
-                vm: None,
-            };
+            let mut lab = Lab::new(builder.kernel(*kernel));
             let name = |entry: &Entry| batch_name(*kernel, *fate, entry);
             let result = lab.run(|vm| batch::run(vm, *fate, entries, report, &name));
             report.rest(group, result);
         }
         Group::Again { kernel, entries } => {
-            let mut lab = Lab {
-                builder: again::disk(builder.kernel(*kernel)),
-                vm: None,
-            };
+            let mut lab = Lab::new(again::disk(builder.kernel(*kernel))).with_agent();
             let names = |entry: &Entry| again_names(*kernel, entry);
             let result = lab.run(|vm| again::run(vm, entries, report, &names));
             report.rest(group, result);
         }
         Group::Scenario { kernel, scenario } => {
             let builder = (scenario.configure)(builder.kernel(*kernel));
-            let mut lab = Lab { builder, vm: None };
+            let mut lab = Lab::new(builder);
             report.test(&scenario_name(*kernel, scenario), || {
                 lab.run(|vm| (scenario.run)(vm))
             });
@@ -323,13 +316,40 @@ fn run_group(options: &Options, group: &Group, report: &Report) {
 struct Lab {
     builder: VmBuilder,
     vm: Option<Vm>,
+    agent: bool,
 }
 
 impl Lab {
+    fn new(builder: VmBuilder) -> Self {
+        Self {
+            builder,
+            vm: None,
+            agent: false,
+        }
+    }
+
+    /// With the agent running: its model is compared with what each checkpoint reads, and its
+    /// iterators are lent, which take seconds to load under emulation. An update's batch and the
+    /// scenarios are without, unless they start one.
+    fn with_agent(mut self) -> Self {
+        self.agent = true;
+        self
+    }
+
+    fn boot(&self) -> Result<Vm> {
+        let vm = self.builder.clone().start()?;
+        if self.agent {
+            start_agent(&vm, "fentry", &[])?;
+            let lends = |now: &Value| now["spare_iterators"]["state"] == "ready";
+            await_status(&vm, "The agent has iterators to lend", lends)?;
+        }
+        Ok(vm)
+    }
+
     fn run(&mut self, test: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
         let vm = match self.vm.take() {
             Some(vm) => vm,
-            None => self.builder.clone().start()?,
+            None => self.boot()?,
         };
         let mut vm = vm;
         let result = test(&vm);
