@@ -231,28 +231,37 @@ fn restore_applications(
     timeline: &mut Timeline,
     warnings: &mut Vec<String>,
 ) -> Vec<ApplicationReport> {
+    let places: Vec<_> = applications.iter().map(Place::make).collect();
+    let start = |place: &Result<Place, String>, index| match place {
+        Ok(_) => Worker::start(index),
+        Err(error) => Err(error.clone()),
+    };
+    let mut workers = places
+        .iter()
+        .zip(0..)
+        .map(|(place, index)| start(place, index));
     let mut standing = Vec::new();
-    for (index, app) in applications.iter().enumerate() {
-        let place = Place::make(app);
-        let worker = match &place {
-            Ok(_) => Worker::start(index).and_then(|worker| worker.until_it_stands(deadline)),
-            Err(error) => Err(error.clone()),
-        };
+    let mut next = workers.next();
+    while let Some(worker) = next {
+        // Meanwhile the one after it starts and reads the image.
+        next = workers.next();
+        let app = &applications[standing.len()];
+        standing.push(worker.and_then(|worker| worker.restore(deadline)));
         timeline.add(&format!("{} restored", app.header.name));
-        standing.push((app, place, worker));
     }
+    drop(workers);
     if let Some(mut lock) = lock
         && let Err(error) = lock.release()
     {
         warnings.push(error.to_string());
     }
-    for worker in standing.iter_mut().filter_map(|(_, _, w)| w.as_mut().ok()) {
+    for worker in standing.iter_mut().flatten() {
         worker.let_run();
     }
     let until = Instant::now() + deadline;
     let mut failed = Vec::new();
     let mut reports = Vec::new();
-    for (app, place, worker) in standing {
+    for ((app, place), worker) in applications.iter().zip(places).zip(standing) {
         let left = until.saturating_duration_since(Instant::now());
         let result = worker.and_then(|worker| worker.until_it_runs(left));
         let mut report = ApplicationReport {

@@ -19,6 +19,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 use std::time::Duration;
 
+/// The stage says that it is this application's turn.
+const BEGIN: u8 = b'b';
+
 /// The worker says that the application stands.
 const STANDS: u8 = b's';
 
@@ -36,7 +39,8 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Begins to restore application number `index` of the image.
+    /// Starts one for application number `index` of the image. It reads what there is to restore,
+    /// and waits for its turn.
     pub fn start(index: usize) -> Result<Self, String> {
         let errors = Path::new(crate::applications::STATE_DIR);
         let errors = errors.join(format!("restore.{index}.error"));
@@ -66,9 +70,11 @@ impl Worker {
         }
     }
 
-    /// Waits until the whole application stands and nothing of it runs. If it does not within
-    /// `deadline`, that is the worker's end.
-    pub fn until_it_stands(mut self, deadline: Duration) -> Result<Self, String> {
+    /// Has it restore, until the whole application stands and nothing of it runs. If it does not
+    /// within `deadline`, that is the worker's end.
+    pub fn restore(mut self, deadline: Duration) -> Result<Self, String> {
+        // One that has ended already is found out below.
+        let _ = self.channel.write_all(&[BEGIN]);
         let mut fds = [
             PollFd::new(self.channel.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN),
@@ -135,28 +141,41 @@ fn restore_one(index: usize) -> Result<(), String> {
     let app = image.applications.first();
     let app = app.ok_or_else(|| format!("The image has no application {index}"))?;
     let cgroup_root = cgroup2_mount().map_err(|e| e.to_string())?;
+    let turn = channel().and_then(|mut channel| await_word(&mut channel, BEGIN));
+    turn.map_err(|e| e.to_string())?;
     let options = RestoreOptions {
         cgroup_root,
         // The stage holds the lock itself, over all applications.
         network_lock: None,
         early: true,
     };
-    let restored = restore::restore(app, Pages::new(&store, &image.slots), &options, ask_stage);
+    let pages = Pages::new(&store, &image.slots);
+    let restored = restore::restore(app, pages, &options, ask_stage);
     let restored = restored.map_err(|e| e.to_string())?;
     tracing::debug!("{} runs, {:?}", app.header.name, restored.roots);
     Ok(())
 }
 
-/// Says that the application stands, and waits until it may run.
-fn ask_stage() -> Result<(), RestoreError> {
+/// The worker's side of its channel: to be closed before anything is forked.
+fn channel() -> Result<UnixStream, RestoreError> {
     let stdin = std::io::stdin().as_fd().try_clone_to_owned();
-    let mut channel = stdin
+    stdin
         .map(UnixStream::from)
-        .map_err(RestoreError::io("dup of stdin"))?;
+        .map_err(RestoreError::io("dup of stdin"))
+}
+
+fn await_word(channel: &mut UnixStream, word: u8) -> Result<(), RestoreError> {
     let mut said = [0];
-    let asked = channel.write_all(&[STANDS]);
-    match asked.and_then(|()| channel.read_exact(&mut said)) {
-        Ok(()) if said == [RUN] => Ok(()),
+    match channel.read_exact(&mut said) {
+        Ok(()) if said == [word] => Ok(()),
         _ => Err(RestoreError::Abandoned),
     }
+}
+
+/// Says that the application stands, and waits until it may run.
+fn ask_stage() -> Result<(), RestoreError> {
+    let mut channel = channel()?;
+    let asked = channel.write_all(&[STANDS]);
+    asked.map_err(|_| RestoreError::Abandoned)?;
+    await_word(&mut channel, RUN)
 }
