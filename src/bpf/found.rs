@@ -28,7 +28,7 @@ pub struct Tasks {
 }
 
 /// An open descriptor.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct File {
     /// What all descriptors have.
     pub rec: FileRec,
@@ -36,8 +36,9 @@ pub struct File {
     pub detail: Detail,
 }
 
-/// The state of some kinds of files, read in the same pass.
-#[derive(Clone, Copy, Debug)]
+/// The state of some kinds of files, read in the same pass. What is large lies elsewhere: ten
+/// thousand eventfds would take the room of as many sockets.
+#[derive(Clone, Debug)]
 pub enum Detail {
     /// Nothing beyond the [`FileRec`].
     None,
@@ -52,15 +53,15 @@ pub enum Detail {
     /// A pidfd.
     Pidfd(PidfdRec),
     /// A socket.
-    Socket(SockRec),
+    Socket(Box<SockRec>),
     /// Either end of a pseudo-terminal.
-    Tty(TtyRec),
+    Tty(Box<TtyRec>),
     /// An io_uring instance.
     Uring(UringRec),
     /// A file of pressure stall information with a trigger.
     Pressure(PressureRec),
     /// A POSIX message queue.
-    Mqueue(MqueueRec),
+    Mqueue(Box<MqueueRec>),
 }
 
 /// What a pass over the descriptors found.
@@ -125,11 +126,11 @@ impl Detail {
             RecKind::TIMERFD => Self::Timerfd(raw.decode()?),
             RecKind::SIGNALFD => Self::Signalfd(raw.decode()?),
             RecKind::PIDFD => Self::Pidfd(raw.decode()?),
-            RecKind::TTY => Self::Tty(raw.decode()?),
+            RecKind::TTY => Self::Tty(Box::new(raw.decode()?)),
             RecKind::URING => Self::Uring(raw.decode()?),
             RecKind::PRESSURE => Self::Pressure(raw.decode()?),
-            RecKind::MQUEUE => Self::Mqueue(raw.decode()?),
-            _ => Self::Socket(raw.decode()?),
+            RecKind::MQUEUE => Self::Mqueue(Box::new(raw.decode()?)),
+            _ => Self::Socket(Box::new(raw.decode()?)),
         })
     }
 }

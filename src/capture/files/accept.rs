@@ -10,9 +10,9 @@ use crate::bpf::events::{SockFlag, SockRec, WaitingDataRec, WaitingFlag as Flag,
 use crate::bpf::iter::{Detail, File, Files, Iterators, ReadError, Scope, Tasks, Waiting};
 use crate::model::frozen::{Blocker, TcpOptions, WaitingConnection, WaitingEnd, WaitingUnix};
 use crate::model::ids::OfdId;
+use crate::model::map::Map;
 use nix::libc;
 use serde_bytes::ByteBuf;
-use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// As long as a receive queue can be: net.ipv4.tcp_rmem is limited by an i32.
@@ -22,9 +22,9 @@ const LONGEST: u32 = i32::MAX.cast_unsigned();
 #[derive(Debug, Default)]
 pub struct Queues {
     /// By the address of the listener's socket.
-    waiting: HashMap<u64, Vec<Waiting>>,
+    waiting: Map<u64, Vec<Waiting>>,
     /// Which listener a Unix socket waits for.
-    clients: HashMap<u64, u64>,
+    clients: Map<u64, u64>,
 }
 
 impl Queues {
@@ -70,13 +70,13 @@ impl Queues {
         &self,
         file: &File,
         listener: &SockRec,
-        owners: &HashMap<u64, OfdId>,
+        owners: &Map<u64, OfdId>,
     ) -> Result<Vec<WaitingUnix>, CollectError> {
         self.take(file, listener, |queue| unix_accept::carried(queue, owners))
     }
 
     /// The listener that a Unix socket waits for, by the sockets of the application.
-    pub fn awaited(&self, client: &SockRec, owners: &HashMap<u64, OfdId>) -> Option<OfdId> {
+    pub fn awaited(&self, client: &SockRec, owners: &Map<u64, OfdId>) -> Option<OfdId> {
         let listener = self.clients.get(&client.sock)?;
         owners.get(listener).copied()
     }

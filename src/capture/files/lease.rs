@@ -4,7 +4,7 @@ use crate::bpf::events::{LockClass, LockRec, VmaRec};
 use crate::bpf::iter::{File, Files};
 use crate::model::frozen::{Blocker, Lease};
 use crate::model::ids::{Fd, Pid};
-use std::collections::HashSet;
+use crate::model::map::Set;
 
 // `FL_*` of include/linux/filelock.h.
 const FL_DELEG: u32 = 4;
@@ -15,7 +15,7 @@ const F_WRLCK: u32 = 1;
 
 /// Where files that anybody has locks on are open: process, descriptor, description.
 #[derive(Debug, Default)]
-pub struct Places(HashSet<(u32, i32, u64)>);
+pub struct Places(Set<(u32, i32, u64)>);
 
 impl Places {
     /// Goes through a pass.
@@ -100,7 +100,7 @@ mod tests {
             fd: 3,
             ..LockRec::default()
         };
-        let places = |place| Places(HashSet::from([place]));
+        let places = |place| Places(Set::from_iter([place]));
         let told = |lease: &LockRec, place| refusal(lease, &places(place)).unwrap_or_default();
         assert_eq!(told(&lease, (5, 3, 77)), "");
         for elsewhere in [(6, 3, 77), (5, 4, 77), (5, 3, 78)] {

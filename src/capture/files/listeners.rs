@@ -10,12 +10,12 @@ use super::options::Defaults;
 use crate::bpf::events::{SockFlag, SockRec};
 use crate::bpf::iter::{Detail, File};
 use crate::model::frozen::SockOption;
-use std::collections::HashMap;
+use crate::model::map::Map;
 
 /// The options of listeners, by the address of the socket.
 #[derive(Debug, Default)]
 pub struct Listeners {
-    known: HashMap<u64, Listener>,
+    known: Map<u64, Listener>,
     defaults: Defaults,
 }
 
@@ -31,7 +31,7 @@ impl Listeners {
     /// taken before. What goes away or fails meanwhile is left out.
     pub fn read(files: &[File]) -> Self {
         let mut lender = Lender::default();
-        let (mut known, mut defaults) = (HashMap::new(), Defaults::default());
+        let (mut known, mut defaults) = (Map::default(), Defaults::default());
         for file in files {
             let Detail::Socket(rec) = &file.detail else {
                 continue;

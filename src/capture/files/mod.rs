@@ -165,27 +165,20 @@ pub(in crate::capture) fn collect(
 }
 
 fn tables(found: &Files) -> BTreeMap<FilesId, FilesTable> {
-    let mut tables: BTreeMap<FilesId, BTreeMap<Fd, FdEntry>> = BTreeMap::new();
+    let mut tables: BTreeMap<FilesId, FilesTable> = BTreeMap::new();
     for file in &found.files {
         let entry = FdEntry {
             fd: Fd(file.rec.fd.cast_signed()),
             ofd: OfdId(file.rec.file),
             cloexec: file.rec.cloexec != 0,
         };
-        tables
-            .entry(FilesId(file.rec.files))
-            .or_default()
-            .insert(entry.fd, entry);
+        let table = tables.entry(FilesId(file.rec.files)).or_default();
+        table.fds.push(entry);
+    }
+    for table in tables.values_mut() {
+        // In ascending order, once for each process that shares the table.
+        table.fds.sort_by_key(|entry| entry.fd);
+        table.fds.dedup_by_key(|entry| entry.fd);
     }
     tables
-        .into_iter()
-        .map(|(id, fds)| {
-            (
-                id,
-                FilesTable {
-                    fds: fds.into_values().collect(),
-                },
-            )
-        })
-        .collect()
 }

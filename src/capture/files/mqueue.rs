@@ -6,9 +6,10 @@ use crate::bpf::events::{FileRec, MqueueDataRec, MqueueFlag as Flag, MqueueRec};
 use crate::bpf::iter::{Detail, File, Files};
 use crate::model::frozen::{MqueueNotify, MqueueState, QueuedMessage};
 use crate::model::ids::Pid;
+use crate::model::map::{Map, Set};
 use nix::libc;
 use serde_bytes::ByteBuf;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 
 /// Why a queue that somebody else has open is not carried.
 pub(super) const OPEN_OUTSIDE: &str =
@@ -27,7 +28,7 @@ pub fn object(queue: &MqueueRec) -> String {
 /// [`Iterators::messages`]: crate::bpf::iter::Iterators::messages
 #[must_use]
 pub fn has_messages(files: &[File]) -> bool {
-    let waiting = |file: &File| matches!(file.detail, Detail::Mqueue(queue) if queue.curmsgs > 0);
+    let waiting = |file: &File| matches!(&file.detail, Detail::Mqueue(queue) if queue.curmsgs > 0);
     files.iter().any(waiting)
 }
 
@@ -35,16 +36,16 @@ pub fn has_messages(files: &[File]) -> bool {
 #[derive(Debug, Default)]
 pub struct Queues {
     /// Open file descriptions.
-    open: HashMap<u64, u32>,
+    open: Map<u64, u32>,
     /// Processes with a descriptor that mq_notify(3) takes.
-    users: HashSet<(u64, u32)>,
-    pids: HashSet<u32>,
+    users: Set<(u64, u32)>,
+    pids: Set<u32>,
 }
 
 impl Queues {
     pub(super) fn of(found: &Files) -> Self {
         let mut queues = Self::default();
-        let mut known = HashSet::new();
+        let mut known = Set::default();
         for file in &found.files {
             queues.pids.insert(file.rec.tgid);
             let Detail::Mqueue(queue) = &file.detail else {
@@ -114,7 +115,7 @@ impl Messages {
 
     /// Adds what another pass has found, but for queues that are known.
     pub(super) fn add(&mut self, records: &[MqueueDataRec]) {
-        let known: HashSet<u64> = self.0.keys().copied().collect();
+        let known: Set<u64> = self.0.keys().copied().collect();
         for rec in records.iter().filter(|rec| !known.contains(&rec.inode)) {
             let parts = self.0.entry(rec.inode).or_default();
             if rec.offset == 0 {
@@ -238,7 +239,7 @@ mod tests {
                 flags,
                 ..FileRec::default()
             },
-            detail: Detail::Mqueue(detail),
+            detail: Detail::Mqueue(Box::new(detail)),
         }
     }
 

@@ -5,9 +5,10 @@ use crate::bpf::events::{TRK_TTY_BUF, TtyDataRec, TtyFlag as Flag, TtyPart, TtyR
 use crate::bpf::iter::{Detail, Files, Tasks};
 use crate::model::frozen::{Blocker, PtyInput, PtyState, Termios};
 use crate::model::ids::{Fd, Pid};
+use crate::model::map::Set;
 use nix::libc;
 use serde_bytes::ByteBuf;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 /// Open file descriptions of a pseudo-terminal that the application has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,7 +69,7 @@ fn unread(side: &TtySide) -> bool {
 
 /// Why a pseudo-terminal is not carried, wherever its ends are; `pids` are the processes of
 /// the application.
-pub fn refusal(tty: &TtyRec, pids: &HashSet<u32>) -> Option<String> {
+pub fn refusal(tty: &TtyRec, pids: &Set<u32>) -> Option<String> {
     /// More would not have been found; see `MAX_FLIP_BUFFERS` in iter_tty.bpf.h.
     const MOST_FLIP_BUFFERS: u32 = 128;
     let (master, slave) = (&tty.master, &tty.slave);
@@ -126,8 +127,8 @@ pub fn refusal(tty: &TtyRec, pids: &HashSet<u32>) -> Option<String> {
 /// Whether there are any.
 #[must_use]
 pub fn has_terminals(found: &Files) -> bool {
-    let is_terminal = |detail| matches!(detail, Detail::Tty(_));
-    found.files.iter().any(|file| is_terminal(file.detail))
+    let is_terminal = |detail: &Detail| matches!(detail, Detail::Tty(_));
+    found.files.iter().any(|file| is_terminal(&file.detail))
 }
 
 /// Terminals in which bytes have moved between two passes over frozen processes: a worker that
@@ -169,15 +170,15 @@ pub fn controlling(tasks: &Tasks, found: &Files) -> Vec<Blocker> {
             _ => None,
         })
         .collect();
-    let sessions: HashSet<u32> = inside.values().copied().filter(|sid| *sid != 0).collect();
-    let leaders: HashSet<u32> = tasks.processes.iter().map(|p| p.pid).collect();
+    let sessions: Set<u32> = inside.values().copied().filter(|sid| *sid != 0).collect();
+    let leaders: Set<u32> = tasks.processes.iter().map(|p| p.pid).collect();
     let blocker = |pid: u32, reason: &str| Blocker {
         pid: Pid(pid.cast_signed()),
         fd: None,
         object: "controlling terminal".to_owned(),
         reason: reason.to_owned(),
     };
-    let zombies: HashSet<u32> = tasks
+    let zombies: Set<u32> = tasks
         .threads
         .iter()
         .filter(|thread| thread.tid == thread.tgid && thread.is_zombie())

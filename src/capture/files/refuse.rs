@@ -10,7 +10,7 @@ use crate::bpf::iter::{Detail, File, Files, Tasks};
 use crate::capture::huge;
 use crate::model::frozen::Blocker;
 use crate::model::ids::OfdId;
-use std::collections::{HashMap, HashSet};
+use crate::model::map::{Map, Set};
 
 /// Character devices without state of their own: (major, minor) of Linux'
 /// devices.txt: null, zero, full, random, urandom.
@@ -59,22 +59,22 @@ pub fn handshakes(found: &Files) -> bool {
 /// What one pass tells about relations between open files.
 pub(super) struct Survey {
     /// Which description each `struct sock` belongs to.
-    pub sockets: HashMap<u64, OfdId>,
+    pub sockets: Map<u64, OfdId>,
     pub meetings: Meetings,
     /// Readers and writers of each pipe within the application.
-    pipes: HashMap<u64, (u32, u32)>,
+    pipes: Map<u64, (u32, u32)>,
     /// Ends of each pseudo-terminal within the application.
-    terminals: HashMap<u64, pty::Ends>,
+    terminals: Map<u64, pty::Ends>,
     /// Processes with open files.
-    pids: HashSet<u32>,
+    pids: Set<u32>,
     /// Some Unix socket has descriptors in flight, which no table shows.
     in_flight: bool,
     pub processes: Processes,
     pub owners: Owners,
     /// Why a file is not carried for a lock taken through it.
-    locked: HashMap<u64, String>,
+    locked: Map<u64, String>,
     /// epoll sets that watch a file which is open nowhere in the application.
-    strays: HashMap<u64, u32>,
+    strays: Map<u64, u32>,
     queues: mqueue::Queues,
 }
 
@@ -82,7 +82,7 @@ impl Survey {
     /// Goes through a pass once.
     pub fn of(found: &Files, tasks: &Tasks) -> Self {
         let processes = Processes::of(tasks);
-        let tables: HashSet<u64> = found.files.iter().map(|file| file.rec.files).collect();
+        let tables: Set<u64> = found.files.iter().map(|file| file.rec.files).collect();
         let places = lease::Places::of(found);
         let reason = |lock: &LockRec| {
             let reason = match lock.class {
@@ -96,16 +96,16 @@ impl Survey {
             owners: Owners::of(tasks, &processes),
             processes,
             locked,
-            sockets: HashMap::new(),
+            sockets: Map::default(),
             meetings: Meetings::of(found),
-            pipes: HashMap::new(),
-            terminals: HashMap::new(),
+            pipes: Map::default(),
+            terminals: Map::default(),
             pids: found.files.iter().map(|file| file.rec.tgid).collect(),
             in_flight: false,
-            strays: HashMap::new(),
+            strays: Map::default(),
             queues: mqueue::Queues::of(found),
         };
-        let mut open = HashSet::new();
+        let mut open = Set::default();
         for file in &found.files {
             if !open.insert(file.rec.file) {
                 continue;
@@ -277,7 +277,7 @@ impl Survey {
 }
 
 /// Why a file is not carried for a lock; `None` when it is.
-fn lock_refusal(lock: &LockRec, tables: &HashSet<u64>, processes: &Processes) -> Option<String> {
+fn lock_refusal(lock: &LockRec, tables: &Set<u64>, processes: &Processes) -> Option<String> {
     const FL_OFDLCK: u32 = 1024;
     match lock.class {
         // Such locks belong to the descriptor table, which others may share.

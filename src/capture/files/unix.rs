@@ -6,13 +6,13 @@ use super::unix_accept::Meetings;
 use crate::bpf::events::SockRec;
 use crate::model::frozen::{PeerCredentials, UnixAddress, UnixMessage, UnixSocket, UnixState};
 use crate::model::ids::{OfdId, Pid};
+use crate::model::map::Map;
 use crate::sys::message::Room;
 use crate::sys::socket::{option, own_address};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
 use serde_bytes::ByteBuf;
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
 const LISTEN: u8 = 10;
@@ -35,7 +35,7 @@ pub struct Peeked {
 /// tells why it is not carried.
 pub fn state(
     rec: &SockRec,
-    owners: &HashMap<u64, OfdId>,
+    owners: &Map<u64, OfdId>,
     meetings: &Meetings,
 ) -> Result<UnixState, String> {
     if rec.state == LISTEN {

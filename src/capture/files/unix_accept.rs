@@ -5,9 +5,9 @@ use crate::bpf::events::{SockRec, TRK_WAITING_GROUPS, WaitingDataRec, WaitingFla
 use crate::bpf::iter::{Detail, Files, Waiting};
 use crate::model::frozen::{PeerCredentials, UnixMessage, WaitingUnix};
 use crate::model::ids::{OfdId, Pid};
+use crate::model::map::Map;
 use nix::libc;
 use serde_bytes::ByteBuf;
-use std::collections::HashMap;
 
 /// `SHUTDOWN_MASK`: of one whose other end is closed, see unix_release_sock().
 const CLOSED: u8 = 3;
@@ -16,7 +16,7 @@ const CLOSED: u8 = 3;
 #[derive(Debug, Default)]
 pub struct Meetings {
     /// Listeners, by what they share with those that connect to them: the kernel's name of them.
-    listeners: HashMap<u64, OfdId>,
+    listeners: Map<u64, OfdId>,
 }
 
 impl Meetings {
@@ -46,15 +46,12 @@ fn is_unix(sock: &SockRec) -> bool {
 
 /// What the image carries of an accept queue, by the sockets of the application; an error tells
 /// why it is not carried.
-pub fn carried(
-    queue: &[Waiting],
-    owners: &HashMap<u64, OfdId>,
-) -> Result<Vec<WaitingUnix>, String> {
+pub fn carried(queue: &[Waiting], owners: &Map<u64, OfdId>) -> Result<Vec<WaitingUnix>, String> {
     let each = queue.iter().map(|waiting| connection(waiting, owners));
     each.collect()
 }
 
-fn connection(waiting: &Waiting, owners: &HashMap<u64, OfdId>) -> Result<WaitingUnix, String> {
+fn connection(waiting: &Waiting, owners: &Map<u64, OfdId>) -> Result<WaitingUnix, String> {
     let rec = &waiting.rec;
     let client = owners.get(&rec.peer).copied();
     if client.is_none() && rec.shutdown != CLOSED {
@@ -139,8 +136,8 @@ mod tests {
         }
     }
 
-    fn owners() -> HashMap<u64, OfdId> {
-        HashMap::from([(0x10, OfdId(1))])
+    fn owners() -> Map<u64, OfdId> {
+        Map::from_iter([(0x10, OfdId(1))])
     }
 
     #[test]
@@ -158,7 +155,7 @@ mod tests {
     #[test]
     fn one_from_outside_is_refused_and_one_that_is_closed_is_not() {
         let mut one = waiting();
-        let nobody = HashMap::new();
+        let nobody = Map::default();
         assert!(carried(std::slice::from_ref(&one), &nobody).is_err());
         one.rec.shutdown = CLOSED;
         assert_eq!(carried(&[one], &nobody).unwrap()[0].client, None);
@@ -182,7 +179,7 @@ mod tests {
     #[test]
     fn a_client_waits_for_the_listener_that_its_other_end_is_named_like() {
         let meetings = Meetings {
-            listeners: HashMap::from([(0x20, OfdId(2))]),
+            listeners: Map::from_iter([(0x20, OfdId(2))]),
         };
         let client = SockRec {
             peer: 0x30,

@@ -34,7 +34,7 @@ pub fn find(iterators: &mut Iterators, fd: &impl AsFd) -> Result<File> {
 
 fn socket(iterators: &mut Iterators, fd: &impl AsFd) -> Result<SockRec> {
     match find(iterators, fd)?.detail {
-        Detail::Socket(rec) => Ok(rec),
+        Detail::Socket(rec) => Ok(*rec),
         other => bail!("not a socket: {other:?}"),
     }
 }

@@ -22,10 +22,11 @@ use crate::model::frozen::{
     OpenFile, PathRef, PipeId, PipeState, Timerfd,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
+use crate::model::map::Map;
 use crate::sys::inode::Watches;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 /// Messages whose descriptors in flight are still to be identified.
 type InFlight = (OfdId, Vec<unix::Peeked>);
@@ -37,20 +38,20 @@ pub(super) struct Reader<'a> {
     contents: &'a mut Contents,
     view: &'a View,
     survey: Survey,
-    items: HashMap<u64, Vec<&'a EpollItemRec>>,
-    watches: HashMap<u64, Vec<&'a WatchRec>>,
-    locks: HashMap<u64, Vec<&'a LockRec>>,
-    members: HashMap<u64, Vec<&'a MemberRec>>,
+    items: Map<u64, Vec<&'a EpollItemRec>>,
+    watches: Map<u64, Vec<&'a WatchRec>>,
+    locks: Map<u64, Vec<&'a LockRec>>,
+    members: Map<u64, Vec<&'a MemberRec>>,
     listeners: Listeners,
     lender: Lender,
     ofds: BTreeMap<OfdId, OpenFile>,
     repaired: Repaired,
     /// Pipes whose content some end carries already.
-    pipes: HashMap<u64, OfdId>,
+    pipes: Map<u64, OfdId>,
     /// Of each pipe, where one end is, and how many readers and writers it has.
     ends: BTreeMap<PipeId, (Pid, Fd, u32, u32)>,
     in_flight: Vec<InFlight>,
-    tty_data: HashMap<u64, Vec<&'a TtyDataRec>>,
+    tty_data: Map<u64, Vec<&'a TtyDataRec>>,
     /// By the address of a pseudo-terminal: where an end is, and what ends there are.
     terminals: BTreeMap<u64, (Pid, Fd, TtyRec, pty::Ends)>,
     messages: mqueue::Messages,
@@ -59,8 +60,8 @@ pub(super) struct Reader<'a> {
     mqueues: BTreeMap<u64, (Pid, Fd, MqueueRec, u32)>,
 }
 
-fn grouped<T>(records: &[T], key: impl Fn(&T) -> u64) -> HashMap<u64, Vec<&T>> {
-    let mut groups: HashMap<u64, Vec<&T>> = HashMap::new();
+fn grouped<T>(records: &[T], key: impl Fn(&T) -> u64) -> Map<u64, Vec<&T>> {
+    let mut groups: Map<u64, Vec<&T>> = Map::default();
     for record in records {
         groups.entry(key(record)).or_default().push(record);
     }
@@ -94,7 +95,7 @@ impl<'a> Reader<'a> {
             lender: Lender::default(),
             ofds: BTreeMap::new(),
             repaired: Repaired::default(),
-            pipes: HashMap::new(),
+            pipes: Map::default(),
             ends: BTreeMap::new(),
             in_flight: Vec::new(),
             tty_data: grouped(&found.tty_data, |data| data.tty),

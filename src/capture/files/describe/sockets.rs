@@ -9,8 +9,8 @@ use crate::model::frozen::{
     Blocker, FileKind, Interfaces, Socket, SocketState, UnixMessage, UnixState,
 };
 use crate::model::ids::{Fd, OfdId, Pid};
+use crate::model::map::Map;
 use nix::libc;
-use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 impl Reader<'_> {
@@ -91,7 +91,7 @@ impl Reader<'_> {
             let own = if any {
                 self.own_files(iterators)?
             } else {
-                HashMap::new()
+                Map::default()
             };
             for (id, queue) in batch {
                 let messages = queue
@@ -109,7 +109,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn own_files(&mut self, iterators: &mut Iterators) -> Result<HashMap<i32, File>, CollectError> {
+    fn own_files(&mut self, iterators: &mut Iterators) -> Result<Map<i32, File>, CollectError> {
         let failed = |e: ReadError| CollectError::File {
             pid: Pid(std::process::id().cast_signed()),
             fd: Fd(-1),
@@ -131,7 +131,7 @@ impl Reader<'_> {
     fn message(
         &mut self,
         peeked: unix::Peeked,
-        own: &HashMap<i32, File>,
+        own: &Map<i32, File>,
     ) -> Result<UnixMessage, CollectError> {
         let fds = peeked
             .fds
