@@ -106,6 +106,8 @@ const HEARTBEAT: &str = "/root/heartbeat";
 
 impl<'a> Lab<'a> {
     fn start(vm: &'a Vm) -> Result<Self> {
+        // It lends iterators, which take seconds to load, to each of many checkpoints.
+        apps::start_agent(vm)?;
         let load = start(vm)?;
         vm.sh(&format!("mkdir -p {HEARTBEAT}"))?.check()?;
         let program = format!("{TESTS_DIR}/heartbeat");

@@ -20,7 +20,7 @@ mod sandboxed;
 mod services;
 mod single_case;
 mod terminal;
-pub(crate) mod tracked;
+mod tracked;
 mod tracking;
 mod tracking_adopted;
 mod tracking_losses;

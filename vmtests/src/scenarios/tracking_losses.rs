@@ -21,7 +21,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "tracking_losses_fallback",
-        kernels: &Kernel::ALL,
+        kernels: super::tracked::FALLBACK,
         configure: |vm| vm,
         run: |vm| losses(vm, "fallback"),
     },

@@ -25,7 +25,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "tracking_membership_fallback",
-        kernels: &Kernel::ALL,
+        kernels: super::tracked::FALLBACK,
         configure: |vm| vm,
         run: |vm| membership(vm, "fallback"),
     },

@@ -23,7 +23,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "tracking_programs_fallback",
-        kernels: &Kernel::ALL,
+        kernels: super::tracked::FALLBACK,
         configure,
         run: |vm| programs(vm, "fallback"),
     },

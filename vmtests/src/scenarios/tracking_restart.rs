@@ -23,7 +23,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "tracking_restart_fallback",
-        kernels: &Kernel::ALL,
+        kernels: super::tracked::FALLBACK,
         configure: |vm| vm,
         run: |vm| restart(vm, "fallback"),
     },

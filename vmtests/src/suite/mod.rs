@@ -5,14 +5,13 @@ use std::time::{Duration, Instant};
 use std::{fmt, path::PathBuf};
 
 use anyhow::{Result, anyhow};
-use serde_json::Value;
 
 use self::batch::Fate;
+use crate::apps;
 use crate::cases;
 use crate::control::ControlError;
 use crate::guest::case::{Entry, Expect};
 use crate::image::Kernel;
-use crate::scenarios::tracked::{await_status, start_agent};
 use crate::scenarios::{self, Scenario};
 use crate::vm::{Vm, VmBuilder};
 
@@ -339,9 +338,8 @@ impl Lab {
     fn boot(&self) -> Result<Vm> {
         let vm = self.builder.clone().start()?;
         if self.agent {
-            start_agent(&vm, "fentry", &[])?;
-            let lends = |now: &Value| now["spare_iterators"]["state"] == "ready";
-            await_status(&vm, "The agent has iterators to lend", lends)?;
+            apps::start_agent(&vm)?;
+            apps::await_spare(&vm)?;
         }
         Ok(vm)
     }
