@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{self as ns, AddressFamily, SockFlag, SockType, setsockopt, sockopt};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::probe::{check_pattern, pattern};
+use super::probe::{check_pattern, eventually, option, pattern};
 use super::tcp::{exchange, patient};
 use crate::guest::case::{Case, Entry};
 
@@ -33,10 +33,25 @@ pub const CASES: &[Entry] = &[
     Entry::carried_by_newer("accept_queue_device", OLD, device),
 ];
 
-fn connect(to: SocketAddr) -> Result<TcpStream> {
+/// A client that waits at this listener, behind those that came before.
+fn connect(listener: &TcpListener, to: SocketAddr) -> Result<TcpStream> {
+    let before = waiting(listener)?;
     let stream = TcpStream::connect(to).context("Connect")?;
+    // It is connected before its last acknowledgement is looked at, which the next client's may
+    // overtake where the kernel leaves them to another CPU.
+    eventually("the client waits to be accepted", || {
+        Ok(waiting(listener)? > before)
+    })?;
     patient(&stream)?;
     Ok(stream)
+}
+
+/// How many wait at a listener, which is what `tcpi_unacked` tells of one (`tcp_get_info()`).
+fn waiting(listener: &TcpListener) -> Result<u32> {
+    const AT: usize = std::mem::offset_of!(libc::tcp_info, tcpi_unacked);
+    let info = option(listener, libc::IPPROTO_TCP, libc::TCP_INFO)?;
+    let count = info.get(AT..AT + 4).context("TCP_INFO is short")?;
+    Ok(u32::from_ne_bytes(count.try_into()?))
 }
 
 /// The next one that waits, which must be that of this client.
@@ -68,7 +83,11 @@ fn talk(one: &mut TcpStream, two: &mut TcpStream, seed: u64) -> Result<()> {
 fn queue(case: &Case, address: IpAddr) -> Result<()> {
     let listener = TcpListener::bind((address, 0))?;
     let to = listener.local_addr()?;
-    let mut clients = [connect(to)?, connect(to)?, connect(to)?];
+    let mut clients = [
+        connect(&listener, to)?,
+        connect(&listener, to)?,
+        connect(&listener, to)?,
+    ];
     clients[1].write_all(&pattern(1, 10))?;
     for part in pattern(2, 9000).chunks(3000) {
         clients[2].write_all(part)?;
@@ -90,7 +109,7 @@ fn queue(case: &Case, address: IpAddr) -> Result<()> {
         talk(&mut server, client, 3)?;
     }
     nobody_waits(&listener)?;
-    let late = connect(to)?;
+    let late = connect(&listener, to)?;
     accept(&listener, late.local_addr()?).map(drop)
 }
 
@@ -98,8 +117,8 @@ fn queue(case: &Case, address: IpAddr) -> Result<()> {
 fn both_families(case: &Case) -> Result<()> {
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0))?;
     let port = listener.local_addr()?.port();
-    let mut four = connect((Ipv4Addr::LOCALHOST, port).into())?;
-    let mut six = connect((Ipv6Addr::LOCALHOST, port).into())?;
+    let mut four = connect(&listener, (Ipv4Addr::LOCALHOST, port).into())?;
+    let mut six = connect(&listener, (Ipv6Addr::LOCALHOST, port).into())?;
     four.write_all(b"four")?;
     six.write_all(b"six!")?;
 
@@ -127,7 +146,7 @@ fn ended(case: &Case) -> Result<()> {
     let to = listener.local_addr()?;
     let mut clients = Vec::new();
     for seed in 0..5 {
-        let mut client = connect(to)?;
+        let mut client = connect(&listener, to)?;
         client.write_all(&pattern(seed, 100))?;
         clients.push(client);
     }
@@ -195,7 +214,7 @@ fn ended(case: &Case) -> Result<()> {
 /// As much as is taken from a client before anybody reads.
 fn much(case: &Case) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let mut client = connect(listener.local_addr()?)?;
+    let mut client = connect(&listener, listener.local_addr()?)?;
     client.set_nonblocking(true)?;
     let bytes = pattern(7, 1 << 22);
     let mut sent = 0;
@@ -233,7 +252,7 @@ fn many(case: &Case) -> Result<()> {
     ns::listen(&listener, ns::Backlog::new(600)?)?;
     let mut clients = Vec::new();
     for seed in 0..CLIENTS {
-        let mut client = connect(to)?;
+        let mut client = connect(&listener, to)?;
         client.write_all(&pattern(seed, 11_000))?;
         clients.push(client);
     }
@@ -269,7 +288,7 @@ fn reuseport(case: &Case) -> Result<()> {
     // Those that come while there is one only are all its own.
     let mut early = Vec::new();
     for _ in 0..CLIENTS {
-        early.push(connect(to)?);
+        early.push(connect(&one, to)?);
     }
     let two = shared_port(to.port())?;
 
@@ -290,7 +309,7 @@ fn options(case: &Case) -> Result<()> {
     setsockopt(&listener, sockopt::TcpKeepIdle, &1234)?;
     setsockopt(&listener, sockopt::RcvBuf, &100_000)?;
     let size = ns::getsockopt(&listener, sockopt::RcvBuf)?;
-    let mut client = connect(listener.local_addr()?)?;
+    let mut client = connect(&listener, listener.local_addr()?)?;
     setsockopt(&client, sockopt::TcpNoDelay, &true)?;
     client.write_all(b"data")?;
 
@@ -317,7 +336,7 @@ fn options(case: &Case) -> Result<()> {
 fn device(case: &Case) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     setsockopt(&listener, sockopt::BindToDevice, &"lo".into())?;
-    let mut client = connect(listener.local_addr()?)?;
+    let mut client = connect(&listener, listener.local_addr()?)?;
     client.write_all(b"data")?;
 
     case.ready()?;

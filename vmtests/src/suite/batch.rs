@@ -15,6 +15,10 @@ use crate::vm::{Exec, Outcome, Vm};
 /// Time for the update, the next kernel's boot and the restore.
 const UPDATE: Duration = Duration::from_secs(900);
 
+/// So many cases are set up at a time. With all of them at once, one whose threads are of low
+/// priority got nothing to run on for minutes.
+const AT_A_TIME: usize = 16;
+
 /// What happens between "ready" and "go".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fate {
@@ -38,18 +42,20 @@ pub(crate) fn run(
     } else {
         Mode::Kexec
     };
-    let mut started = Vec::new();
-    for entry in entries {
-        started.push((name(entry), Life::start(vm, mode, entry)?));
-    }
     let mut batch = Vec::new();
-    for (name, mut life) in started {
-        match life.await_ready(vm) {
-            Ok(()) => batch.push((name, life)),
-            // It must not hold up the others.
-            Err(error) => {
-                let result = life.finish(vm, Err(error));
-                report.verdict(&name, &result, Duration::ZERO);
+    for some in entries.chunks(AT_A_TIME) {
+        let starting = some
+            .iter()
+            .map(|entry| Ok((name(entry), Life::start(vm, mode, entry)?)))
+            .collect::<Result<Vec<_>>>()?;
+        for (name, mut life) in starting {
+            match life.await_ready(vm) {
+                Ok(()) => batch.push((name, life)),
+                // It must not hold up the others.
+                Err(error) => {
+                    let result = life.finish(vm, Err(error));
+                    report.verdict(&name, &result, Duration::ZERO);
+                }
             }
         }
     }
