@@ -61,6 +61,15 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Takes in what the guest says when its agent starts.
+    pub fn greet(&self, hello: Hello) {
+        let mut state = self.lock();
+        state.replies.clear();
+        state.hellos.push(hello);
+        drop(state);
+        self.changed.notify_all();
+    }
+
     /// Why the VM ended, if it has.
     pub fn dead(&self) -> Option<String> {
         self.lock().dead.clone()
@@ -195,17 +204,12 @@ fn receive(mut reader: BufReader<UnixStream>, shared: &Shared) {
         let Ok(message) = serde_json::from_slice::<ToHost>(&line) else {
             continue;
         };
-        let mut state = shared.lock();
         match message {
-            ToHost::Hello(hello) => {
-                state.replies.clear();
-                state.hellos.push(hello);
-            }
+            ToHost::Hello(hello) => shared.greet(hello),
             ToHost::Reply { id, reply } => {
-                state.replies.insert(id, reply);
+                shared.lock().replies.insert(id, reply);
+                shared.changed.notify_all();
             }
         }
-        drop(state);
-        shared.changed.notify_all();
     }
 }

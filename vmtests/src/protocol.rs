@@ -42,7 +42,7 @@ pub enum ToHost {
 }
 
 /// What the guest says about itself when `guestd` starts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// `/proc/sys/kernel/random/boot_id`: different after each boot or kexec.
     pub boot_id: String,

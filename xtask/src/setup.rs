@@ -31,7 +31,7 @@ const PACKAGES: &[&str] = &[
     "xz-utils",
 ];
 
-const QEMU: &[&str] = &["qemu-system-x86", "seabios"];
+const QEMU: &[&str] = &["qemu-system-x86", "qemu-utils", "seabios"];
 
 /// Options of `cargo xtask setup`.
 #[derive(Args, Default)]
@@ -68,7 +68,8 @@ fn packages() -> Result<()> {
 /// code, as Linux does whenever a static key changes, then dies of a stray breakpoint. Debian 12
 /// has a newer one in its backports.
 fn qemu() -> Result<()> {
-    if qemu_version().is_some_and(|version| version >= (8, 1)) {
+    let new = qemu_version().is_some_and(|version| version >= (8, 1));
+    if new && find_program("qemu-img").is_some() {
         return Ok(());
     }
     if let Err(error) = apt::install_backports(QEMU) {

@@ -15,24 +15,25 @@ use crate::payload::TESTS_DIR;
 use crate::protocol::Status;
 use crate::vm::{Exec, Output, Vm};
 
-/// The scenarios of this file.
+/// The scenarios of this file. But for one the agent lends iterators, which take seconds to load,
+/// to each of many checkpoints.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "aborts_killed",
         kernels: &Kernel::ALL,
-        configure: apps::forwarded,
+        configure: |vm| apps::forwarded(vm).agent(),
         run: killed,
     },
     Scenario {
         name: "aborts_interrupted",
         kernels: &[Kernel::V6_12],
-        configure: apps::forwarded,
+        configure: |vm| apps::forwarded(vm).agent(),
         run: interrupted,
     },
     Scenario {
         name: "aborts_late",
         kernels: &[Kernel::V6_1],
-        configure: |vm| apps::forwarded(vm).scratch("64M"),
+        configure: |vm| apps::forwarded(vm).agent().scratch("64M"),
         run: late,
     },
     Scenario {
@@ -106,8 +107,6 @@ const HEARTBEAT: &str = "/root/heartbeat";
 
 impl<'a> Lab<'a> {
     fn start(vm: &'a Vm) -> Result<Self> {
-        // It lends iterators, which take seconds to load, to each of many checkpoints.
-        apps::start_agent(vm)?;
         let load = start(vm)?;
         vm.sh(&format!("mkdir -p {HEARTBEAT}"))?.check()?;
         let program = format!("{TESTS_DIR}/heartbeat");

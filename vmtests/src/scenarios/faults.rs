@@ -17,7 +17,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "faults_checkpoint",
         kernels: &Kernel::ALL,
-        configure: apps::forwarded,
+        configure: |vm| apps::forwarded(vm).agent(),
         run: checkpoint,
     },
     Scenario {
@@ -55,8 +55,6 @@ pub(super) const CHECKPOINT: &[&str] = &["kill"];
 const UPDATE: &[&str] = &["kexec-load", "before-kexec"];
 
 fn checkpoint(vm: &Vm) -> Result<()> {
-    // It lends iterators, which take seconds to load, to each of many checkpoints.
-    apps::start_agent(vm)?;
     every_fault(vm, &[BOTH, CHECKPOINT].concat(), |fault| {
         let image = format!("/root/image.{fault}");
         let command = apps::checkpoint("redis", &image, &[]).env("TRACKER_FAULT", fault);

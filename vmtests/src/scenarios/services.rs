@@ -23,7 +23,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "services_leave_running",
         kernels: &Kernel::ALL,
-        configure: apps::forwarded,
+        configure: |vm| apps::forwarded(vm).agent(),
         run: leave_running,
     },
     Scenario {
@@ -104,7 +104,6 @@ fn known_of(vm: &Vm, name: &str, attempt: u32) -> Result<Option<Value>> {
 /// A checkpoint that leaves the program running is a pause to its clients, and finds what the
 /// agent knew.
 fn leave_running(vm: &Vm) -> Result<()> {
-    apps::start_agent(vm)?;
     let load = start(vm)?;
     for name in ["redis", "memcached"] {
         let pids = apps::pids(vm, name)?;

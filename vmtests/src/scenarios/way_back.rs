@@ -19,13 +19,13 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "restore_fails_for_one",
         kernels: &[Kernel::V6_1],
-        configure: apps::forwarded,
+        configure: |vm| apps::forwarded(vm).agent(),
         run: |vm| one_is_lost(vm, "restore-release@redis", "RestoreRelease"),
     },
     Scenario {
         name: "restore_hangs_for_one",
         kernels: &[Kernel::V6_1],
-        configure: apps::forwarded,
+        configure: |vm| apps::forwarded(vm).agent(),
         run: |vm| one_is_lost(vm, "restore-files@redis:hang", "not done after 20 s"),
     },
     Scenario {
@@ -88,7 +88,6 @@ fn told(vm: &Vm) -> Result<(String, String)> {
 
 /// Redis is not restored: it is started afresh, and the clients of memcached notice nothing.
 fn one_is_lost(vm: &Vm, fault: &str, reason: &str) -> Result<()> {
-    apps::start_agent(vm)?;
     apps::start_redis(vm, 5)?;
     apps::start_memcached(vm)?;
     let load = Load::start(&apps::targets(vm, 0, 10))?;

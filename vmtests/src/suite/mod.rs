@@ -1,19 +1,18 @@
 //! Runs cases and scenarios in VMs and counts what came of it.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, path::PathBuf};
 
 use anyhow::{Result, anyhow};
 
 use self::batch::Fate;
-use crate::apps;
 use crate::cases;
 use crate::control::ControlError;
 use crate::guest::case::{Entry, Expect};
 use crate::image::Kernel;
 use crate::scenarios::{self, Scenario};
-use crate::vm::{Vm, VmBuilder};
+use crate::vm::{Templates, Vm, VmBuilder};
 
 mod again;
 mod batch;
@@ -242,6 +241,8 @@ fn plan(options: &Options) -> Vec<Group> {
 pub fn run(options: &Options) -> Totals {
     let mut groups = plan(options);
     groups.reverse();
+    // To save one machine and load another takes longer than to boot one.
+    let templates = (groups.len() > 2).then(Arc::<Templates>::default);
     let (queue, report) = (Mutex::new(groups), Report::default());
     std::thread::scope(|scope| {
         for _ in 0..options.jobs.max(1) {
@@ -249,7 +250,7 @@ pub fn run(options: &Options) -> Totals {
                 loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
                     let Some(group) = next else { break };
-                    run_group(options, &group, &report);
+                    run_group(options, &group, templates.as_ref(), &report);
                 }
             });
         }
@@ -274,11 +275,19 @@ pub fn run(options: &Options) -> Totals {
     }
 }
 
-fn run_group(options: &Options, group: &Group, report: &Report) {
-    let builder = Vm::builder(&options.workspace).keep(options.keep);
+fn run_group(
+    options: &Options,
+    group: &Group,
+    templates: Option<&Arc<Templates>>,
+    report: &Report,
+) {
+    let mut builder = Vm::builder(&options.workspace).keep(options.keep);
+    if let Some(templates) = templates {
+        builder = builder.templates(templates);
+    }
     match group {
         Group::Cases { kernel, entries } => {
-            let mut lab = Lab::new(builder.kernel(*kernel)).with_agent();
+            let mut lab = Lab::new(builder.kernel(*kernel).agent());
             for entry in entries {
                 report.test(&case_name(*kernel, entry), || {
                     lab.run(|vm| life::run(vm, *kernel, entry))
@@ -296,7 +305,7 @@ fn run_group(options: &Options, group: &Group, report: &Report) {
             report.rest(group, result);
         }
         Group::Again { kernel, entries } => {
-            let mut lab = Lab::new(again::disk(builder.kernel(*kernel))).with_agent();
+            let mut lab = Lab::new(again::disk(builder.kernel(*kernel).agent()));
             let names = |entry: &Entry| again_names(*kernel, entry);
             let result = lab.run(|vm| again::run(vm, entries, report, &names));
             report.rest(group, result);
@@ -315,39 +324,17 @@ fn run_group(options: &Options, group: &Group, report: &Report) {
 struct Lab {
     builder: VmBuilder,
     vm: Option<Vm>,
-    agent: bool,
 }
 
 impl Lab {
     fn new(builder: VmBuilder) -> Self {
-        Self {
-            builder,
-            vm: None,
-            agent: false,
-        }
-    }
-
-    /// With the agent running: its model is compared with what each checkpoint reads, and its
-    /// iterators are lent, which take seconds to load under emulation. An update's batch and the
-    /// scenarios are without, unless they start one.
-    fn with_agent(mut self) -> Self {
-        self.agent = true;
-        self
-    }
-
-    fn boot(&self) -> Result<Vm> {
-        let vm = self.builder.clone().start()?;
-        if self.agent {
-            apps::start_agent(&vm)?;
-            apps::await_spare(&vm)?;
-        }
-        Ok(vm)
+        Self { builder, vm: None }
     }
 
     fn run(&mut self, test: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
         let vm = match self.vm.take() {
             Some(vm) => vm,
-            None => self.boot()?,
+            None => self.builder.clone().start()?,
         };
         let mut vm = vm;
         let result = test(&vm);

@@ -4,13 +4,16 @@ use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 
+use super::monitor::{Monitor, saved};
 use super::qemu::{EXITED, Qemu, WorkDir, watch_console};
-use super::{PATIENCE, Vm};
+use super::template::{Template, Templates};
+use super::{Exec, PATIENCE, Vm};
+use crate::apps;
 use crate::control::{Control, ControlError, Shared};
 use crate::guest::init::SHELL_WORD;
 use crate::image::{Image, Kernel};
@@ -29,14 +32,10 @@ const CPU: &str = "max,-erms,-fsrm";
 /// Settings of a VM that has not been started.
 #[derive(Debug, Clone)]
 pub struct VmBuilder {
-    kernel: Kernel,
-    memory_mib: u32,
-    reserved: Option<String>,
-    cpus: u32,
-    icount: bool,
+    shape: Shape,
     interactive: bool,
-    append: Vec<String>,
     forward: Vec<u16>,
+    templates: Option<Arc<Templates>>,
     scratch: Option<&'static str>,
     workspace: PathBuf,
     keep: bool,
@@ -44,17 +43,44 @@ pub struct VmBuilder {
     profile: Profile,
 }
 
+/// What one machine must have in common with a saved one to go on from it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    kernel: Kernel,
+    memory_mib: u32,
+    reserved: Option<String>,
+    cpus: u32,
+    icount: bool,
+    append: Vec<String>,
+    agent: bool,
+}
+
+/// Where a machine comes from.
+#[derive(Debug, Clone, Copy)]
+enum Origin<'a> {
+    /// It boots, and its disk is forgotten in the end.
+    Boot,
+    /// It boots with this template's disk, and will be written there.
+    Making(&'a Template),
+    /// It is loaded.
+    Saved(&'a Template),
+}
+
 impl VmBuilder {
     pub(super) fn new(workspace: PathBuf) -> VmBuilder {
         VmBuilder {
-            kernel: Kernel::V6_1,
-            memory_mib: 3072,
-            reserved: Some("960M!2G".to_owned()),
-            cpus: 2,
-            icount: false,
+            shape: Shape {
+                kernel: Kernel::V6_1,
+                memory_mib: 3072,
+                reserved: Some("960M!2G".to_owned()),
+                cpus: 2,
+                icount: false,
+                append: Vec::new(),
+                agent: false,
+            },
             interactive: false,
-            append: Vec::new(),
             forward: Vec::new(),
+            templates: None,
             scratch: None,
             workspace,
             keep: false,
@@ -66,35 +92,35 @@ impl VmBuilder {
     /// The kernel that the VM boots first; 6.1 unless set.
     #[must_use]
     pub fn kernel(mut self, kernel: Kernel) -> Self {
-        self.kernel = kernel;
+        self.shape.kernel = kernel;
         self
     }
 
     /// Memory in MiB, 3072 unless set.
     #[must_use]
     pub fn memory_mib(mut self, memory: u32) -> Self {
-        self.memory_mib = memory;
+        self.shape.memory_mib = memory;
         self
     }
 
     /// The `memmap=` reservation behind `/dev/pmem0`, `960M!2G` unless set.
     #[must_use]
     pub fn reserved(mut self, range: Option<&str>) -> Self {
-        self.reserved = range.map(str::to_owned);
+        self.shape.reserved = range.map(str::to_owned);
         self
     }
 
     /// Number of virtual CPUs, 2 unless set.
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
-        self.cpus = cpus;
+        self.shape.cpus = cpus;
         self
     }
 
     /// Counts instructions instead of time: repeatable, one CPU only.
     #[must_use]
     pub fn icount(mut self, icount: bool) -> Self {
-        self.icount = icount;
+        self.shape.icount = icount;
         self
     }
 
@@ -108,7 +134,7 @@ impl VmBuilder {
     /// One more word for the kernel command line.
     #[must_use]
     pub fn append(mut self, word: &str) -> Self {
-        self.append.push(word.to_owned());
+        self.shape.append.push(word.to_owned());
         self
     }
 
@@ -147,17 +173,61 @@ impl VmBuilder {
         self
     }
 
-    /// Builds our programs, boots, and waits for the guest's hello.
+    /// The agent runs from the start: its model is compared with what each checkpoint reads, and
+    /// its iterators are lent, which take seconds to load under emulation.
+    #[must_use]
+    pub fn agent(mut self) -> Self {
+        self.shape.agent = true;
+        self
+    }
+
+    /// Goes on from a machine of these templates instead of booting, but with
+    /// [`VmBuilder::scratch`] or [`VmBuilder::interactive`].
+    #[must_use]
+    pub fn templates(mut self, templates: &Arc<Templates>) -> Self {
+        self.templates = Some(Arc::clone(templates));
+        self
+    }
+
+    pub(super) fn shape(&self) -> Shape {
+        self.shape.clone()
+    }
+
+    pub(super) fn workspace(&self) -> &Path {
+        &self.workspace
+    }
+
+    /// Builds our programs, boots, and waits for the guest's hello, and for the agent where there
+    /// is to be one.
     ///
     /// # Errors
-    /// If the image is missing, the build fails or the guest does not come up.
-    pub fn start(self) -> Result<Vm> {
+    /// If the image is missing, the build fails, or the guest or the agent does not come up.
+    pub fn start(mut self) -> Result<Vm> {
+        match self.templates.take() {
+            Some(templates) if self.scratch.is_none() && !self.interactive => {
+                let template = templates.get(&self)?;
+                self.load(&template)
+            }
+            _ => {
+                payload::build(&self.workspace, self.profile)?;
+                self.boot(Origin::Boot)
+            }
+        }
+    }
+
+    /// Boots a machine that will be saved as this template.
+    pub(super) fn boot_template(self, template: &Template) -> Result<Vm> {
         payload::build(&self.workspace, self.profile)?;
+        self.pack(&template.programs())?;
+        self.boot(Origin::Making(template))
+    }
+
+    fn boot(self, origin: Origin) -> Result<Vm> {
         let mut left = ATTEMPTS;
         loop {
             left -= 1;
             let (begun, quiet) = (Instant::now(), self.quiet);
-            let vm = self.clone().launch()?;
+            let vm = self.clone().launch(origin)?;
             match vm.control.wait_for_hello(0, Duration::from_secs(120)) {
                 Ok(hello) if quiet => drop(hello),
                 Ok(hello) => eprintln!(
@@ -177,19 +247,45 @@ impl VmBuilder {
                 }
                 Err(error) => return Err(vm.explain(error)),
             }
+            if self.shape.agent {
+                apps::start_agent(&vm)?;
+                apps::await_spare(&vm)?;
+            }
             return Ok(vm);
         }
     }
 
+    /// Goes on from a saved machine.
+    fn load(self, template: &Template) -> Result<Vm> {
+        let (begun, quiet) = (Instant::now(), self.quiet);
+        let vm = self.launch(Origin::Saved(template))?;
+        Monitor::connect(&vm.dir.monitor())
+            .and_then(|mut monitor| monitor.resume_loaded())
+            .with_context(|| vm.qemu_said())?;
+        // As if it had booted now.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+        let now = format!("@{}.{:09}", now.as_secs(), now.subsec_nanos());
+        vm.exec(Exec::new(["date", "--set", &now]))?.check()?;
+        if !quiet {
+            let (release, seconds) = (&template.hello.release, begun.elapsed().as_secs_f32());
+            eprintln!("vm: {release} goes on after {seconds:.1} s");
+        }
+        Ok(vm)
+    }
+
+    /// Packs our programs into a disk.
+    fn pack(&self, disk: &Path) -> Result<()> {
+        let programs = self.profile.directory(&self.workspace);
+        payload::pack(&programs, &disk.with_extension("stage"), disk)
+    }
+
     /// Starts the emulator.
-    fn launch(self) -> Result<Vm> {
+    fn launch(self, origin: Origin) -> Result<Vm> {
         let slot = Slot::take()?;
         let dir = WorkDir::create(&self.workspace, self.keep)?;
-        payload::pack(
-            &self.profile.directory(&self.workspace),
-            &dir.path.join("stage"),
-            &dir.path.join("programs.tar"),
-        )?;
+        if matches!(origin, Origin::Boot) {
+            self.pack(&dir.programs())?;
+        }
         let begun = Instant::now();
         let ports = self
             .forward
@@ -198,7 +294,7 @@ impl VmBuilder {
             .collect::<Result<Vec<_>>>()?;
         let socket = dir.path.join("control");
         let mut qemu = Command::new("qemu-system-x86_64");
-        self.arguments(&mut qemu, &dir.path, &ports)?;
+        self.arguments(&mut qemu, &dir, &ports, origin)?;
         if self.interactive {
             qemu.args(["-serial", "mon:stdio"]);
         } else {
@@ -212,6 +308,12 @@ impl VmBuilder {
             .context("Run qemu-system-x86_64 (see `cargo xtask setup`)")?;
         let shared = Arc::new(Shared::default());
         let log = Arc::new(Mutex::new(Vec::new()));
+        if let Origin::Saved(template) = origin {
+            shared.greet(template.hello.clone());
+            log.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone_from(&template.log);
+        }
         if let Some(console) = child.stdout.take() {
             let file = File::create(dir.path.join("console.log")).context("Create console.log")?;
             let (shared, log) = (Arc::clone(&shared), Arc::clone(&log));
@@ -241,9 +343,15 @@ impl VmBuilder {
         })
     }
 
-    fn arguments(&self, qemu: &mut Command, dir: &Path, ports: &[(u16, u16)]) -> Result<()> {
+    fn arguments(
+        &self,
+        qemu: &mut Command,
+        dir: &WorkDir,
+        ports: &[(u16, u16)],
+        origin: Origin,
+    ) -> Result<()> {
         let image = Image::locate()?;
-        if self.icount {
+        if self.shape.icount {
             qemu.args([
                 "-accel",
                 "tcg,thread=single",
@@ -253,9 +361,14 @@ impl VmBuilder {
                 "1",
             ]);
         } else {
-            qemu.args(["-accel", "tcg,thread=multi", "-smp", &self.cpus.to_string()]);
+            qemu.args([
+                "-accel",
+                "tcg,thread=multi",
+                "-smp",
+                &self.shape.cpus.to_string(),
+            ]);
         }
-        qemu.args(["-cpu", CPU, "-m", &format!("{}M", self.memory_mib)]);
+        qemu.args(["-cpu", CPU, "-m", &format!("{}M", self.shape.memory_mib)]);
         // A reset ends QEMU: a panicking kernel (panic=-1) must not boot again.
         qemu.args([
             "-nodefaults",
@@ -264,28 +377,43 @@ impl VmBuilder {
             "none",
             "-no-reboot",
         ]);
-        qemu.arg("-kernel").arg(image.vmlinuz(self.kernel)?);
-        qemu.arg("-initrd").arg(image.initrd(self.kernel)?);
+        qemu.arg("-kernel").arg(image.vmlinuz(self.shape.kernel)?);
+        qemu.arg("-initrd").arg(image.initrd(self.shape.kernel)?);
         qemu.args(["-append", &self.command_line()]);
-        // The root disk's changes go to a nameless temporary file.
-        qemu.args([
-            "-drive",
-            &format!(
-                "file={},format=raw,if=none,id=root,snapshot=on,cache=unsafe",
-                path(&image.root())?
+        // Changes to the root disk go to a nameless temporary file, or to the template.
+        let (disk, programs) = match origin {
+            Origin::Boot => (
+                format!("file={},format=raw,snapshot=on", path(&image.root())?),
+                dir.programs(),
             ),
-        ]);
+            Origin::Making(template) => (
+                format!("file={},format=qcow2", path(&template.disk())?),
+                template.programs(),
+            ),
+            Origin::Saved(template) => (
+                format!("file={},format=qcow2,snapshot=on", path(&template.disk())?),
+                template.programs(),
+            ),
+        };
+        qemu.args(["-drive", &format!("{disk},if=none,id=root,cache=unsafe")]);
         qemu.args(["-device", "virtio-blk-pci,drive=root"]);
         qemu.args([
             "-drive",
             &format!(
                 "file={},format=raw,if=none,id=programs,readonly=on",
-                path(&dir.join("programs.tar"))?
+                path(&programs)?
             ),
         ]);
         qemu.args(["-device", "virtio-blk-pci,drive=programs"]);
+        if !matches!(origin, Origin::Boot) {
+            let socket = format!("unix:{},server=on,wait=off", path(&dir.monitor())?);
+            qemu.args(["-qmp", &socket]);
+        }
+        if let Origin::Saved(template) = origin {
+            qemu.args(["-incoming", &saved(path(&template.memory())?)]);
+        }
         if let Some(size) = self.scratch {
-            let file = dir.join("scratch.img");
+            let file = dir.path.join("scratch.img");
             make_filesystem(&file, size)?;
             let drive = "format=raw,if=none,id=scratch,cache=unsafe";
             qemu.args(["-drive", &format!("file={},{drive}", path(&file)?)]);
@@ -306,7 +434,7 @@ impl VmBuilder {
             "-chardev",
             &format!(
                 "socket,id=control,path={},server=on,wait=off",
-                path(&dir.join("control"))?
+                path(&dir.path.join("control"))?
             ),
         ]);
         qemu.args([
@@ -328,17 +456,22 @@ impl VmBuilder {
         ]
         .map(str::to_owned)
         .into();
-        words.extend(self.reserved.iter().map(|range| format!("memmap={range}")));
+        words.extend(
+            self.shape
+                .reserved
+                .iter()
+                .map(|range| format!("memmap={range}")),
+        );
         if self.interactive {
             words.push(SHELL_WORD.to_owned());
         }
-        words.extend(self.append.iter().cloned());
+        words.extend(self.shape.append.iter().cloned());
         words.join(" ")
     }
 }
 
-/// Directory of the programs that cargo builds: the one this program is in.
-fn path(path: &Path) -> Result<&str> {
+/// A path as QEMU's options take it.
+pub(super) fn path(path: &Path) -> Result<&str> {
     path.to_str()
         .filter(|text| !text.contains(','))
         .with_context(|| format!("QEMU cannot take the path {}", path.display()))

@@ -1,9 +1,12 @@
 //! A virtual machine: stock kernel, our image, a control channel.
 
 mod builder;
+mod monitor;
 mod qemu;
+mod template;
 
 pub use builder::VmBuilder;
+pub use template::Templates;
 
 use std::fs;
 use std::path::{Path, PathBuf};

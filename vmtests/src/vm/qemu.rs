@@ -29,6 +29,16 @@ impl WorkDir {
         fs::create_dir_all(&path).with_context(|| format!("Create {}", path.display()))?;
         Ok(WorkDir { path, keep })
     }
+
+    /// The disk with our programs.
+    pub fn programs(&self) -> PathBuf {
+        self.path.join("programs.tar")
+    }
+
+    /// QEMU's monitor, where it has one.
+    pub fn monitor(&self) -> PathBuf {
+        self.path.join("monitor")
+    }
 }
 
 impl Drop for WorkDir {
