@@ -271,7 +271,7 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 		fill_inet(r, sk);
 	else if (r->family == AF_PACKET && has_packet_state(r->sock))
 		r->flags |= SOCK_PACKETS;
-	if ((want & WANT_FINGERPRINTS) && r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
+	if ((want & WANT_FINGERPRINTS) && r->protocol == IPPROTO_TCP && r->type != SOCK_RAW)
 		r->fingerprint = fingerprint(sk);
 	if (r->family == AF_INET || r->family == AF_INET6)
 		walk_members(r, sk);

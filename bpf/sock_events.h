@@ -123,7 +123,7 @@ struct sock_rec {
 	__s32 out_unicast;
 	__s32 out_multicast6;
 	__s32 out_unicast6;
-	__u64 fingerprint; /* of all the kernel keeps of a TCP listener; 0 if it was not taken */
+	__u64 fingerprint; /* of all the kernel keeps of a TCP socket; 0 if it was not taken */
 };
 TRK_ASSERT_SIZE(struct sock_rec, 408);
 

@@ -217,7 +217,7 @@ impl Iterators {
         Ok(self.walk_files(scope, &targets(scope, processes), 0)?.files)
     }
 
-    /// The same with the fingerprints of TCP listeners.
+    /// The same with the fingerprints of TCP sockets.
     ///
     /// # Errors
     ///

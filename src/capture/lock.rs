@@ -2,7 +2,7 @@
 
 use super::Capture;
 use super::error::CheckpointError;
-use super::files::Listeners;
+use super::files::IdleSockets;
 use crate::bpf::events::SockRec;
 use crate::bpf::iter::{Detail, File};
 use crate::bpf::netlock::{LockError, NetLock};
@@ -38,17 +38,17 @@ impl Capture {
         Ok(())
     }
 
-    /// Reads what listening sockets are set to, while the application runs. Returns how
+    /// Reads what TCP sockets are set to, while the application runs. Returns how
     /// many sockets it has that a lock is about.
     ///
     /// # Errors
     /// The iterators cannot be read.
-    pub fn read_listeners(&mut self) -> Result<usize, CheckpointError> {
+    pub fn read_idle(&mut self) -> Result<usize, CheckpointError> {
         let scope = self.scope();
         let mut iterators = self.iterators.borrow_mut();
         let processes = iterators.threads(scope)?.processes;
         let files = iterators.fingerprinted_of(scope, &processes)?;
-        self.listeners = Listeners::read(&files);
+        self.idle = IdleSockets::read(&files);
         Ok(entries(&files).count())
     }
 
@@ -59,7 +59,7 @@ impl Capture {
     /// # Errors
     /// The lock cannot be loaded or attached.
     pub fn load_lock(&mut self) -> Result<(), CheckpointError> {
-        let sockets = self.read_listeners()?;
+        let sockets = self.read_idle()?;
         self.load_lock_for(sockets)
     }
 

@@ -58,7 +58,7 @@ use crate::sys::cgroup::Event;
 use crate::sys::process::raise_descriptor_limit;
 use clocks::Offsets;
 use eligibility::Namespaces;
-use files::{CollectError, Listeners, Repaired, Still};
+use files::{CollectError, IdleSockets, Repaired, Still};
 use guard::{Guard, Watch};
 use memory::Memory;
 use mm::Mapper;
@@ -151,7 +151,7 @@ pub struct Capture {
     wakeups: Wakeups,
     guard: Option<Guard>,
     lock: Option<NetLock>,
-    listeners: Listeners,
+    idle: IdleSockets,
     /// Why connections that nobody has accepted are not carried, if they are not; found out when
     /// there are any.
     accept_queues: OnceCell<Option<String>>,
@@ -206,7 +206,7 @@ impl Capture {
             wakeups,
             guard: Some(guard),
             lock: None,
-            listeners: Listeners::default(),
+            idle: IdleSockets::default(),
             accept_queues: OnceCell::new(),
             lock_left: false,
             code: vdso::Code::ours(),
@@ -362,7 +362,7 @@ impl Capture {
             still,
             &mut self.iterators.borrow_mut(),
             self.memory.contents(),
-            std::mem::take(&mut self.listeners),
+            std::mem::take(&mut self.idle),
         )
         .map_err(|error| match error {
             CollectError::Blocked(blocker) => CheckpointError::Blocked(vec![blocker]),

@@ -10,6 +10,7 @@ use nix::libc::{
     TCP_REPAIR_OPTIONS, TCP_REPAIR_QUEUE, TCP_TIMESTAMP,
 };
 use std::os::fd::BorrowedFd;
+use std::sync::OnceLock;
 
 const TCP_REPAIR_WINDOW: i32 = 29;
 
@@ -158,6 +159,11 @@ const OPT_WSCALE: u8 = 4;
 /// Since Linux 6.7 bit 0 of `TCP_TIMESTAMP` says that the clock counts microseconds
 /// (net/ipv4/tcp.c, `tcp_usec_ts`); before, it is just a bit of a clock in milliseconds.
 fn timestamps_tell_unit() -> bool {
+    static TELL: OnceLock<bool> = OnceLock::new();
+    *TELL.get_or_init(is_since_6_7)
+}
+
+fn is_since_6_7() -> bool {
     let release = nix::sys::utsname::uname().map(|name| name.release().to_owned());
     let release = release.unwrap_or_default();
     let release = release.to_string_lossy();
@@ -178,12 +184,11 @@ fn portable_timestamp(now: u32, tells_unit: bool) -> u32 {
     }
 }
 
-/// What was agreed in the handshake, of a connection in repair mode.
+/// What was agreed in the handshake, of a connection in repair mode with this [`info`].
 ///
 /// # Errors
 /// `EPERM`: not in repair mode.
-pub fn negotiated(fd: BorrowedFd<'_>) -> Result<TcpOptions, SocketError> {
-    let info = info(fd)?;
+pub fn negotiated(fd: BorrowedFd<'_>, info: &Info) -> Result<TcpOptions, SocketError> {
     // In repair mode TCP_MAXSEG is the clamp that the peer's MSS option set.
     let mss_clamp = int_option(fd, IPPROTO_TCP, TCP_MAXSEG)?.cast_unsigned();
     let timestamp = if info.options & OPT_TIMESTAMPS == 0 {

@@ -9,9 +9,9 @@ mod borrow;
 mod describe;
 mod error;
 mod filter;
+mod idle;
 mod interfaces;
 mod lease;
-mod listeners;
 mod mqueue;
 mod options;
 mod owner;
@@ -31,8 +31,8 @@ mod uring;
 
 pub use accept::{is_any as any_unaccepted, refusal as accept_queues_refusal};
 pub use error::CollectError;
+pub use idle::IdleSockets;
 pub(in crate::capture) use lease::mapped as leased_and_mapped;
-pub use listeners::Listeners;
 pub use mqueue::has_messages;
 pub use pseudo::is_pseudo;
 pub use pty::{controlling, has_terminals, unsettled};
@@ -133,7 +133,7 @@ pub(in crate::capture) struct Still<'a> {
 
 /// Reads the open files of frozen processes.
 ///
-/// `listeners` is what is known from before. Bytes that no filesystem keeps are noted in
+/// `idle` is what is known from before. Bytes that no filesystem keeps are noted in
 /// `contents`. On an error everything borrowed is given back and every connection left as it was.
 ///
 /// # Errors
@@ -142,7 +142,7 @@ pub(in crate::capture) fn collect(
     still: Still<'_>,
     iterators: &mut Iterators,
     contents: &mut Contents,
-    listeners: Listeners,
+    idle: IdleSockets,
 ) -> Result<FrozenFiles, CollectError> {
     let Still {
         found,
@@ -151,7 +151,7 @@ pub(in crate::capture) fn collect(
         ..
     } = still;
     let queues = accept::Queues::read(found, tasks, scope, iterators)?;
-    let mut reader = Reader::new(still, contents, listeners, queues);
+    let mut reader = Reader::new(still, contents, idle, queues);
     for file in &found.files {
         reader.describe(file)?;
     }

@@ -1,11 +1,12 @@
 //! Sockets: options and addresses through a borrowed descriptor, the rest from the iterators.
 
 use super::borrow::Borrowed;
-use super::options::Defaults;
+use super::idle::IdleSockets;
+use super::tcp::{self, TcpReadError};
 use super::{CollectError, filter, interfaces, raw, udp};
 use crate::bpf::events::{MemberRec, SockFlag, SockRec};
 use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
-use crate::sys::socket::{int_option, set_int_option};
+use crate::sys::socket::set_int_option;
 use crate::sys::tcp as repair;
 use nix::libc;
 use nix::sys::socket as ns;
@@ -21,7 +22,7 @@ pub(super) const LISTEN: u8 = 10;
 
 /// Connections: established, or with one or both directions closed: `FIN_WAIT1`,
 /// `FIN_WAIT2`, `CLOSE_WAIT`, `LAST_ACK`, `CLOSING`.
-const CONNECTED: &[u8] = &[ESTABLISHED, 4, 5, CLOSE_WAIT, 9, 11];
+pub(super) const CONNECTED: &[u8] = &[ESTABLISHED, 4, 5, CLOSE_WAIT, 9, 11];
 
 /// A socket that was borrowed and, when it is a connection, put in repair mode.
 pub struct Read {
@@ -104,16 +105,24 @@ const UNTOLD: &[(u32, &str)] = &[
     ),
 ];
 
+fn is_tcp(rec: &SockRec) -> bool {
+    matches!(rec.family.into(), libc::AF_INET | libc::AF_INET6)
+        && i32::from(rec.type_) == libc::SOCK_STREAM
+        && i32::from(rec.protocol) == libc::IPPROTO_TCP
+}
+
+/// Whether it was a TCP connection when its record was made.
+fn is_connection(rec: &SockRec) -> bool {
+    is_tcp(rec) && CONNECTED.contains(&rec.state)
+}
+
 /// Why a socket is not carried; `None` when it is.
 pub fn refusal(rec: &SockRec) -> Option<String> {
     if let Some((_, reason)) = UNTOLD.iter().find(|(flag, _)| rec.flags & flag != 0) {
         return Some((*reason).into());
     }
     let (family, kind) = (i32::from(rec.family), i32::from(rec.type_));
-    let tcp = matches!(family, libc::AF_INET | libc::AF_INET6)
-        && kind == libc::SOCK_STREAM
-        && i32::from(rec.protocol) == libc::IPPROTO_TCP;
-    if tcp {
+    if is_tcp(rec) {
         return match rec.state {
             CLOSE | LISTEN => None,
             state if CONNECTED.contains(&state) => None,
@@ -155,10 +164,13 @@ const NETLINK_PROTOCOLS: &[u16] = &[0, 15, 16];
 pub fn read(
     from: Borrowed,
     rec: &SockRec,
-    defaults: &mut Defaults,
+    idle: &mut IdleSockets,
     members: &[&MemberRec],
 ) -> Result<Read, CollectError> {
-    let options = defaults.read(&from, rec)?;
+    let options = match idle.options(rec) {
+        Some(options) => options,
+        None => idle.defaults().read(&from, rec)?,
+    };
     let interfaces = interfaces::read(&from, rec, members)?;
     let mut read = read_state(from, rec, options)?;
     read.socket.interfaces = interfaces;
@@ -179,10 +191,9 @@ fn read_state(
     if i32::from(rec.type_) == libc::SOCK_STREAM {
         return read_tcp(from, rec, options);
     }
-    let v6 = i32::from(rec.family) == libc::AF_INET6;
     let (local, remote) = addresses(rec);
     let state = SocketState::Udp {
-        v6,
+        v6: is_v6(rec),
         local,
         remote,
         queue: if local.is_some() {
@@ -233,38 +244,12 @@ fn read_netlink(
 /// # Errors
 /// A socket call fails.
 fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<Read, CollectError> {
-    let v6 = i32::from(rec.family) == libc::AF_INET6;
-    let (local, remote) = addresses(rec);
-    let failed = || from.socket_failed();
-    let info = repair::info(from.as_fd()).map_err(failed())?;
-    let connected = CONNECTED.contains(&info.state);
     let filter = filter::read(&from, rec)?;
-    let mut repaired = None;
-    let state = match (info.state, local, remote) {
-        (LISTEN, Some(local), _) => SocketState::TcpListen {
-            local,
-            backlog: info.sacked,
-            v6,
-            waiting: Vec::new(),
-        },
-        (_, Some(local), Some(remote)) if connected => {
-            let reuse = int_option(from.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR)
-                .map_err(failed())?
-                != 0;
-            repair::enter_repair(from.as_fd()).map_err(failed())?;
-            let connection = super::tcp::read(from.as_fd(), local, remote, v6, rec.shutdown);
-            let connection = connection.map_err(|error| {
-                // The caller knows nothing of this socket yet.
-                let _ = repair::leave_repair(from.as_fd());
-                match error {
-                    super::tcp::TcpReadError::Call(source) => failed()(source),
-                    super::tcp::TcpReadError::Queue(_, source) => from.failed("recv")(source),
-                }
-            })?;
-            repaired = Some(Connection { fd: from.fd, reuse });
-            SocketState::TcpConnection(Box::new(connection))
+    let (state, repaired) = match addresses(rec) {
+        (Some(local), Some(remote)) if is_connection(rec) => {
+            read_connection(from, rec, local, remote)?
         }
-        _ => SocketState::TcpIdle { v6, local },
+        (local, _) => (read_unconnected(&from, rec, local)?, None),
     };
     Ok(Read {
         socket: Socket {
@@ -275,6 +260,60 @@ fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<R
             state,
         },
         repaired,
+    })
+}
+
+fn is_v6(rec: &SockRec) -> bool {
+    i32::from(rec.family) == libc::AF_INET6
+}
+
+fn read_connection(
+    from: Borrowed,
+    rec: &SockRec,
+    local: SocketAddr,
+    remote: SocketAddr,
+) -> Result<(SocketState, Option<Connection>), CollectError> {
+    let v6 = is_v6(rec);
+    let (call_failed, peek_failed) = (from.socket_failed(), from.failed("recv"));
+    repair::enter_repair(from.as_fd()).map_err(from.socket_failed())?;
+    let connection = Connection {
+        fd: from.fd,
+        reuse: rec.opts.flags & SockFlag::REUSEADDR != 0,
+    };
+    match tcp::read(connection.fd.as_fd(), local, remote, v6, rec.shutdown) {
+        Ok(Some(read)) => Ok((SocketState::TcpConnection(Box::new(read)), Some(connection))),
+        // It was reset after its record was made.
+        Ok(None) => {
+            undo(&connection);
+            let local = Some(local);
+            Ok((SocketState::TcpIdle { v6, local }, None))
+        }
+        Err(error) => {
+            undo(&connection);
+            Err(match error {
+                TcpReadError::Call(source) => call_failed(source),
+                TcpReadError::Queue(_, source) => peek_failed(source),
+            })
+        }
+    }
+}
+
+/// The state of a TCP socket that was no connection, of a listener without its accept queue.
+fn read_unconnected(
+    from: &Borrowed,
+    rec: &SockRec,
+    local: Option<SocketAddr>,
+) -> Result<SocketState, CollectError> {
+    let v6 = is_v6(rec);
+    let info = repair::info(from.as_fd()).map_err(from.socket_failed())?;
+    Ok(match local {
+        Some(local) if info.state == LISTEN => SocketState::TcpListen {
+            local,
+            backlog: info.sacked,
+            v6,
+            waiting: Vec::new(),
+        },
+        local => SocketState::TcpIdle { v6, local },
     })
 }
 
@@ -290,7 +329,7 @@ pub fn listener(rec: &SockRec, options: Vec<SockOption>) -> Option<Socket> {
         state: SocketState::TcpListen {
             local: local?,
             backlog: rec.max_ack_backlog,
-            v6: i32::from(rec.family) == libc::AF_INET6,
+            v6: is_v6(rec),
             waiting: Vec::new(),
         },
     })
@@ -299,9 +338,10 @@ pub fn listener(rec: &SockRec, options: Vec<SockOption>) -> Option<Socket> {
 /// Ends a connection's repair mode without a packet; errors are those of a socket that is gone.
 pub fn undo(connection: &Connection) {
     let fd = connection.fd.as_fd();
-    let reuse = i32::from(connection.reuse);
-    let result = repair::leave_repair(fd)
-        .and_then(|()| set_int_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse));
+    let mut result = repair::leave_repair(fd);
+    if connection.reuse {
+        result = result.and_then(|()| set_int_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1));
+    }
     if let Err(error) = result {
         tracing::error!("fd {}: leaving repair mode: {error}", fd.as_raw_fd());
     }

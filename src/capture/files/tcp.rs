@@ -1,5 +1,6 @@
 //! Reading a TCP connection through a borrowed descriptor.
 
+use super::socket::CONNECTED;
 use crate::model::frozen::TcpConnection;
 use crate::sys::socket::{Count, SocketError, peek_exact, queued};
 use crate::sys::tcp::{self, Queue};
@@ -23,6 +24,7 @@ pub enum TcpReadError {
 const FIN_QUEUED: &[u8] = &[4, 9, 11];
 
 /// Reads a connection in repair mode, which it is left in; `shutdown` is its `sk_shutdown`.
+/// `None` if it is not connected any more.
 ///
 /// # Errors
 /// See [`TcpReadError`].
@@ -32,9 +34,13 @@ pub fn read(
     remote: SocketAddr,
     v6: bool,
     shutdown: u8,
-) -> Result<TcpConnection, TcpReadError> {
-    let state = tcp::info(fd)?.state;
-    let negotiated = tcp::negotiated(fd)?;
+) -> Result<Option<TcpConnection>, TcpReadError> {
+    let info = tcp::info(fd)?;
+    let state = info.state;
+    if !CONNECTED.contains(&state) {
+        return Ok(None);
+    }
+    let negotiated = tcp::negotiated(fd, &info)?;
     let window = tcp::window(fd)?;
 
     tcp::select_queue(fd, Queue::Receive)?;
@@ -42,6 +48,7 @@ pub fn read(
     let unread = queued(fd, Count::Unread)?;
     let recv_queue = peek_exact(fd, unread).map_err(|e| TcpReadError::Queue("receive", e))?;
 
+    // It stays chosen, which means nothing once repair mode ends.
     tcp::select_queue(fd, Queue::Send)?;
     let write_seq = tcp::sequence(fd)?;
     // A FIN of ours that is not acknowledged counts as a byte, and is none.
@@ -50,9 +57,8 @@ pub fn read(
     let unsent = queued(fd, Count::Unsent)?.saturating_sub(fin);
     let unsent = u32::try_from(unsent).unwrap_or(u32::MAX);
     let send_queue = peek_exact(fd, unacknowledged).map_err(|e| TcpReadError::Queue("send", e))?;
-    tcp::select_queue(fd, Queue::None)?;
 
-    Ok(TcpConnection {
+    Ok(Some(TcpConnection {
         v6,
         local,
         remote,
@@ -65,5 +71,5 @@ pub fn read(
         recv_queue: ByteBuf::from(recv_queue),
         window,
         negotiated,
-    })
+    }))
 }

@@ -3,7 +3,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -22,6 +22,7 @@ pub const CASES: &[Entry] = &[
     }),
     Entry::carried("tcp_listener", listener),
     Entry::carried("tcp_listener_changing", listener_changing),
+    Entry::carried("tcp_connection_changing", connection_changing),
     Entry::carried("tcp_half_closed", half_closed),
     Entry::carried("tcp_options", options),
     Entry::carried("tcp_blocked", blocked),
@@ -108,30 +109,47 @@ fn loopback(case: &Case, address: IpAddr) -> Result<()> {
     Ok(())
 }
 
-/// A listener whose options change all the time has those that it had last.
-fn listener_changing(case: &Case) -> Result<()> {
-    let quiet = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    setsockopt(&quiet, sockopt::TcpKeepIdle, &77)?;
-    let busy = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+/// A socket whose options change all the time has those that it had last.
+fn changing(case: &Case, busy: &impl AsFd) -> Result<()> {
     let (mut idle, mut changes, mut error) = (100_u32, 0_u64, None);
-    setsockopt(&busy, sockopt::TcpKeepIdle, &idle)?;
+    setsockopt(busy, sockopt::TcpKeepIdle, &idle)?;
     case.ready_polling(Duration::from_millis(1), || {
-        let found = getsockopt(&busy, sockopt::TcpKeepIdle);
+        let found = getsockopt(busy, sockopt::TcpKeepIdle);
         if found != Ok(idle) && error.is_none() {
             error = Some(format!("{found:?} after {changes} changes, not {idle}"));
         }
         idle = 100 + (idle + 1) % 1000;
-        match setsockopt(&busy, sockopt::TcpKeepIdle, &idle) {
+        match setsockopt(busy, sockopt::TcpKeepIdle, &idle) {
             Ok(()) => changes += 1,
             Err(errno) => error = Some(format!("setsockopt: {errno}")),
         }
     })?;
     ensure!(error.is_none(), "TCP_KEEPIDLE: {error:?}");
     ensure!(changes > 0, "It never changed");
+    Ok(())
+}
+
+fn listener_changing(case: &Case) -> Result<()> {
+    let quiet = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    setsockopt(&quiet, sockopt::TcpKeepIdle, &77)?;
+    let busy = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    changing(case, &busy)?;
     ensure!(getsockopt(&quiet, sockopt::TcpKeepIdle)? == 77, "The other");
     pair(&busy).context("Afterwards")?;
     pair(&quiet).context("Afterwards, the other")?;
     Ok(())
+}
+
+/// And so have connections over which nothing goes, and one that is silent but for that.
+fn connection_changing(case: &Case) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let (mut quiet, mut quiet_client) = pair(&listener)?;
+    setsockopt(&quiet, sockopt::Ipv4Ttl, &77)?;
+    let (mut busy, mut busy_client) = pair(&listener)?;
+    changing(case, &busy)?;
+    ensure!(getsockopt(&quiet, sockopt::Ipv4Ttl)? == 77, "The other");
+    exchange(&mut busy, &mut busy_client, 1, 100_000).context("Afterwards")?;
+    exchange(&mut quiet_client, &mut quiet, 2, 100_000).context("Afterwards, the other")
 }
 
 /// A listener without connections: address, backlog, options, and it accepts.

@@ -9,6 +9,7 @@ use vmtests::vm::Vm;
 use self::tools::Tool;
 use crate::setup;
 
+mod here;
 mod objects;
 mod redis;
 mod tools;
@@ -26,6 +27,11 @@ pub struct Arguments {
     /// whose row, e.g. "10000 eventfds", contains TEXT
     #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "")]
     objects: Option<String>,
+    /// Under this machine's own kernel, without CRIU: how much longer programs stand still that
+    /// have many objects of one kind, of those whose kind contains TEXT
+    #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "")]
+    #[arg(conflicts_with_all = ["objects", "kernel", "only", "json"])]
+    here: Option<String>,
     /// Connections to redis
     #[arg(long, default_value_t = 50)]
     clients: usize,
@@ -57,6 +63,10 @@ impl Arguments {
 
 /// Returns the exit code.
 pub fn run(arguments: &Arguments) -> Result<u8> {
+    if let Some(wanted) = &arguments.here {
+        here::run(arguments, wanted)?;
+        return Ok(0);
+    }
     setup::for_vm()?;
     match &arguments.objects {
         Some(wanted) => objects::run(arguments, wanted)?,

@@ -76,12 +76,17 @@ fn tracker(vm: &Vm, name: &str) -> Result<Said> {
     let image = format!("{IMAGES}/tracker");
     let command = apps::checkpoint(name, &image, &["--leave-running", "--json"]);
     let output = vm.exec(command.timeout(PATIENCE))?.check()?;
-    let json: serde_json::Value =
-        serde_json::from_slice(&output.stdout).with_context(|| output.text())?;
+    said(&output.stdout)
+}
+
+/// What `tracker checkpoint --json` says.
+pub(super) fn said(output: &[u8]) -> Result<Said> {
+    let text = || String::from_utf8_lossy(output).into_owned();
+    let json: serde_json::Value = serde_json::from_slice(output).with_context(text)?;
     let frozen = find(&json, "frozen_us").and_then(serde_json::Value::as_f64);
-    let frozen = frozen.with_context(|| format!("No frozen_us in {}", output.text()))?;
+    let frozen = frozen.with_context(|| format!("No frozen_us in {}", text()))?;
     let steps = find(&json, "steps").cloned().unwrap_or_default();
-    let steps: Vec<(String, f64)> = serde_json::from_value(steps).with_context(|| output.text())?;
+    let steps: Vec<(String, f64)> = serde_json::from_value(steps).with_context(text)?;
     let number = |name| find(&json, name).and_then(serde_json::Value::as_f64);
     let steps = steps.into_iter().map(|(name, us)| (name, us / 1000.0));
     let more = [

@@ -3,7 +3,7 @@
 mod sockets;
 
 use super::borrow::{Lender, place};
-use super::listeners::Listeners;
+use super::idle::IdleSockets;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
     CollectError, FrozenFiles, Repaired, Still, accept, lease, mqueue, pipe, pseudo, pty, regular,
@@ -42,7 +42,7 @@ pub(super) struct Reader<'a> {
     watches: Map<u64, Vec<&'a WatchRec>>,
     locks: Map<u64, Vec<&'a LockRec>>,
     members: Map<u64, Vec<&'a MemberRec>>,
-    listeners: Listeners,
+    idle: IdleSockets,
     lender: Lender,
     ofds: BTreeMap<OfdId, OpenFile>,
     repaired: Repaired,
@@ -72,7 +72,7 @@ impl<'a> Reader<'a> {
     pub(super) fn new(
         still: Still<'a>,
         contents: &'a mut Contents,
-        listeners: Listeners,
+        idle: IdleSockets,
         accept_queues: accept::Queues,
     ) -> Self {
         let Still {
@@ -91,7 +91,7 @@ impl<'a> Reader<'a> {
             watches: grouped(&found.watches, |watch| watch.group),
             locks: grouped(&found.locks, |lock| lock.ino),
             members: grouped(&found.members, |member| member.sock),
-            listeners,
+            idle,
             lender: Lender::default(),
             ofds: BTreeMap::new(),
             repaired: Repaired::default(),

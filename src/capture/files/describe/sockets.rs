@@ -32,7 +32,8 @@ impl Reader<'_> {
         file: &File,
         sock: &SockRec,
     ) -> Result<FileKind, CollectError> {
-        if let Some(options) = self.listeners.options(sock)
+        if sock.state == socket::LISTEN
+            && let Some(options) = self.idle.options(sock)
             && let Some(socket) = socket::listener(sock, options)
         {
             return self.with_accept_queue(file, sock, socket);
@@ -40,7 +41,7 @@ impl Reader<'_> {
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
             let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
-            let read = socket::read(from, sock, self.listeners.defaults(), members)?;
+            let read = socket::read(from, sock, &mut self.idle, members)?;
             self.repaired.0.extend(read.repaired);
             return self.with_accept_queue(file, sock, read.socket);
         }
@@ -58,7 +59,7 @@ impl Reader<'_> {
                 reason,
             })
         })?;
-        let options = self.listeners.defaults().read(&from, sock)?;
+        let options = self.idle.defaults().read(&from, sock)?;
         let (mut unix, queue) = unix::read(&from, sock, state)?;
         if let UnixState::Listening { .. } = state {
             unix.waiting = self.accept_queues.unix(file, sock, owners)?;

@@ -1,8 +1,9 @@
-//! TCP listeners whose options were read while the application ran.
+//! TCP sockets whose options were read while the application ran.
 //!
-//! All there is to a listener are some thirty options, and a server may have thousands: to read
-//! them takes longer than everything else about it. A listener that is, in the frozen window, what
-//! it was before they were read, to the last bit of the kernel's structure, has them still.
+//! A socket has some thirty options, and a server may have thousands of sockets: to read them takes
+//! longer than everything else about one. A socket that is, in the frozen window, what it was before
+//! they were read, to the last bit of the kernel's structure, has them still. Listeners are, and
+//! connections over which nothing has gone since.
 
 use super::CollectError;
 use super::borrow::Lender;
@@ -12,21 +13,21 @@ use crate::bpf::iter::{Detail, File};
 use crate::model::frozen::SockOption;
 use crate::model::map::Map;
 
-/// The options of listeners, by the address of the socket.
+/// The options of sockets, by the address of the socket.
 #[derive(Debug, Default)]
-pub struct Listeners {
-    known: Map<u64, Listener>,
+pub struct IdleSockets {
+    known: Map<u64, Known>,
     defaults: Defaults,
 }
 
 #[derive(Debug)]
-struct Listener {
+struct Known {
     ino: u64,
     fingerprint: u64,
     options: Vec<SockOption>,
 }
 
-impl Listeners {
+impl IdleSockets {
     /// Reads those among the descriptors of running processes, whose fingerprints must have been
     /// taken before. What goes away or fails meanwhile is left out.
     pub fn read(files: &[File]) -> Self {
@@ -40,12 +41,12 @@ impl Listeners {
                 continue;
             }
             if let Ok(options) = options(&mut lender, &mut defaults, file, rec) {
-                let listener = Listener {
+                let socket = Known {
                     ino: rec.ino,
                     fingerprint: rec.fingerprint,
                     options,
                 };
-                known.insert(rec.sock, listener);
+                known.insert(rec.sock, socket);
             }
         }
         Self { known, defaults }
@@ -56,7 +57,7 @@ impl Listeners {
         &mut self.defaults
     }
 
-    /// The options of a listener, if they are known and it has not changed since.
+    /// The options of a socket, if they are known and it has not changed since.
     pub fn options(&mut self, rec: &SockRec) -> Option<Vec<SockOption>> {
         // A filter is more than options.
         if rec.fingerprint == 0 || rec.flags & SockFlag::HAS_FILTER != 0 {
