@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: checkpoints by tracker and by CRIU, in turns in one VM.
+//! `cargo xtask bench`: checkpoints by tracker and by CRIU, in turns in one VM; or by tracker alone,
+//! on this machine.
 
 use anyhow::Result;
 use clap::Args;
