@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 pub const TESTS_DIR: &str = "/usr/lib/tracker/tests";
 
 /// How the programs are compiled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Profile {
     /// Quickly, for tests.
     Dev,

@@ -40,7 +40,6 @@ pub struct VmBuilder {
     workspace: PathBuf,
     keep: bool,
     quiet: bool,
-    profile: Profile,
 }
 
 /// What one machine must have in common with a saved one to go on from it.
@@ -52,6 +51,7 @@ pub(super) struct Shape {
     cpus: u32,
     icount: bool,
     append: Vec<String>,
+    profile: Profile,
     agent: bool,
 }
 
@@ -76,6 +76,7 @@ impl VmBuilder {
                 cpus: 2,
                 icount: false,
                 append: Vec::new(),
+                profile: Profile::Dev,
                 agent: false,
             },
             interactive: false,
@@ -85,7 +86,6 @@ impl VmBuilder {
             workspace,
             keep: false,
             quiet: false,
-            profile: Profile::Dev,
         }
     }
 
@@ -169,7 +169,7 @@ impl VmBuilder {
     /// How our programs are compiled, for development unless set.
     #[must_use]
     pub fn profile(mut self, profile: Profile) -> Self {
-        self.profile = profile;
+        self.shape.profile = profile;
         self
     }
 
@@ -209,7 +209,7 @@ impl VmBuilder {
                 self.load(&template)
             }
             _ => {
-                payload::build(&self.workspace, self.profile)?;
+                payload::build(&self.workspace, self.shape.profile)?;
                 self.boot(Origin::Boot)
             }
         }
@@ -217,7 +217,7 @@ impl VmBuilder {
 
     /// Boots a machine that will be saved as this template.
     pub(super) fn boot_template(self, template: &Template) -> Result<Vm> {
-        payload::build(&self.workspace, self.profile)?;
+        payload::build(&self.workspace, self.shape.profile)?;
         self.pack(&template.programs())?;
         self.boot(Origin::Making(template))
     }
@@ -275,7 +275,7 @@ impl VmBuilder {
 
     /// Packs our programs into a disk.
     fn pack(&self, disk: &Path) -> Result<()> {
-        let programs = self.profile.directory(&self.workspace);
+        let programs = self.shape.profile.directory(&self.workspace);
         payload::pack(&programs, &disk.with_extension("stage"), disk)
     }
 
