@@ -10,7 +10,7 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt,
 };
 
-use super::probe::{PATIENCE, pattern, set_option, sys};
+use super::probe::{PATIENCE, eventually, option, pattern, set_option, sys};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -31,6 +31,20 @@ pub const CASES: &[Entry] = &[
 
 fn set(socket: &UdpSocket, level: i32, name: i32, value: i32) -> Result<()> {
     Ok(set_option(socket, level, name, &value.to_ne_bytes())?)
+}
+
+/// Sends a datagram and waits until it is queued: the next one may overtake it where the kernel
+/// leaves the one to another CPU.
+fn put(to: &UdpSocket, from: &UdpSocket, data: &[u8], address: SocketAddr) -> Result<()> {
+    // Memory that is charged to the queue: SK_MEMINFO_RMEM_ALLOC.
+    let queued = || -> Result<u32> {
+        let words = option(to, libc::SOL_SOCKET, libc::SO_MEMINFO)?;
+        let word = words.first_chunk().context("SO_MEMINFO is short")?;
+        Ok(u32::from_ne_bytes(*word))
+    };
+    let before = queued()?;
+    from.send_to(data, address)?;
+    eventually("the datagram is queued", || Ok(queued()? > before))
 }
 
 fn expect(socket: &UdpSocket, data: &[u8], from: SocketAddr) -> Result<()> {
@@ -79,7 +93,7 @@ fn queue(case: &Case) -> Result<()> {
     ];
     let mut wanted = Vec::new();
     for (sender, data) in sent {
-        sender.send_to(data, address)?;
+        put(&to, sender, data, address)?;
         wanted.push((sender.local_addr()?, data));
     }
     drop(closed);
@@ -96,10 +110,10 @@ fn queue(case: &Case) -> Result<()> {
 fn peeked(case: &Case) -> Result<()> {
     let (to, from) = (loopback()?, loopback()?);
     let (address, name) = (to.local_addr()?, from.local_addr()?);
-    from.send_to(b"first", address)?;
+    put(&to, &from, b"first", address)?;
     let mut buffer = [0; 8];
     ensure!(to.peek(&mut buffer)? == 5 && buffer.starts_with(b"first"));
-    from.send_to(b"second", address)?;
+    put(&to, &from, b"second", address)?;
     case.ready()?;
     expect(&to, b"first", name)?;
     expect(&to, b"second", name)?;
@@ -110,9 +124,9 @@ fn peeked(case: &Case) -> Result<()> {
 fn connected(case: &Case) -> Result<()> {
     let (to, peer, other) = (loopback()?, loopback()?, loopback()?);
     let address = to.local_addr()?;
-    other.send_to(b"before", address)?;
+    put(&to, &other, b"before", address)?;
     to.connect(peer.local_addr()?)?;
-    peer.send_to(b"from the peer", address)?;
+    put(&to, &peer, b"from the peer", address)?;
     case.ready()?;
     expect(&to, b"before", other.local_addr()?)?;
     expect(&to, b"from the peer", peer.local_addr()?)?;
@@ -233,9 +247,10 @@ fn v6(case: &Case) -> Result<()> {
     let from = UdpSocket::bind((Ipv6Addr::LOCALHOST, 0))?;
     let mapped = loopback()?;
     let address = SocketAddr::from((Ipv6Addr::LOCALHOST, port));
-    from.send_to(b"over IPv6", address)?;
-    mapped.send_to(b"over IPv4", (Ipv4Addr::LOCALHOST, port))?;
-    from.send_to(b"", address)?;
+    let address4 = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    put(&to, &from, b"over IPv6", address)?;
+    put(&to, &mapped, b"over IPv4", address4)?;
+    put(&to, &from, b"", address)?;
     let asks = UdpSocket::bind((Ipv6Addr::LOCALHOST, 0))?;
     for name in [
         libc::IPV6_RECVPKTINFO,
