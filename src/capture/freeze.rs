@@ -3,6 +3,7 @@
 use super::eligibility;
 use super::error::CheckpointError;
 use super::files::{self, Repaired};
+use super::tasks::timers_fire;
 use super::threads::{Stopped, Tracees};
 use super::vdso::Standing;
 use super::{Capture, Frozen, clocks, uring};
@@ -138,13 +139,16 @@ impl Capture {
         Ok(blockers)
     }
 
-    /// Reads the frozen tasks: again if requests are on their way, which a disk ends without them.
+    /// Reads the frozen tasks: again if requests are on their way, which a disk ends without them,
+    /// or if a timer fires, which does not take long.
     fn settled_tasks(&mut self) -> Result<Tasks, CheckpointError> {
         const LOOKS: u32 = 20;
+        const LOOKS_AT_TIMERS: u32 = 3;
         let mut iterators = self.iterators.borrow_mut();
         let mut tasks = iterators.tasks(self.scope())?;
-        for _ in 0..LOOKS {
-            if !uring::are_in_flight(&tasks) {
+        for look in 0..LOOKS {
+            let fires = look < LOOKS_AT_TIMERS && timers_fire(&tasks);
+            if !uring::are_in_flight(&tasks) && !fires {
                 break;
             }
             std::thread::sleep(PAUSE);

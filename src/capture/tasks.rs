@@ -219,7 +219,7 @@ impl Assembly<'_> {
     fn posix_timers(&self) -> Vec<PosixTimer> {
         let mine = self.tasks.timers.iter().filter(|t| t.pid == self.rec.pid);
         let mut timers: Vec<_> = mine
-            .map(|timer| posix_timer(timer, self.rec, self.now))
+            .map(|timer| posix_timer(timer, self.rec, self.tasks, self.now))
             .collect();
         timers.sort_by_key(|timer| timer.id);
         timers
@@ -309,10 +309,9 @@ fn itimers(rec: &ProcessRec, now: &Now) -> [IntervalTimer; 3] {
         },
         interval: rec.itimer_real_interval_ns,
     };
-    let alarm = 1 << (libc::SIGALRM - 1);
     // The kernel arms a periodic timer again when its signal is taken; the restored one is
     // armed now, since that signal is queued by us.
-    if !armed && real.interval > 0 && rec.shared_pending & alarm != 0 {
+    if !armed && real.interval > 0 && rec.shared_pending & ALARM != 0 {
         real.remaining = real.interval;
     }
     let user = rec.cpu_utime_ns;
@@ -330,7 +329,37 @@ fn itimers(rec: &ProcessRec, now: &Now) -> [IntervalTimer; 3] {
     ]
 }
 
-fn posix_timer(rec: &TimerRec, process: &ProcessRec, now: &Now) -> PosixTimer {
+/// Whether a periodic timer was read between two queues: it has fired and is armed no more, but
+/// its signal was not there yet when the pending ones were read. It would come back disarmed.
+/// So would one whose signal was discarded, which is what it is in the kernel, too.
+pub fn timers_fire(tasks: &Tasks) -> bool {
+    tasks.timers.iter().any(|timer| {
+        let process = tasks.processes.iter().find(|p| p.pid == timer.pid);
+        timer.interval_ns > 0
+            && timer.expires_ns == 0
+            && process.is_some_and(|process| !signal_waits(timer, process, tasks))
+    }) || tasks.processes.iter().any(|process| {
+        process.itimer_real_interval_ns > 0
+            && process.flags & ProcessFlag::REAL_TIMER_ARMED == 0
+            && process.shared_pending & ALARM == 0
+    })
+}
+
+const ALARM: u64 = 1 << (libc::SIGALRM - 1);
+
+/// Whether the signal of a timer is pending: where it is directed to.
+fn signal_waits(timer: &TimerRec, process: &ProcessRec, tasks: &Tasks) -> bool {
+    let bit = u32::try_from(timer.signo - 1).map_or(0, |n| 1_u64.checked_shl(n).unwrap_or(0));
+    let pending = if timer.target == 0 {
+        process.shared_pending
+    } else {
+        let thread = tasks.threads.iter().find(|t| t.tid == timer.target);
+        thread.map_or(0, |thread| thread.pending)
+    };
+    pending & bit != 0
+}
+
+fn posix_timer(rec: &TimerRec, process: &ProcessRec, tasks: &Tasks, now: &Now) -> PosixTimer {
     let base = rec.base_clock.cast_signed();
     let used = match base {
         // CPU clocks of a whole process; those of single threads are refused.
@@ -343,8 +372,7 @@ fn posix_timer(rec: &TimerRec, process: &ProcessRec, now: &Now) -> PosixTimer {
         clock => now.clock(clock),
     };
     let mut remaining = left(rec.expires_ns, used);
-    let bit = u32::try_from(rec.signo - 1).map_or(0, |n| 1_u64.checked_shl(n).unwrap_or(0));
-    if remaining == 0 && rec.interval_ns > 0 && process.shared_pending & bit != 0 {
+    if remaining == 0 && rec.interval_ns > 0 && signal_waits(rec, process, tasks) {
         remaining = rec.interval_ns;
     }
     PosixTimer {
@@ -421,6 +449,58 @@ mod tests {
     fn groups_are_parsed() {
         assert_eq!(groups("Name:\tx\nGroups:\t0 24 1000 \n"), [0, 24, 1000]);
         assert!(groups("Name:\tx\nGroups:\t \n").is_empty());
+    }
+
+    #[test]
+    fn a_timer_that_fires_is_waited_for() {
+        let process = ProcessRec {
+            pid: 5,
+            ..ProcessRec::default()
+        };
+        let thread = ThreadRec {
+            tid: 6,
+            tgid: 5,
+            ..ThreadRec::default()
+        };
+        let timer = TimerRec {
+            pid: 5,
+            signo: 12,
+            interval_ns: 100,
+            ..TimerRec::default()
+        };
+        let fires = |timer: TimerRec, shared_pending: u64, pending: u64| {
+            timers_fire(&Tasks {
+                processes: vec![ProcessRec {
+                    shared_pending,
+                    ..process
+                }],
+                threads: vec![ThreadRec { pending, ..thread }],
+                timers: vec![timer],
+                ..Tasks::default()
+            })
+        };
+        let directed = TimerRec { target: 6, ..timer };
+        let signal = 1 << 11;
+        assert!(fires(timer, 0, 0) && fires(timer, 0, signal));
+        assert!(!fires(timer, signal, 0));
+        assert!(fires(directed, signal, 0) && !fires(directed, 0, signal));
+        let armed = TimerRec {
+            expires_ns: 7,
+            ..timer
+        };
+        let once = TimerRec {
+            interval_ns: 0,
+            ..timer
+        };
+        assert!(!fires(armed, 0, 0) && !fires(once, 0, 0));
+        let alarm = Tasks {
+            processes: vec![ProcessRec {
+                itimer_real_interval_ns: 9,
+                ..process
+            }],
+            ..Tasks::default()
+        };
+        assert!(timers_fire(&alarm));
     }
 
     #[test]

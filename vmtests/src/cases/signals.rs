@@ -18,6 +18,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("signals_stack", stack),
     Entry::carried("itimer", itimer),
     Entry::carried("posix_timer", posix_timer),
+    Entry::carried("posix_timer_directed", posix_timer_directed),
 ];
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -348,6 +349,26 @@ fn timer_left(id: i32) -> Result<i64> {
         libc::syscall(libc::SYS_timer_gettime, id, &raw mut time)
     })?;
     Ok(time.it_value.tv_sec * 1_000_000_000 + time.it_value.tv_nsec)
+}
+
+/// A periodic timer whose signal is one thread's, and most likely pending when it stops.
+fn posix_timer_directed(case: &Case) -> Result<()> {
+    handle(Signal::SIGUSR2, SaFlags::SA_RESTART, SigSet::empty())?;
+    let (clock, notify) = (libc::CLOCK_MONOTONIC, libc::SIGEV_THREAD_ID);
+    let me = gettid().as_raw();
+    let timer = create_timer(clock, notify, libc::SIGUSR2, 0x9999, me)?;
+    arm_timer(timer, 5_000_000, 5_000_000)?;
+    eventually("the first tick", || Ok(COUNT.load(Ordering::SeqCst) > 0))?;
+    case.ready()?;
+    let before = COUNT.load(Ordering::SeqCst);
+    eventually("two more ticks", || {
+        Ok(COUNT.load(Ordering::SeqCst) > before + 1)
+    })?;
+    ensure!(
+        LAST_VALUE.load(Ordering::SeqCst) == 0x9999,
+        "Wrong value with the tick"
+    );
+    arm_timer(timer, 0, 0)
 }
 
 /// POSIX timers by signal, by signal to one thread, and without a signal;
