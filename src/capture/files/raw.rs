@@ -3,7 +3,7 @@
 
 use super::CollectError;
 use super::borrow::Borrowed;
-use super::socket::{Read, whole};
+use super::socket::{Read, is_v6, whole};
 use crate::bpf::events::SockRec;
 use crate::model::frozen::{SockOption, SocketState};
 use crate::sys::socket::own_address;
@@ -40,7 +40,7 @@ pub fn read(
 }
 
 fn raw(rec: &SockRec) -> SocketState {
-    let v6 = i32::from(rec.family) == libc::AF_INET6;
+    let v6 = is_v6(rec);
     let address = |bytes: &[u8; 16]| {
         let [a, b, c, d, ..] = *bytes;
         let address = match v6 {

@@ -263,7 +263,7 @@ fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<R
     })
 }
 
-fn is_v6(rec: &SockRec) -> bool {
+pub(super) fn is_v6(rec: &SockRec) -> bool {
     i32::from(rec.family) == libc::AF_INET6
 }
 

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{self as ns, AddressFamily, SockFlag, SockType, setsockopt, sockopt};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::probe::{check_pattern, eventually, option, pattern};
-use super::tcp::{exchange, patient};
+use super::probe::{check_pattern, eventually, pattern};
+use super::tcp::{exchange, info, patient};
 use crate::guest::case::{Case, Entry};
 
 /// Why the older kernel cannot make them again.
@@ -48,10 +48,7 @@ fn connect(listener: &TcpListener, to: SocketAddr) -> Result<TcpStream> {
 
 /// How many wait at a listener, which is what `tcpi_unacked` tells of one (`tcp_get_info()`).
 fn waiting(listener: &TcpListener) -> Result<u32> {
-    const AT: usize = std::mem::offset_of!(libc::tcp_info, tcpi_unacked);
-    let info = option(listener, libc::IPPROTO_TCP, libc::TCP_INFO)?;
-    let count = info.get(AT..AT + 4).context("TCP_INFO is short")?;
-    Ok(u32::from_ne_bytes(count.try_into()?))
+    Ok(info(listener)?.tcpi_unacked)
 }
 
 /// The next one that waits, which must be that of this client.

@@ -360,15 +360,21 @@ fn posix_timer_directed(case: &Case) -> Result<()> {
     arm_timer(timer, 5_000_000, 5_000_000)?;
     eventually("the first tick", || Ok(COUNT.load(Ordering::SeqCst) > 0))?;
     case.ready()?;
+    ticks_on(0x9999)?;
+    arm_timer(timer, 0, 0)
+}
+
+/// A periodic timer goes on, with this value.
+fn ticks_on(value: i32) -> Result<()> {
     let before = COUNT.load(Ordering::SeqCst);
     eventually("two more ticks", || {
         Ok(COUNT.load(Ordering::SeqCst) > before + 1)
     })?;
     ensure!(
-        LAST_VALUE.load(Ordering::SeqCst) == 0x9999,
+        LAST_VALUE.load(Ordering::SeqCst) == value,
         "Wrong value with the tick"
     );
-    arm_timer(timer, 0, 0)
+    Ok(())
 }
 
 /// POSIX timers by signal, by signal to one thread, and without a signal;
@@ -402,14 +408,7 @@ fn posix_timer(case: &Case) -> Result<()> {
 
     case.ready()?;
 
-    let before = COUNT.load(Ordering::SeqCst);
-    eventually("two more ticks", || {
-        Ok(COUNT.load(Ordering::SeqCst) > before + 1)
-    })?;
-    ensure!(
-        LAST_VALUE.load(Ordering::SeqCst) == 0x7777,
-        "Wrong value with the tick"
-    );
+    ticks_on(0x7777)?;
     arm_timer(ticking, 0, 0)?;
     let left = timer_left(silent)?;
     ensure!(

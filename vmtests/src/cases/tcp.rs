@@ -47,6 +47,25 @@ fn pair(listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
     Ok((server, client))
 }
 
+/// What `TCP_INFO` says of a socket.
+pub(super) fn info(socket: &impl AsFd) -> Result<libc::tcp_info> {
+    // SAFETY: plain numbers, filled by the call.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = libc::socklen_t::try_from(size_of_val(&info))?;
+    // SAFETY: the buffer is as long as said.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    super::probe::sys("TCP_INFO", got.into())?;
+    Ok(info)
+}
+
 /// Sends a pattern one way and checks it.
 pub(super) fn exchange(
     from: &mut TcpStream,
@@ -129,6 +148,7 @@ fn changing(case: &Case, busy: &impl AsFd) -> Result<()> {
     Ok(())
 }
 
+/// Listeners, one whose options change and one that is left alone.
 fn listener_changing(case: &Case) -> Result<()> {
     let quiet = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     setsockopt(&quiet, sockopt::TcpKeepIdle, &77)?;
@@ -140,7 +160,7 @@ fn listener_changing(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// And so have connections over which nothing goes, and one that is silent but for that.
+/// Connections over which nothing goes, one whose options change and one that is left alone.
 fn connection_changing(case: &Case) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let (mut quiet, mut quiet_client) = pair(&listener)?;
@@ -160,21 +180,7 @@ fn listener(case: &Case) -> Result<()> {
     let addresses = (every.local_addr()?, both.local_addr()?);
     let backlog = |listener: &TcpListener| -> Result<u32> {
         // For a listener the kernel reports its backlog as tcpi_sacked.
-        // SAFETY: plain numbers, filled by the call.
-        let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-        let mut length = libc::socklen_t::try_from(size_of_val(&info))?;
-        // SAFETY: the buffer is as long as said.
-        let got = unsafe {
-            libc::getsockopt(
-                listener.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_INFO,
-                (&raw mut info).cast(),
-                &raw mut length,
-            )
-        };
-        super::probe::sys("TCP_INFO", got.into())?;
-        Ok(info.tcpi_sacked)
+        Ok(info(listener)?.tcpi_sacked)
     };
     let before = backlog(&every)?;
 
@@ -316,20 +322,7 @@ fn options(case: &Case) -> Result<()> {
     };
     let before = read(&client, &server)?;
     let scales = |stream: &TcpStream| -> Result<[u8; 2]> {
-        // SAFETY: plain numbers, filled by the call.
-        let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-        let mut length = libc::socklen_t::try_from(size_of_val(&info))?;
-        // SAFETY: the buffer is as long as said.
-        let got = unsafe {
-            libc::getsockopt(
-                stream.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_INFO,
-                (&raw mut info).cast(),
-                &raw mut length,
-            )
-        };
-        super::probe::sys("TCP_INFO", got.into())?;
+        let info = info(stream)?;
         // Options negotiated (timestamps, SACK, window scale) and the scales.
         Ok([info.tcpi_options & 7, info.tcpi_snd_rcv_wscale])
     };

@@ -1,6 +1,6 @@
 //! Runs cases and scenarios in VMs and counts what came of it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, path::PathBuf};
 
@@ -12,7 +12,7 @@ use crate::control::ControlError;
 use crate::guest::case::{Entry, Expect};
 use crate::image::Kernel;
 use crate::scenarios::{self, Scenario};
-use crate::vm::{Templates, Vm, VmBuilder};
+use crate::vm::{Vm, VmBuilder};
 
 mod again;
 mod batch;
@@ -241,8 +241,11 @@ fn plan(options: &Options) -> Vec<Group> {
 pub fn run(options: &Options) -> Totals {
     let mut groups = plan(options);
     groups.reverse();
+    let mut builder = Vm::builder(&options.workspace).keep(options.keep);
     // To save one machine and load another takes longer than to boot one.
-    let templates = (groups.len() > 2).then(Arc::<Templates>::default);
+    if groups.len() > 2 {
+        builder = builder.boot_once();
+    }
     let (queue, report) = (Mutex::new(groups), Report::default());
     std::thread::scope(|scope| {
         for _ in 0..options.jobs.max(1) {
@@ -250,7 +253,7 @@ pub fn run(options: &Options) -> Totals {
                 loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
                     let Some(group) = next else { break };
-                    run_group(options, &group, templates.as_ref(), &report);
+                    run_group(builder.clone(), &group, &report);
                 }
             });
         }
@@ -275,16 +278,7 @@ pub fn run(options: &Options) -> Totals {
     }
 }
 
-fn run_group(
-    options: &Options,
-    group: &Group,
-    templates: Option<&Arc<Templates>>,
-    report: &Report,
-) {
-    let mut builder = Vm::builder(&options.workspace).keep(options.keep);
-    if let Some(templates) = templates {
-        builder = builder.templates(templates);
-    }
+fn run_group(builder: VmBuilder, group: &Group, report: &Report) {
     match group {
         Group::Cases { kernel, entries } => {
             let mut lab = Lab::new(builder.kernel(*kernel).agent());

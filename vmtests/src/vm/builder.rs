@@ -66,6 +66,16 @@ enum Origin<'a> {
     Saved(&'a Template),
 }
 
+impl Origin<'_> {
+    /// The disk with our programs of the machine in `dir`.
+    fn programs(self, dir: &WorkDir) -> PathBuf {
+        match self {
+            Origin::Boot => dir.programs(),
+            Origin::Making(template) | Origin::Saved(template) => template.programs(),
+        }
+    }
+}
+
 impl VmBuilder {
     pub(super) fn new(workspace: PathBuf) -> VmBuilder {
         VmBuilder {
@@ -181,11 +191,11 @@ impl VmBuilder {
         self
     }
 
-    /// Goes on from a machine of these templates instead of booting, but with
-    /// [`VmBuilder::scratch`] or [`VmBuilder::interactive`].
+    /// All VMs of this builder's clones go on from the first one of their shape instead of booting,
+    /// but with [`VmBuilder::scratch`] or [`VmBuilder::interactive`].
     #[must_use]
-    pub fn templates(mut self, templates: &Arc<Templates>) -> Self {
-        self.templates = Some(Arc::clone(templates));
+    pub fn boot_once(mut self) -> Self {
+        self.templates = Some(Arc::default());
         self
     }
 
@@ -208,21 +218,17 @@ impl VmBuilder {
                 let template = templates.get(&self)?;
                 self.load(&template)
             }
-            _ => {
-                payload::build(&self.workspace, self.shape.profile)?;
-                self.boot(Origin::Boot)
-            }
+            _ => self.boot(Origin::Boot),
         }
     }
 
     /// Boots a machine that will be saved as this template.
     pub(super) fn boot_template(self, template: &Template) -> Result<Vm> {
-        payload::build(&self.workspace, self.shape.profile)?;
-        self.pack(&template.programs())?;
         self.boot(Origin::Making(template))
     }
 
     fn boot(self, origin: Origin) -> Result<Vm> {
+        payload::build(&self.workspace, self.shape.profile)?;
         let mut left = ATTEMPTS;
         loop {
             left -= 1;
@@ -273,18 +279,14 @@ impl VmBuilder {
         Ok(vm)
     }
 
-    /// Packs our programs into a disk.
-    fn pack(&self, disk: &Path) -> Result<()> {
-        let programs = self.shape.profile.directory(&self.workspace);
-        payload::pack(&programs, &disk.with_extension("stage"), disk)
-    }
-
     /// Starts the emulator.
     fn launch(self, origin: Origin) -> Result<Vm> {
         let slot = Slot::take()?;
         let dir = WorkDir::create(&self.workspace, self.keep)?;
-        if matches!(origin, Origin::Boot) {
-            self.pack(&dir.programs())?;
+        if !matches!(origin, Origin::Saved(_)) {
+            let programs = self.shape.profile.directory(&self.workspace);
+            let disk = origin.programs(&dir);
+            payload::pack(&programs, &disk.with_extension("stage"), &disk)?;
         }
         let begun = Instant::now();
         let ports = self
@@ -381,19 +383,12 @@ impl VmBuilder {
         qemu.arg("-initrd").arg(image.initrd(self.shape.kernel)?);
         qemu.args(["-append", &self.command_line()]);
         // Changes to the root disk go to a nameless temporary file, or to the template.
-        let (disk, programs) = match origin {
-            Origin::Boot => (
-                format!("file={},format=raw,snapshot=on", path(&image.root())?),
-                dir.programs(),
-            ),
-            Origin::Making(template) => (
-                format!("file={},format=qcow2", path(&template.disk())?),
-                template.programs(),
-            ),
-            Origin::Saved(template) => (
-                format!("file={},format=qcow2,snapshot=on", path(&template.disk())?),
-                template.programs(),
-            ),
+        let disk = match origin {
+            Origin::Boot => format!("file={},format=raw,snapshot=on", path(&image.root())?),
+            Origin::Making(template) => format!("file={},format=qcow2", path(&template.disk())?),
+            Origin::Saved(template) => {
+                format!("file={},format=qcow2,snapshot=on", path(&template.disk())?)
+            }
         };
         qemu.args(["-drive", &format!("{disk},if=none,id=root,cache=unsafe")]);
         qemu.args(["-device", "virtio-blk-pci,drive=root"]);
@@ -401,7 +396,7 @@ impl VmBuilder {
             "-drive",
             &format!(
                 "file={},format=raw,if=none,id=programs,readonly=on",
-                path(&programs)?
+                path(&origin.programs(dir))?
             ),
         ]);
         qemu.args(["-device", "virtio-blk-pci,drive=programs"]);

@@ -6,7 +6,6 @@ mod qemu;
 mod template;
 
 pub use builder::VmBuilder;
-pub use template::Templates;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -47,7 +47,7 @@ impl Monitor {
         // 128 MiB/s unless told.
         let fast = json!({ "max-bandwidth": 1u64 << 40 });
         self.execute("migrate-set-parameters", &fast)?;
-        let uri = format!("exec:cat >{}", quoted(file));
+        let uri = format!("exec:cat >{}", shell_words([file]));
         self.execute("migrate", &json!({ "uri": uri }))?;
         self.until("query-migrate", |status| match status {
             "completed" => Ok(true),
@@ -102,9 +102,5 @@ impl Monitor {
 
 /// The URI of a machine in a file, for `-incoming`.
 pub(super) fn saved(file: &str) -> String {
-    format!("exec:cat {}", quoted(file))
-}
-
-fn quoted(file: &str) -> String {
-    shell_words(&[file.to_owned()])
+    format!("exec:cat {}", shell_words([file]))
 }

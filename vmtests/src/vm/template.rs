@@ -22,7 +22,7 @@ use crate::protocol::Hello;
 
 /// The templates of one run, made when they are first asked for.
 #[derive(Debug, Default)]
-pub struct Templates(Mutex<HashMap<Shape, Slot>>);
+pub(super) struct Templates(Mutex<HashMap<Shape, Slot>>);
 
 /// One that is made by whoever has it locked.
 type Slot = Arc<Mutex<Option<Arc<Template>>>>;
@@ -42,7 +42,7 @@ impl Templates {
     ///
     /// # Errors
     /// If it does not boot or cannot be saved.
-    pub(super) fn get(&self, builder: &VmBuilder) -> Result<Arc<Template>> {
+    pub fn get(&self, builder: &VmBuilder) -> Result<Arc<Template>> {
         let slot = {
             let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(slots.entry(builder.shape()).or_default())
@@ -86,7 +86,7 @@ impl Template {
 
     /// The disk with our programs.
     pub fn programs(&self) -> PathBuf {
-        self.dir.path.join("programs.tar")
+        self.dir.programs()
     }
 
     /// Memory and devices.
