@@ -4,7 +4,7 @@ use crate::bpf::features::cgroup2_mount;
 use crate::error::ExitCode;
 use crate::image::{DirectoryStore, Pages, Store, decode};
 use crate::model::ids::Pid;
-use crate::restore::{RestoreError, RestoreOptions, restore};
+use crate::restore::{RestoreError, RestoreOptions, pids, restore};
 use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use std::path::{Path, PathBuf};
@@ -48,6 +48,7 @@ pub fn run(args: &RestoreArgs) -> Result<ExitCode, RestoreError> {
         cgroup_root: cgroup2_mount().map_err(RestoreError::io("find cgroup2"))?,
         network_lock: Some(Path::new(NETWORK_LOCKS).join(&app.header.name)),
         early: false,
+        spare: pids::all()?,
     };
     let restored = restore(app, Pages::new(&store, &image.slots), &options, || Ok(()))?;
     Ok(match restored.roots.first() {

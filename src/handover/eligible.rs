@@ -7,7 +7,7 @@ use std::fs;
 
 /// PIDs below this belong to the kernel threads of the next kernel: 6.12 had up to 190 of
 /// them when its init started.
-const FIRST_PID: i32 = 300;
+pub(super) const FIRST_PID: i32 = 300;
 
 /// What an image takes beside pages: metadata, queues, the superblock. In bytes.
 const METADATA: u64 = 32 << 20;

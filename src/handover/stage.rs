@@ -8,6 +8,7 @@
 use super::arena::{Arena, ArenaError};
 use super::cmdline::{Deadlines, Handed};
 use super::early::say;
+use super::eligible::FIRST_PID;
 use super::report::{ApplicationReport, ApplicationStatus, Status, UpdateReport, continued, step};
 use super::worker::{self, Worker};
 use super::{huge, mounts, network, sysctl};
@@ -16,11 +17,13 @@ use crate::bpf::netlock::{LockError, NetLock};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, ImageError, RangeStore, Store, StoreError, decode, decode_one};
 use crate::model::frozen::{Application, FileKind, Milestone, Origin, SocketState, System};
+use crate::restore::pids;
 use crate::sys::clock;
 use crate::sys::huge::DIR;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -29,7 +32,8 @@ use std::time::{Duration, Instant};
 /// First argument of the stage; the second is the time stamp counter when PID 1 began.
 pub(super) const RESTORE: &str = "--restore";
 
-/// First argument of a worker; the second is the application's number in the image.
+/// First argument of a worker; the others are the application's number in the image, and the
+/// first and the end of the numbers that no application needs.
 pub(super) const APPLICATION: &str = "--application";
 
 /// Why there is nothing to restore from.
@@ -54,7 +58,10 @@ pub(super) fn main(arguments: &[OsString]) -> ExitCode {
     let words: Vec<_> = arguments.iter().filter_map(|word| word.to_str()).collect();
     match words[..] {
         [RESTORE, tsc] => restore(tsc.parse().unwrap_or_default()),
-        [APPLICATION, index] => worker::main(index.parse().unwrap_or(usize::MAX)),
+        [APPLICATION, index, start, end] => {
+            let [start, end] = [start, end].map(|word| word.parse().unwrap_or_default());
+            worker::main(index.parse().unwrap_or(usize::MAX), start..end)
+        }
         _ => {
             say("This is the early-boot stage, run by the kernel as init=");
             ExitCode::from(crate::error::ExitCode::Usage as u8)
@@ -160,8 +167,8 @@ fn restore_image(image: &Image, begun: u64, deadlines: Deadlines, report: &mut U
     };
     timeline.add_at(step::EARLY, begun);
     timeline.add("image read");
-    reserve_pids(&image.applications, &mut report.warnings);
     put_identity(&system, &mut report.warnings);
+    let spare = spare_pids(&image.applications, &mut report.warnings);
     let lock = match engage_lock() {
         Ok(lock) => Some(lock),
         Err(error) => {
@@ -175,8 +182,14 @@ fn restore_image(image: &Image, begun: u64, deadlines: Deadlines, report: &mut U
     let applications = &image.applications;
     let (deadline, warnings) = (deadlines.application, &mut report.warnings);
     let deadline = Duration::from_secs(deadline.into());
-    report.applications =
-        restore_applications(applications, deadline, lock, &mut timeline, warnings);
+    report.applications = restore_applications(
+        applications,
+        &spare,
+        deadline,
+        lock,
+        &mut timeline,
+        warnings,
+    );
     let all = |app: &ApplicationReport| app.status == ApplicationStatus::Restored;
     report.status = if report.applications.iter().all(all) {
         Status::Done
@@ -187,22 +200,19 @@ fn restore_image(image: &Image, begun: u64, deadlines: Deadlines, report: &mut U
     report.measure();
 }
 
-/// Moves the next PIDs behind those of the applications, so that nothing of early boot
-/// takes one of them.
-fn reserve_pids(applications: &[Application], warnings: &mut Vec<String>) {
-    let processes = applications.iter().flat_map(|app| &app.processes);
-    let numbers = processes.flat_map(|process| {
-        let threads = process.threads.iter().map(|thread| thread.tid.0);
-        threads.chain([process.pid.0])
+/// Where the applications leave most numbers free. The next PIDs are given out from there on, so
+/// that nothing of early boot takes one of theirs.
+fn spare_pids(applications: &[Application], warnings: &mut Vec<String>) -> Range<i32> {
+    let all = pids::all().unwrap_or_else(|error| {
+        warnings.push(error.to_string());
+        0..0
     });
-    let Some(highest) = numbers.max() else { return };
+    let spare = pids::widest_gap(applications, FIRST_PID..all.end.max(FIRST_PID));
     let path = "/proc/sys/kernel/ns_last_pid";
-    let last = fs::read_to_string(path).unwrap_or_default();
-    if last.trim().parse().unwrap_or(0) < highest
-        && let Err(error) = fs::write(path, highest.to_string())
-    {
+    if let Err(error) = fs::write(path, (spare.start - 1).to_string()) {
         warnings.push(format!("write {path}: {error}"));
     }
+    spare
 }
 
 fn put_identity(system: &System, warnings: &mut Vec<String>) {
@@ -226,6 +236,7 @@ fn engage_lock() -> Result<NetLock, LockError> {
 /// it sends would be lost and sent again only after a time-out.
 fn restore_applications(
     applications: &[Application],
+    spare: &Range<i32>,
     deadline: Duration,
     lock: Option<NetLock>,
     timeline: &mut Timeline,
@@ -233,7 +244,7 @@ fn restore_applications(
 ) -> Vec<ApplicationReport> {
     let places: Vec<_> = applications.iter().map(Place::make).collect();
     let start = |place: &Result<Place, String>, index| match place {
-        Ok(_) => Worker::start(index),
+        Ok(_) => Worker::start(index, spare),
         Err(error) => Err(error.clone()),
     };
     let mut workers = places

@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -40,8 +41,9 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Starts one for application number `index` of the image. It reads what there is to restore,
-    /// and waits for its turn.
-    pub fn start(index: usize) -> Result<Self, String> {
+    /// and waits for its turn. Numbers for processes that do not belong to any application are
+    /// taken from `spare`.
+    pub fn start(index: usize, spare: &Range<i32>) -> Result<Self, String> {
         let errors = Path::new(crate::applications::STATE_DIR);
         let errors = errors.join(format!("restore.{index}.error"));
         let file =
@@ -50,6 +52,7 @@ impl Worker {
         let mut child = Command::new("/proc/self/exe")
             .arg0(NAME)
             .args([APPLICATION, &index.to_string()])
+            .args([spare.start, spare.end].map(|number| number.to_string()))
             .stdin(OwnedFd::from(theirs))
             .stderr(file)
             .spawn()
@@ -123,8 +126,8 @@ impl Worker {
 }
 
 /// Restores application number `index`; what goes wrong is told on stderr.
-pub(super) fn main(index: usize) -> ExitCode {
-    match restore_one(index) {
+pub(super) fn main(index: usize, spare: Range<i32>) -> ExitCode {
+    match restore_one(index, spare) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}");
@@ -133,7 +136,7 @@ pub(super) fn main(index: usize) -> ExitCode {
     }
 }
 
-fn restore_one(index: usize) -> Result<(), String> {
+fn restore_one(index: usize, spare: Range<i32>) -> Result<(), String> {
     // Ended with the stage: nobody may restore behind the back of the real init.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
         .map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
@@ -148,6 +151,7 @@ fn restore_one(index: usize) -> Result<(), String> {
         // The stage holds the lock itself, over all applications.
         network_lock: None,
         early: true,
+        spare,
     };
     let pages = Pages::new(&store, &image.slots);
     let restored = restore::restore(app, pages, &options, ask_stage);

@@ -22,7 +22,7 @@ mod memory;
 mod message_queues;
 mod mqueue;
 mod namespaces;
-mod pids;
+pub(crate) mod pids;
 mod ready;
 mod restorer;
 mod resume;

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::getsid;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 
 /// All PIDs and TIDs of an application.
@@ -17,6 +18,35 @@ pub fn numbers(app: &Application) -> BTreeSet<i32> {
         std::iter::once(p.pid.0).chain(tids)
     });
     threads.collect()
+}
+
+/// All numbers that the machine gives out.
+///
+/// # Errors
+/// `pid_max` cannot be read.
+pub fn all() -> Result<Range<i32>, RestoreError> {
+    let path = "/proc/sys/kernel/pid_max";
+    let text = std::fs::read_to_string(path).map_err(RestoreError::io(format!("read {path}")))?;
+    Ok(2..text.trim_end().parse().unwrap_or(32768))
+}
+
+/// The widest run of numbers within `from` that none of these applications needs: as a PID, a
+/// TID, or that of a process group or a session.
+#[must_use]
+pub fn widest_gap(apps: &[Application], from: Range<i32>) -> Range<i32> {
+    let processes = apps.iter().flat_map(|app| &app.processes);
+    let groups = processes.flat_map(|process| [process.pgid.0, process.sid.0]);
+    let mut needed: BTreeSet<_> = apps.iter().flat_map(numbers).chain(groups).collect();
+    needed.retain(|number| from.contains(number));
+    let mut widest = from.start..from.start;
+    let mut start = from.start;
+    for number in needed.into_iter().chain([from.end]) {
+        if number - start > widest.end - widest.start {
+            widest = start..number;
+        }
+        start = number + 1;
+    }
+    widest
 }
 
 /// Whether nobody uses a number, as a PID, a TID, a process group or a session.
@@ -53,11 +83,11 @@ pub fn check_free(app: &Application) -> Result<(), RestoreError> {
 }
 
 /// A free number for the restorer that the application does not need: its session leader's if
-/// that is not in the tree (so that the number lives on), else one from the top.
+/// that is not in the tree (so that the number lives on), else one of `spare`.
 ///
 /// # Errors
-/// `pid_max` cannot be read, or nothing is free.
-pub fn restorer_pid(app: &Application) -> Result<Pid, RestoreError> {
+/// Nothing is free.
+pub fn restorer_pid(app: &Application, spare: Range<i32>) -> Result<Pid, RestoreError> {
     let used = numbers(app);
     if let Some(sid) = foreign_session(app)
         && sid.0 > 1
@@ -65,21 +95,16 @@ pub fn restorer_pid(app: &Application) -> Result<Pid, RestoreError> {
     {
         return Ok(sid);
     }
-    unneeded(&used)
+    unneeded(&used, spare)
 }
 
-/// A free number from the top that is not in `used`.
+/// A free number from the top of `spare` that is not in `used`.
 ///
 /// # Errors
-/// `pid_max` cannot be read, or nothing is free.
-pub fn unneeded(used: &BTreeSet<i32>) -> Result<Pid, RestoreError> {
-    let path = "/proc/sys/kernel/pid_max";
-    let max: i32 = std::fs::read_to_string(path)
-        .map_err(RestoreError::io(format!("read {path}")))?
-        .trim_end()
-        .parse()
-        .unwrap_or(32768);
-    let free = (2..max).rev().find(|n| !used.contains(n) && is_free(*n));
+/// Nothing is free.
+pub fn unneeded(used: &BTreeSet<i32>, spare: Range<i32>) -> Result<Pid, RestoreError> {
+    let mut spare = spare.rev();
+    let free = spare.find(|n| !used.contains(n) && is_free(*n));
     free.map(Pid).ok_or(RestoreError::System {
         what: "find a free PID".to_owned(),
         errno: Errno::EAGAIN,
@@ -134,8 +159,21 @@ mod tests {
     fn the_restorer_keeps_out_of_the_way() {
         let app = app(77, 77);
         assert_eq!(foreign_session(&app), None);
-        let pid = restorer_pid(&app).unwrap();
+        let pid = restorer_pid(&app, all().unwrap()).unwrap();
         assert!(!numbers(&app).contains(&pid.0));
+    }
+
+    #[test]
+    fn a_gap_has_nothing_that_is_needed() {
+        let gap = |apps: &[(i32, i32)]| {
+            let apps: Vec<_> = apps.iter().map(|(pid, sid)| app(*pid, *sid)).collect();
+            widest_gap(&apps, 300..32768)
+        };
+        assert_eq!(gap(&[]), 300..32768);
+        assert_eq!(gap(&[(32767, 32767)]), 300..32767);
+        assert_eq!(gap(&[(300, 32767)]), 301..32767);
+        assert_eq!(gap(&[(20_000, 19_000), (30_000, 5)]), 300..19_000);
+        assert_eq!(gap(&[(1000, 900), (30_000, 0)]), 1001..30_000);
     }
 
     #[test]

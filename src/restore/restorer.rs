@@ -37,6 +37,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -52,6 +53,9 @@ pub struct RestoreOptions {
     pub network_lock: Option<PathBuf>,
     /// The machine's init has not run yet.
     pub early: bool,
+    /// The restorer's own processes take their numbers here, as far as the application does not
+    /// need them: others that are yet to be restored need the rest.
+    pub spare: Range<i32>,
 }
 
 /// What was restored.
@@ -75,7 +79,7 @@ pub fn restore(
 ) -> Result<Restored, RestoreError> {
     let pipe = || unistd::pipe().map_err(RestoreError::system("pipe"));
     check_supported(app)?;
-    let restorer = pids::restorer_pid(app)?;
+    let restorer = pids::restorer_pid(app, options.spare.clone())?;
     let is_free = |number| number != restorer.0 && pids::is_free(number);
     let stand_ins = groups::stand_ins(app, is_free);
     let with_stand_ins;
@@ -301,7 +305,7 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
             ..
         } = step
         {
-            let number = pids::unneeded(&used)?;
+            let number = pids::unneeded(&used, options.spare.clone())?;
             used.insert(number.0);
             go_betweens.insert(*child, number);
         }

@@ -35,6 +35,26 @@ unsafe fn fork_sharing(flags: i32) -> nix::Result<ForkResult> {
     }
     // SAFETY: as for this function; null pointers are not used by these flags.
     let result = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
+    forked(result)
+}
+
+/// As fork(2); the child gets this PID.
+///
+/// # Safety
+/// As for fork(2).
+unsafe fn fork_numbered(pid: Pid) -> nix::Result<ForkResult> {
+    let number = pid.as_raw();
+    // SAFETY: all of it may be zeroes.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.exit_signal = libc::SIGCHLD.unsigned_abs().into();
+    args.set_tid = (&raw const number).addr() as u64;
+    args.set_tid_size = 1;
+    // SAFETY: as for this function; the number is read only.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+    forked(result)
+}
+
+fn forked(result: libc::c_long) -> nix::Result<ForkResult> {
     Ok(match nix::errno::Errno::result(result)? {
         0 => ForkResult::Child,
         child => ForkResult::Parent {
@@ -72,12 +92,32 @@ impl Child {
         name: &str,
         body: impl FnOnce(&Turn) -> Result<()>,
     ) -> Result<Child> {
+        // SAFETY: this process has one thread.
+        Child::born(|| unsafe { fork_sharing(flags) }, dir, name, body)
+    }
+
+    /// As [`Child::start`]; it gets this PID.
+    pub fn numbered(
+        pid: Pid,
+        dir: &Path,
+        name: &str,
+        body: impl FnOnce(&Turn) -> Result<()>,
+    ) -> Result<Child> {
+        // SAFETY: this process has one thread.
+        Child::born(|| unsafe { fork_numbered(pid) }, dir, name, body)
+    }
+
+    fn born(
+        fork: impl FnOnce() -> nix::Result<ForkResult>,
+        dir: &Path,
+        name: &str,
+        body: impl FnOnce(&Turn) -> Result<()>,
+    ) -> Result<Child> {
         let error = dir.join(format!("child-{name}"));
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGUSR1);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None).context("Block SIGUSR1")?;
-        // SAFETY: this process has one thread.
-        match unsafe { fork_sharing(flags) }.context("Fork")? {
+        match fork().context("Fork")? {
             ForkResult::Parent { child } => Ok(Child {
                 pid: child,
                 name: name.to_owned(),

@@ -29,6 +29,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("process_zombie", zombie),
     Entry::carried("process_wait", wait),
     Entry::carried("process_orphan", orphan),
+    Entry::carried("process_highest", highest),
     Entry::carried("process_vforks", vforks),
     Entry::carried("process_identity", identity),
     Entry::carried("credentials", credentials),
@@ -250,6 +251,22 @@ fn orphan(case: &Case) -> Result<()> {
         let zombie = || status(&pid.to_string(), "State").is_ok_and(|it| it.starts_with('Z'));
         Ok(kill(pid, None).is_err() || zombie())
     })
+}
+
+/// The highest PID there is: what restores applications, this one or others, must not take it.
+fn highest(case: &Case) -> Result<()> {
+    let max: i32 = fs::read_to_string("/proc/sys/kernel/pid_max")?
+        .trim_end()
+        .parse()?;
+    let pid = Pid::from_raw(max - 1);
+    let child = Child::numbered(pid, case.dir(), "highest", |turn| {
+        turn.wait();
+        ensure!(getpid() == pid, "The PID is {}", getpid());
+        Ok(())
+    })?;
+    child.waits()?;
+    case.ready()?;
+    child.finish()
 }
 
 /// What /proc says about the program: executable, command line, environment,
