@@ -355,8 +355,10 @@ struct timer_rec {
 	__u32 base_clock; /* CLOCK_* that expires_ns counts on */
 	__s32 overrun_last;
 	__s64 overrun;
+	__u32 queued; /* its signal is pending */
+	__u32 pad;
 };
-TRK_ASSERT_SIZE(struct timer_rec, 72);
+TRK_ASSERT_SIZE(struct timer_rec, 80);
 
 /* One file descriptor. Details of some kinds follow in a record of their own. */
 struct file_rec {

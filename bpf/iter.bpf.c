@@ -16,6 +16,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #include "iter_sem.bpf.h"
 #include "iter_uring.bpf.h"
 #include "iter_pressure.bpf.h"
+#include "iter_timer.bpf.h"
 #include "iter_task.bpf.h"
 #include "iter_socket.bpf.h"
 #include "iter_sets.bpf.h"

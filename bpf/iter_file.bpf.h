@@ -183,15 +183,17 @@ static __always_inline long write_timerfd(struct seq_file *seq, void *ctx)
 	r->interval_ns = BPF_CORE_READ(timerfd, tintv);
 	r->expired = BPF_CORE_READ(timerfd, expired);
 	r->ticks = BPF_CORE_READ(timerfd, ticks);
-	r->expires_ns = 0;
 	if (r->clock == CLOCK_REALTIME_ALARM || r->clock == CLOCK_BOOTTIME_ALARM) {
 		r->base_clock = r->clock == CLOCK_REALTIME_ALARM ? CLOCK_REALTIME : CLOCK_BOOTTIME;
-		if (BPF_CORE_READ(timerfd, t.alarm.state) & ALARMTIMER_STATE_ENQUEUED)
-			r->expires_ns = BPF_CORE_READ(timerfd, t.alarm.node.expires);
+		r->expires_ns = alarm_expires(&timerfd->t.alarm);
 	} else {
 		r->base_clock = BPF_CORE_READ(timerfd, t.tmr.base, clockid);
-		if (BPF_CORE_READ(timerfd, t.tmr.state) & HRTIMER_STATE_ENQUEUED)
-			r->expires_ns = BPF_CORE_READ(timerfd, t.tmr.node.expires);
+		r->expires_ns = hrtimer_expires(&timerfd->t.tmr);
+	}
+	/* one that is not armed may have fired since */
+	if (!r->expires_ns) {
+		r->expired = BPF_CORE_READ(timerfd, expired);
+		r->ticks = BPF_CORE_READ(timerfd, ticks);
 	}
 	return bpf_seq_write(seq, r, sizeof(*r));
 }

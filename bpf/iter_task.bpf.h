@@ -1,17 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
-/* iter/task: threads, processes, address spaces, signal actions, POSIX timers. */
+/* iter/task: threads, processes, address spaces, signal actions. */
 
 #define PFA_NO_NEW_PRIVS 1
-#define HRTIMER_STATE_ENQUEUED 1
-#define ALARMTIMER_STATE_ENQUEUED 1
-#define SIGEV_NONE 1
-#define SIGEV_THREAD_ID 4
-#define MAX_TIMERS (1 << 16)
 #define MAX_SECCOMP_FILTERS 64
-#define CLOCK_REALTIME 0
-#define CLOCK_BOOTTIME 7
-#define CLOCK_REALTIME_ALARM 8
-#define CLOCK_BOOTTIME_ALARM 9
 
 /* Records are built here: they are too large for the 512 byte stack, and one pass
  * runs at a time. */
@@ -19,7 +10,6 @@ struct thread_rec out_thread;
 struct process_rec out_process;
 struct mm_rec out_mm;
 struct sigactions_rec out_sigactions;
-struct timer_rec out_timer;
 
 /*
  * Where the functions are that go on with an interrupted call; 0 where this kernel has none of
@@ -255,14 +245,14 @@ static __always_inline void fill_process(struct process_rec *r, struct task_stru
 	r->signal = (u64)signal;
 	r->shared_pending = signal->shared_pending.signal.sig[0];
 	r->signal_flags = signal->flags;
-	r->itimer_real_expires_ns = 0;
 	r->itimer_real_interval_ns = 0;
 	r->next_timer_id = 0;
 	if (bpf_core_field_exists(signal->posix_timers)) {
-		if (signal->real_timer.state & HRTIMER_STATE_ENQUEUED) {
+		r->itimer_real_expires_ns = hrtimer_expires(&signal->real_timer);
+		if (r->itimer_real_expires_ns)
 			r->flags |= PROCESS_REAL_TIMER_ARMED;
-			r->itimer_real_expires_ns = signal->real_timer.node.expires;
-		}
+		else /* it may have fired since */
+			r->shared_pending = signal->shared_pending.signal.sig[0];
 		r->itimer_real_interval_ns = signal->it_real_incr;
 		if (bpf_core_field_exists(atomic_id->next_posix_timer_id.counter))
 			r->next_timer_id = BPF_CORE_READ(atomic_id, next_posix_timer_id.counter);
@@ -330,96 +320,6 @@ static __always_inline void fill_sigactions(struct sigactions_rec *r, struct tas
 	 * restorer, mask; bpf_core_field_size keeps that honest */
 	if (bpf_core_field_size(task->sighand->action) == sizeof(r->actions))
 		bpf_core_read(&r->actions, sizeof(r->actions), &task->sighand->action);
-}
-
-static __always_inline void fill_hrtimer(struct timer_rec *r, struct hrtimer *timer)
-{
-	u64 expires = BPF_CORE_READ(timer, node.expires);
-
-	r->base_clock = BPF_CORE_READ(timer, base, clockid);
-	r->expires_ns = BPF_CORE_READ(timer, state) & HRTIMER_STATE_ENQUEUED ? expires : 0;
-}
-
-static __always_inline bool emit_timer(struct k_itimer *timer, u32 pid)
-{
-	struct k_itimer___embedded *embedded = (void *)timer;
-	struct timer_rec *r = &out_timer;
-	s32 clock = BPF_CORE_READ(timer, it_clock);
-
-	r->hdr.kind = REC_TIMER;
-	r->hdr.size = sizeof(*r);
-	r->pid = pid;
-	r->id = BPF_CORE_READ(timer, it_id);
-	r->clock = clock;
-	r->notify = BPF_CORE_READ(timer, it_sigev_notify);
-	if (bpf_core_field_exists(embedded->sigq.info)) {
-		r->signo = BPF_CORE_READ(embedded, sigq.info.si_signo);
-		r->value = (u64)BPF_CORE_READ(embedded, sigq.info._sifields._rt._sigval.sival_ptr);
-	} else {
-		r->signo = BPF_CORE_READ(timer, sigq, info.si_signo);
-		r->value = (u64)BPF_CORE_READ(timer, sigq, info._sifields._rt._sigval.sival_ptr);
-	}
-	r->target = 0;
-	if (r->notify & SIGEV_THREAD_ID)
-		r->target = pid_nr(BPF_CORE_READ(timer, it_pid));
-	r->interval_ns = BPF_CORE_READ(timer, it_interval);
-	r->overrun = BPF_CORE_READ(timer, it_overrun);
-	r->overrun_last = BPF_CORE_READ(timer, it_overrun_last);
-	if (clock < 0 || clock == 2 || clock == 3) {
-		/* CPU clocks: armed while queued */
-		r->base_clock = clock;
-		r->expires_ns = BPF_CORE_READ(timer, it.cpu.head)
-					? BPF_CORE_READ(timer, it.cpu.node.expires)
-					: 0;
-	} else if (clock == CLOCK_REALTIME_ALARM || clock == CLOCK_BOOTTIME_ALARM) {
-		struct alarm *alarm = &timer->it.alarm.alarmtimer;
-
-		r->base_clock = clock == CLOCK_REALTIME_ALARM ? CLOCK_REALTIME : CLOCK_BOOTTIME;
-		r->expires_ns = BPF_CORE_READ(alarm, state) & ALARMTIMER_STATE_ENQUEUED
-					? BPF_CORE_READ(alarm, node.expires)
-					: 0;
-	} else {
-		fill_hrtimer(r, &timer->it.real.timer);
-		/* a timer that notifies nobody is never queued, only compared with the clock */
-		if (r->notify == SIGEV_NONE)
-			r->expires_ns = BPF_CORE_READ(timer, it.real.timer.node.expires);
-	}
-	return side_write(r, sizeof(*r));
-}
-
-/* The walk's position lives in memory and not on the stack: Linux 6.1 mistakes a stack
- * variable of a bpf_loop callback that starts as a constant for one that stays so. */
-struct {
-	u64 node;
-	u64 end;
-	u32 pid;
-	u32 pad;
-} timer_walk;
-
-static long timer_step(u64 index, void *ctx)
-{
-	struct list_head *node = (void *)timer_walk.node;
-	struct k_itimer *timer;
-
-	if (!node || timer_walk.node == timer_walk.end)
-		return 1;
-	timer = (void *)node - bpf_core_field_offset(struct k_itimer, list);
-	if (!emit_timer(timer, timer_walk.pid))
-		return 1;
-	timer_walk.node = (u64)BPF_CORE_READ(node, next);
-	return 0;
-}
-
-static __always_inline void emit_timers(struct task_struct *task, struct signal_struct *signal)
-{
-	if (!bpf_core_field_exists(signal->posix_timers))
-		return;
-	timer_walk.pid = task->tgid;
-	/* list_head and hlist_head both begin with the first node; only a list_head is
-	 * its own end */
-	timer_walk.end = (u64)signal + bpf_core_field_offset(struct signal_struct, posix_timers);
-	bpf_core_read(&timer_walk.node, 8, &signal->posix_timers);
-	bpf_loop(MAX_TIMERS, timer_step, NULL, 0);
 }
 
 u64 last_mm;

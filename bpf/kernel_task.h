@@ -8,8 +8,10 @@
 struct timerqueue_node {
 	s64 expires;
 };
+struct hrtimer;
 struct hrtimer_clock_base {
 	s32 clockid;
+	struct hrtimer *running;
 };
 struct hrtimer {
 	struct timerqueue_node node;
@@ -18,6 +20,7 @@ struct hrtimer {
 };
 struct alarm {
 	struct timerqueue_node node;
+	struct hrtimer timer;
 	int type;
 	int state;
 };
@@ -186,6 +189,7 @@ struct kernel_siginfo {
 };
 typedef struct kernel_siginfo kernel_siginfo_t;
 struct sigqueue {
+	struct list_head list;
 	kernel_siginfo_t info;
 };
 struct k_itimer {

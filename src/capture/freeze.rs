@@ -3,8 +3,8 @@
 use super::eligibility;
 use super::error::CheckpointError;
 use super::files::{self, Repaired};
-use super::tasks::timers_fire;
 use super::threads::{Stopped, Tracees};
+use super::timers;
 use super::vdso::Standing;
 use super::{Capture, Frozen, clocks, uring};
 use crate::bpf::events::{ThreadFlag, ThreadRec};
@@ -139,22 +139,20 @@ impl Capture {
         Ok(blockers)
     }
 
-    /// Reads the frozen tasks: again if requests are on their way, which a disk ends without them,
-    /// or if a timer fires, which does not take long.
+    /// Reads the frozen tasks: again if requests are on their way, which a disk ends without them.
     fn settled_tasks(&mut self) -> Result<Tasks, CheckpointError> {
         const LOOKS: u32 = 20;
-        const LOOKS_AT_TIMERS: u32 = 3;
         let mut iterators = self.iterators.borrow_mut();
         let mut tasks = iterators.tasks(self.scope())?;
-        for look in 0..LOOKS {
-            let fires = look < LOOKS_AT_TIMERS && timers_fire(&tasks);
-            if !uring::are_in_flight(&tasks) && !fires {
+        for _ in 0..LOOKS {
+            if !uring::are_in_flight(&tasks) {
                 break;
             }
             std::thread::sleep(PAUSE);
             tasks = iterators.tasks(self.scope())?;
         }
         uring::leave_out_workers(&mut tasks);
+        timers::note_queued(&mut tasks);
         Ok(tasks)
     }
 

@@ -31,6 +31,7 @@ mod target;
 mod tasks;
 mod threads;
 mod timeline;
+mod timers;
 mod tmpfs;
 mod tracked;
 mod uring;

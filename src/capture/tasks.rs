@@ -4,12 +4,12 @@ use super::error::CheckpointError;
 use super::mm::path_ref;
 use super::restart::Now;
 use super::threads::{self, Tracees};
+use super::timers;
 use super::view::View;
 use crate::bpf::events::{ProcessFlag, ProcessRec, SigactionsRec, ThreadFlag, ThreadRec, TimerRec};
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{
-    AltStack, Credentials, IntervalTimer, JobStop, PathRef, PosixTimer, Process, Scheduling,
-    SigAction, SigInfo, Thread,
+    AltStack, Credentials, JobStop, PathRef, Process, Scheduling, SigAction, SigInfo, Thread,
 };
 use crate::model::ids::{FilesId, FsId, MmId, Pid, Tid};
 use crate::sys::task::affinity;
@@ -123,11 +123,7 @@ impl Assembly<'_> {
         let mm = self.tasks.mms.iter().find(|mm| mm.mm == leader.mm);
         let flags = mm.map_or(0, |mm| mm.flags);
         let proc = ProcDir::new(rec.pid);
-        let shared = if rec.shared_pending == 0 {
-            Vec::new()
-        } else {
-            threads::pending(Tid(leader.tid.cast_signed()), true)?
-        };
+        let shared = self.pending(Tid(leader.tid.cast_signed()), true, rec.shared_pending)?;
         let stopped = job_stop(rec, leader);
         let actions = self.tasks.sigactions.iter().find(|a| a.pid == rec.pid);
         Ok(Process {
@@ -150,8 +146,8 @@ impl Assembly<'_> {
             },
             rlimits: rec.rlimits.iter().map(|l| (l.cur, l.max)).collect(),
             sigactions: actions.map(sigactions).unwrap_or_default(),
-            itimers: itimers(rec, self.now),
-            posix_timers: self.posix_timers(),
+            itimers: timers::interval(rec, self.now),
+            posix_timers: timers::posix(self.own_timers(), rec, self.now),
             // Stopped already, it would not notice another one, which goes when it continues.
             pending: shared
                 .into_iter()
@@ -176,11 +172,6 @@ impl Assembly<'_> {
             .of(tid)
             .ok_or_else(|| CheckpointError::Unstable(format!("Thread {tid} was not stopped")))?;
         let groups = self.groups.get(&rec.group_info).cloned();
-        let pending = if rec.pending == 0 {
-            Vec::new()
-        } else {
-            threads::pending(tid, false)?
-        };
         let temporary = rec.flags & ThreadFlag::RESTORE_SIGMASK != 0;
         Ok(Thread {
             tid,
@@ -193,7 +184,7 @@ impl Assembly<'_> {
             } else {
                 rec.blocked
             },
-            pending,
+            pending: self.pending(tid, false, rec.pending)?,
             altstack: AltStack {
                 sp: rec.sas_ss_sp,
                 flags: rec.sas_ss_flags,
@@ -216,13 +207,20 @@ impl Assembly<'_> {
         })
     }
 
-    fn posix_timers(&self) -> Vec<PosixTimer> {
-        let mine = self.tasks.timers.iter().filter(|t| t.pid == self.rec.pid);
-        let mut timers: Vec<_> = mine
-            .map(|timer| posix_timer(timer, self.rec, self.tasks, self.now))
-            .collect();
-        timers.sort_by_key(|timer| timer.id);
-        timers
+    fn own_timers(&self) -> impl Iterator<Item = &TimerRec> {
+        let all = self.tasks.timers.iter();
+        all.filter(|timer| timer.pid == self.rec.pid)
+    }
+
+    /// What is queued for the process, or for one thread of it, whose `mask` was read with the
+    /// timers.
+    fn pending(&self, tid: Tid, shared: bool, mask: u64) -> Result<Vec<SigInfo>, CheckpointError> {
+        if mask == 0 {
+            return Ok(Vec::new());
+        }
+        let mut pending = threads::pending(tid, shared)?;
+        pending.retain(|info| !timers::will_send(info, mask, self.rec, self.own_timers()));
+        Ok(pending)
     }
 }
 
@@ -291,103 +289,6 @@ fn credentials(rec: &ThreadRec, groups: Vec<u32>) -> Credentials {
     }
 }
 
-/// Time left until `expires`; an armed timer has at least a nanosecond.
-fn left(expires: u64, now: u64) -> u64 {
-    if expires == 0 {
-        return 0;
-    }
-    expires.saturating_sub(now).max(1)
-}
-
-fn itimers(rec: &ProcessRec, now: &Now) -> [IntervalTimer; 3] {
-    let armed = rec.flags & ProcessFlag::REAL_TIMER_ARMED != 0;
-    let mut real = IntervalTimer {
-        remaining: if armed {
-            left(rec.itimer_real_expires_ns, now.monotonic)
-        } else {
-            0
-        },
-        interval: rec.itimer_real_interval_ns,
-    };
-    // The kernel arms a periodic timer again when its signal is taken; the restored one is
-    // armed now, since that signal is queued by us.
-    if !armed && real.interval > 0 && rec.shared_pending & ALARM != 0 {
-        real.remaining = real.interval;
-    }
-    let user = rec.cpu_utime_ns;
-    let both = rec.cpu_utime_ns + rec.cpu_stime_ns;
-    [
-        real,
-        IntervalTimer {
-            remaining: left(rec.itimer_virt_expires_ns, user),
-            interval: rec.itimer_virt_interval_ns,
-        },
-        IntervalTimer {
-            remaining: left(rec.itimer_prof_expires_ns, both),
-            interval: rec.itimer_prof_interval_ns,
-        },
-    ]
-}
-
-/// Whether a periodic timer was read between two queues: it has fired and is armed no more, but
-/// its signal was not there yet when the pending ones were read. It would come back disarmed.
-/// So would one whose signal was discarded, which is what it is in the kernel, too.
-pub fn timers_fire(tasks: &Tasks) -> bool {
-    tasks.timers.iter().any(|timer| {
-        let process = tasks.processes.iter().find(|p| p.pid == timer.pid);
-        timer.interval_ns > 0
-            && timer.expires_ns == 0
-            && process.is_some_and(|process| !signal_waits(timer, process, tasks))
-    }) || tasks.processes.iter().any(|process| {
-        process.itimer_real_interval_ns > 0
-            && process.flags & ProcessFlag::REAL_TIMER_ARMED == 0
-            && process.shared_pending & ALARM == 0
-    })
-}
-
-const ALARM: u64 = 1 << (libc::SIGALRM - 1);
-
-/// Whether the signal of a timer is pending: where it is directed to.
-fn signal_waits(timer: &TimerRec, process: &ProcessRec, tasks: &Tasks) -> bool {
-    let bit = u32::try_from(timer.signo - 1).map_or(0, |n| 1_u64.checked_shl(n).unwrap_or(0));
-    let pending = if timer.target == 0 {
-        process.shared_pending
-    } else {
-        let thread = tasks.threads.iter().find(|t| t.tid == timer.target);
-        thread.map_or(0, |thread| thread.pending)
-    };
-    pending & bit != 0
-}
-
-fn posix_timer(rec: &TimerRec, process: &ProcessRec, tasks: &Tasks, now: &Now) -> PosixTimer {
-    let base = rec.base_clock.cast_signed();
-    let used = match base {
-        // CPU clocks of a whole process; those of single threads are refused.
-        clock if clock < 0 => match clock & 3 {
-            0 => process.cpu_utime_ns + process.cpu_stime_ns,
-            1 => process.cpu_utime_ns,
-            _ => process.cpu_runtime_ns,
-        },
-        libc::CLOCK_PROCESS_CPUTIME_ID => process.cpu_runtime_ns,
-        clock => now.clock(clock),
-    };
-    let mut remaining = left(rec.expires_ns, used);
-    if remaining == 0 && rec.interval_ns > 0 && signal_waits(rec, process, tasks) {
-        remaining = rec.interval_ns;
-    }
-    PosixTimer {
-        id: rec.id,
-        clock: rec.clock,
-        notify: rec.notify,
-        signo: rec.signo,
-        value: rec.value,
-        thread: Tid(rec.target.cast_signed()),
-        remaining,
-        interval: rec.interval_ns,
-        overrun: rec.overrun_last.max(0),
-    }
-}
-
 struct ProcDir(PathBuf);
 
 impl ProcDir {
@@ -452,58 +353,6 @@ mod tests {
     }
 
     #[test]
-    fn a_timer_that_fires_is_waited_for() {
-        let process = ProcessRec {
-            pid: 5,
-            ..ProcessRec::default()
-        };
-        let thread = ThreadRec {
-            tid: 6,
-            tgid: 5,
-            ..ThreadRec::default()
-        };
-        let timer = TimerRec {
-            pid: 5,
-            signo: 12,
-            interval_ns: 100,
-            ..TimerRec::default()
-        };
-        let fires = |timer: TimerRec, shared_pending: u64, pending: u64| {
-            timers_fire(&Tasks {
-                processes: vec![ProcessRec {
-                    shared_pending,
-                    ..process
-                }],
-                threads: vec![ThreadRec { pending, ..thread }],
-                timers: vec![timer],
-                ..Tasks::default()
-            })
-        };
-        let directed = TimerRec { target: 6, ..timer };
-        let signal = 1 << 11;
-        assert!(fires(timer, 0, 0) && fires(timer, 0, signal));
-        assert!(!fires(timer, signal, 0));
-        assert!(fires(directed, signal, 0) && !fires(directed, 0, signal));
-        let armed = TimerRec {
-            expires_ns: 7,
-            ..timer
-        };
-        let once = TimerRec {
-            interval_ns: 0,
-            ..timer
-        };
-        assert!(!fires(armed, 0, 0) && !fires(once, 0, 0));
-        let alarm = Tasks {
-            processes: vec![ProcessRec {
-                itimer_real_interval_ns: 9,
-                ..process
-            }],
-            ..Tasks::default()
-        };
-        assert!(timers_fire(&alarm));
-    }
-
-    #[test]
     fn parents_come_first() {
         let process = |pid, parent: Option<i32>| Process {
             pid: Pid(pid),
@@ -518,12 +367,5 @@ mod tests {
         ]);
         let pids: Vec<i32> = order.iter().map(|p| p.pid.0).collect();
         assert_eq!(pids, [4, 5, 9, 3]);
-    }
-
-    #[test]
-    fn an_overdue_timer_is_still_armed() {
-        assert_eq!(left(50, 100), 1);
-        assert_eq!(left(150, 100), 50);
-        assert_eq!(left(0, 100), 0);
     }
 }

@@ -44,6 +44,7 @@ mod sysv;
 mod tcp;
 mod threads;
 mod time;
+mod timers;
 mod udp;
 mod unix;
 mod unix_accept;
@@ -76,6 +77,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         mqueue_notify::CASES,
         threads::CASES,
         time::CASES,
+        timers::CASES,
         signals::CASES,
         process::CASES,
         seccomp::CASES,

@@ -301,7 +301,7 @@ fn itimer(case: &Case) -> Result<()> {
 }
 
 /// `timer_create`, with a notification that glibc has no function for.
-fn create_timer(
+pub(super) fn create_timer(
     clock: libc::clockid_t,
     notify: i32,
     signal: i32,
@@ -325,7 +325,7 @@ fn create_timer(
 }
 
 /// Sets first expiry and interval, in nanoseconds.
-fn arm_timer(id: i32, first: i64, interval: i64) -> Result<()> {
+pub(super) fn arm_timer(id: i32, first: i64, interval: i64) -> Result<()> {
     let time = |ns: i64| libc::timespec {
         tv_sec: ns / 1_000_000_000,
         tv_nsec: ns % 1_000_000_000,
