@@ -16,7 +16,8 @@ enum waiting_flag {
 
 #define TRK_WAITING_GROUPS 32
 
-/* A connection in the accept queue of a TCP or Unix listener, in the order in which they come. */
+/* A connection in the accept queue of a TCP or Unix listener, in the order in which they come;
+ * or, without a listener, one of TCP that was closed and still sends. */
 struct waiting_rec {
 	struct rec_hdr hdr;
 	__u64 listener; /* struct sock */
@@ -47,14 +48,19 @@ struct waiting_rec {
 	__u32 peer_uid;
 	__u32 peer_gid;
 	__u32 ngroups; /* there may be more than have room */
-	__u32 pad2;
+	/* of TCP, what TCP_REPAIR_WINDOW tells as well */
+	__u32 snd_nxt;
+	__u32 snd_wl1;
+	__u32 max_window;
+	__u32 rcv_wnd;
+	__u32 rcv_wup;
 	__u32 groups[TRK_WAITING_GROUPS];
 };
-TRK_ASSERT_SIZE(struct waiting_rec, 264);
+TRK_ASSERT_SIZE(struct waiting_rec, 280);
 
 #define TRK_WAITING_CHUNK 1024
 
-/* Bytes that such a connection has received. */
+/* Bytes that such a connection has received; of one that was closed, those that it sends. */
 struct waiting_data_rec {
 	struct rec_hdr hdr;
 	__u64 sock;

@@ -128,6 +128,45 @@ enum thread_flag {
 	THREAD_SECCOMP_LISTENER = 64, /* a supervisor listens to one of its filters */
 };
 
+/* What a thread has that is told by one bit. */
+enum thread_unusual {
+	THREAD_IO_PORTS = 1,        /* ioperm(2), iopl(2) */
+	THREAD_TLS_SEGMENTS = 2,    /* set_thread_area(2) */
+	THREAD_BREAKPOINTS = 4,     /* debug registers */
+	THREAD_CORE_COOKIE = 8,     /* PR_SCHED_CORE */
+	THREAD_USER_DISPATCH = 16,  /* PR_SET_SYSCALL_USER_DISPATCH */
+	THREAD_NO_TSC = 32,         /* PR_SET_TSC */
+	THREAD_NO_CPUID = 64,       /* ARCH_SET_CPUID */
+	THREAD_SHADOW_STACK = 128,  /* ARCH_SHSTK_ENABLE */
+	THREAD_TILES = 256,         /* ARCH_REQ_XCOMP_PERM */
+	THREAD_LANDLOCK = 512,      /* landlock_restrict_self(2) */
+	THREAD_SPECULATION = 1024,  /* PR_SET_SPECULATION_CTRL */
+	THREAD_FAR_NODES = 2048,    /* more NUMA nodes than policy_rec has room for */
+	THREAD_OWN_KEYRING = 4096,  /* a keyring of its own or of its process */
+	THREAD_SESSION_KEYS = 8192, /* keys in its session keyring */
+};
+
+enum mm_unusual {
+	MM_LDT = 1,   /* modify_ldt(2) */
+	MM_TAGS = 2,  /* ARCH_ENABLE_TAGGED_ADDR */
+	MM_PKEYS = 4, /* pkey_alloc(2) */
+};
+
+enum vma_unusual {
+	VMA_FAR_NODES = 1,
+	VMA_SHARED_POLICY = 2, /* mbind(2) on its file, which others may share */
+};
+
+/* A NUMA policy, see set_mempolicy(2). */
+struct policy_rec {
+	__u16 set; /* whether there is one */
+	__u16 mode;
+	__u16 flags;     /* MPOL_F_*, those of the kernel's own included */
+	__s16 home_node; /* set_mempolicy_home_node(2); -1 for none */
+	__u64 nodes;     /* as they were asked for */
+};
+TRK_ASSERT_SIZE(struct policy_rec, 16);
+
 /* One thread; ids are those of the initial PID namespace. */
 struct thread_rec {
 	struct rec_hdr hdr;
@@ -212,9 +251,12 @@ struct thread_rec {
 	__u32 ioprio;           /* as ioprio_set(2) was told; 0 for nothing */
 	__s32 uring_in_flight;  /* io_uring requests it made that have not ended; -1: unknown */
 	__u32 uring_registered; /* IORING_REGISTER_RING_FDS: rings that it reaches without a fd */
+	__u32 unusual;          /* enum thread_unusual */
+	__u32 loginuid;
+	struct policy_rec numa;
 	char comm[TRK_COMM_LEN];
 };
-TRK_ASSERT_SIZE(struct thread_rec, 480);
+TRK_ASSERT_SIZE(struct thread_rec, 504);
 
 struct rlimit_rec {
 	__u64 cur;
@@ -287,7 +329,7 @@ struct mm_rec {
 	__u32 map_count;
 	__u32 auxv_words; /* valid words of auxv */
 	__u32 membarrier; /* MEMBARRIER_STATE_* */
-	__u32 pad;
+	__u32 unusual;    /* enum mm_unusual */
 	__u64 auxv[TRK_AUXV_WORDS];
 };
 TRK_ASSERT_SIZE(struct mm_rec, 680);
@@ -547,10 +589,11 @@ struct vma_rec {
 	__u32 tgid;
 	__u32 nlink;
 	__u32 has_anon; /* non-zero if private pages may exist */
-	__u32 pad;
+	__u32 unusual;  /* enum vma_unusual */
+	struct policy_rec numa;
 	char name[TRK_NAME_LEN]; /* special mapping, PR_SET_VMA_ANON_NAME, or dentry name */
 };
-TRK_ASSERT_SIZE(struct vma_rec, 120);
+TRK_ASSERT_SIZE(struct vma_rec, 136);
 
 #include "lock_events.h"
 #include "sock_events.h"

@@ -8,6 +8,7 @@
 #define MAX_WAITING_STEPS (1 << 23)           /* what bpf_loop() allows */
 #define WAITING_CHUNK (TRK_WAITING_CHUNK - 1) /* bytes, also as a mask */
 #define KERNEL_PAGE_SHIFT 12
+#define MAX_TREE_DEPTH 64
 #define FRAG_SIZE 16 /* a page, length and offset: the same in all kernels, by various names */
 
 struct waiting_rec out_waiting;
@@ -19,8 +20,9 @@ struct {
 	u64 request; /* whose turn is next: a request_sock, or the sk_buff of a Unix connection */
 	u64 last;    /* head of the list that these sk_buffs are on */
 	u64 sock;
-	u64 skb; /* the next one of its receive queue */
-	u64 end; /* head of that queue */
+	u64 skb;  /* the next one of its receive queue, or of those that it sends */
+	u64 end;  /* head of that queue */
+	u64 sent; /* whether skb is in the tree of those that were sent */
 	u64 frag;
 	u64 from; /* bytes that come next */
 	u32 left;
@@ -101,7 +103,12 @@ static __always_inline void fill_waiting_tcp(struct waiting_rec *r, struct sock 
 	r->rcv_nxt = BPF_CORE_READ(tcp, rcv_nxt);
 	r->snd_una = BPF_CORE_READ(tcp, snd_una);
 	r->write_seq = BPF_CORE_READ(tcp, write_seq);
+	r->snd_nxt = BPF_CORE_READ(tcp, snd_nxt);
 	r->snd_wnd = BPF_CORE_READ(tcp, snd_wnd);
+	r->snd_wl1 = BPF_CORE_READ(tcp, snd_wl1);
+	r->max_window = BPF_CORE_READ(tcp, max_window);
+	r->rcv_wnd = BPF_CORE_READ(tcp, rcv_wnd);
+	r->rcv_wup = BPF_CORE_READ(tcp, rcv_wup);
 }
 
 static __always_inline void fill_waiting(struct waiting_rec *r, struct sock *sk)
@@ -230,6 +237,61 @@ static __always_inline void begin_message(struct sk_buff *skb)
 	accept_walk.flags = BPF_CORE_READ(parms, fp) ? WAITING_RIGHTS : 0;
 }
 
+static __always_inline u64 leftmost(u64 node)
+{
+	for (u32 depth = 0; node && depth < MAX_TREE_DEPTH; depth++) {
+		u64 left = (u64)BPF_CORE_READ((struct rb_node *)node, rb_left);
+
+		if (!left)
+			break;
+		node = left;
+	}
+	return node;
+}
+
+/* The next node of a tree, in its order; 0 behind the last. */
+static __always_inline u64 next_node(u64 node)
+{
+	u64 right = (u64)BPF_CORE_READ((struct rb_node *)node, rb_right);
+
+	if (right)
+		return leftmost(right);
+	for (u32 depth = 0; depth < MAX_TREE_DEPTH; depth++) {
+		u64 parent = BPF_CORE_READ((struct rb_node *)node, __rb_parent_color) & ~3ULL;
+
+		if (!parent || (u64)BPF_CORE_READ((struct rb_node *)parent, rb_left) == node)
+			return parent;
+		node = parent;
+	}
+	return 0;
+}
+
+/* What was not sent yet follows what was. */
+static __always_inline void go_to_unsent(void)
+{
+	struct sock *sk = (void *)accept_walk.sock;
+
+	accept_walk.sent = 0;
+	accept_walk.skb = (u64)BPF_CORE_READ(sk, sk_write_queue.next);
+	accept_walk.end = (u64)sk + bpf_core_field_offset(struct sock, sk_write_queue);
+}
+
+static __always_inline void go_to_sent(u64 node)
+{
+	if (node)
+		accept_walk.skb = node - bpf_core_field_offset(struct sk_buff, rbnode);
+	else
+		go_to_unsent();
+}
+
+static __always_inline void go_to_next(struct sk_buff *skb)
+{
+	if (accept_walk.sent)
+		go_to_sent(next_node((u64)skb + bpf_core_field_offset(struct sk_buff, rbnode)));
+	else
+		accept_walk.skb = (u64)BPF_CORE_READ(skb, next);
+}
+
 /* Begins with the next segment, or message. */
 static __always_inline bool next_segment(void)
 {
@@ -237,7 +299,7 @@ static __always_inline bool next_segment(void)
 	struct skb_shared_info *shared = (void *)BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, end);
 	struct tcp_skb_cb *cb = (void *)accept_walk.skb + bpf_core_field_offset(struct sk_buff, cb);
 
-	accept_walk.skb = (u64)BPF_CORE_READ(skb, next);
+	go_to_next(skb);
 	accept_walk.from = (u64)BPF_CORE_READ(skb, data);
 	accept_walk.left = BPF_CORE_READ(skb, len) - BPF_CORE_READ(skb, data_len);
 	if (accept_walk.family == AF_UNIX)
@@ -269,6 +331,17 @@ static long accept_step(u64 index, void *ctx)
 	return 1;
 }
 
+static __always_inline void begin_walk(void)
+{
+	accept_walk.skb = 0;
+	accept_walk.sent = 0;
+	accept_walk.left = 0;
+	accept_walk.frags = 0;
+	accept_walk.pid = 0;
+	accept_walk.uid = 0;
+	accept_walk.gid = 0;
+}
+
 static __always_inline void emit_waiting(struct file *file)
 {
 	struct socket *socket = bpf_sock_from_file(file);
@@ -295,11 +368,6 @@ static __always_inline void emit_waiting(struct file *file)
 	if (!accept_walk.request || !first_visit((u64)sk))
 		return;
 	accept_walk.listener = (u64)sk;
-	accept_walk.skb = 0;
-	accept_walk.left = 0;
-	accept_walk.frags = 0;
-	accept_walk.pid = 0;
-	accept_walk.uid = 0;
-	accept_walk.gid = 0;
+	begin_walk();
 	bpf_loop(MAX_WAITING_STEPS, accept_step, NULL, 0);
 }

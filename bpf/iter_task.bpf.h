@@ -40,6 +40,8 @@ int find_symbols(void *ctx)
 	FIND("__per_cpu_offset", symbols.per_cpu_offset);
 	FIND("vmemmap_base", symbols.vmemmap_base);
 	FIND("page_offset_base", symbols.page_offset_base);
+	FIND("landlock_initialized", symbols.landlock_initialized);
+	FIND("landlock_blob_sizes", symbols.landlock_blob_sizes);
 	return 0;
 }
 
@@ -220,6 +222,7 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 	fill_namespaces(r, task->nsproxy);
 	fill_restart(r, task);
 	fill_uring_task(r, task);
+	fill_thread_attrs(r, task);
 }
 
 static __always_inline void fill_process(struct process_rec *r, struct task_struct *task,
@@ -245,6 +248,7 @@ static __always_inline void fill_process(struct process_rec *r, struct task_stru
 	r->signal = (u64)signal;
 	r->shared_pending = signal->shared_pending.signal.sig[0];
 	r->signal_flags = signal->flags;
+	r->itimer_real_expires_ns = 0;
 	r->itimer_real_interval_ns = 0;
 	r->next_timer_id = 0;
 	if (bpf_core_field_exists(signal->posix_timers)) {
@@ -296,6 +300,7 @@ static __always_inline void fill_mm(struct mm_rec *r, struct task_struct *task,
 	r->env_start = mm->env_start;
 	r->env_end = mm->env_end;
 	r->vdso = (u64)mm->context.vdso;
+	r->unusual = mm_unusual(mm);
 	r->exe_file = (u64)exe;
 	r->exe_ino = exe ? BPF_CORE_READ(exe, f_inode, i_ino) : 0;
 	r->exe_dev = exe ? BPF_CORE_READ(exe, f_inode, i_sb, s_dev) : 0;

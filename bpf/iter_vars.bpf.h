@@ -13,9 +13,11 @@ u32 root_count;
 
 /* Addresses of the kernel's variables, 0 where they are not to be found. */
 struct {
-	u64 per_cpu_offset;   /* where each CPU's area of per-CPU variables begins */
-	u64 vmemmap_base;     /* where the descriptors of pages begin */
-	u64 page_offset_base; /* where memory itself does */
+	u64 per_cpu_offset;       /* where each CPU's area of per-CPU variables begins */
+	u64 vmemmap_base;         /* where the descriptors of pages begin */
+	u64 page_offset_base;     /* where memory itself does */
+	u64 landlock_initialized; /* whether Landlock is in use (bool) */
+	u64 landlock_blob_sizes;  /* where its part of credentials is */
 } symbols;
 
 u32 possible_cpus; /* set by user space */

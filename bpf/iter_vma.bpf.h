@@ -31,6 +31,11 @@ int iter_vmas(struct bpf_iter__task_vma *ctx)
 	r->kind = VMA_ANON;
 	r->tgid = task->tgid;
 	r->has_anon = vma->anon_vma != NULL;
+	r->unusual = 0;
+	__builtin_memset(&r->numa, 0, sizeof(r->numa));
+	if (bpf_core_field_exists(vma->vm_policy) && vma->vm_policy &&
+	    !fill_policy(&r->numa, vma->vm_policy))
+		r->unusual |= VMA_FAR_NODES;
 	__builtin_memset(r->name, 0, sizeof(r->name));
 	if (file) {
 		u64 magic = file->f_inode->i_sb->s_magic;
@@ -43,6 +48,8 @@ int iter_vmas(struct bpf_iter__task_vma *ctx)
 						     : VMA_FILE;
 		bpf_probe_read_kernel_str(r->name, sizeof(r->name),
 					  file->f_path.dentry->d_name.name);
+		if (magic == TMPFS_MAGIC && has_shared_policy(file->f_inode))
+			r->unusual |= VMA_SHARED_POLICY;
 	} else if (vma->vm_ops) {
 		/* without a file, operations mean _install_special_mapping() */
 		struct vm_special_mapping *special = vma->vm_private_data;

@@ -257,6 +257,14 @@ struct io_ring_ctx___tables {
 	unsigned char napi_track_mode;
 };
 
+struct shared_policy {
+	struct rb_root root;
+};
+struct shmem_inode_info {
+	struct shared_policy policy;
+	struct inode vfs_inode;
+};
+
 #pragma clang attribute pop
 
 #endif

@@ -34,6 +34,7 @@ struct sock_common {
 };
 struct sk_buff {
 	struct sk_buff *next;
+	struct rb_node rbnode;
 	struct sock *sk;
 	unsigned int len;
 	unsigned int data_len;
@@ -83,6 +84,8 @@ struct sock_reuseport {
 struct sock {
 	struct sock_common __sk_common;
 	struct sk_buff_head sk_receive_queue;
+	struct sk_buff_head sk_write_queue;
+	struct rb_root tcp_rtx_queue;
 	struct {
 		atomic_t rmem_alloc;
 	} sk_backlog;
@@ -200,7 +203,12 @@ struct tcp_sock {
 	u32 rcv_nxt;
 	u32 snd_una;
 	u32 write_seq;
+	u32 snd_nxt;
 	u32 snd_wnd;
+	u32 snd_wl1;
+	u32 max_window;
+	u32 rcv_wnd;
+	u32 rcv_wup;
 	u32 tsoffset;
 	u16 urg_data;
 	u8 tcp_usec_ts : 1; /* since 6.7 */

@@ -104,7 +104,25 @@ struct group_info {
 	int ngroups;
 	kgid_t gid[1];
 };
+struct assoc_array_node {
+	void *slots[16];
+};
+struct assoc_array {
+	void *root;
+	unsigned long nr_leaves_on_tree;
+};
+struct key {
+	char *description;
+	struct assoc_array keys;
+};
+struct lsm_blob_sizes {
+	int lbs_cred;
+};
 struct cred {
+	struct key *session_keyring;
+	struct key *process_keyring;
+	struct key *thread_keyring;
+	void *security;
 	kuid_t uid;
 	kgid_t gid;
 	kuid_t suid;
@@ -272,6 +290,36 @@ struct fs_struct {
 struct io_context {
 	unsigned short ioprio;
 };
+struct thread_info {
+	unsigned long flags;
+	unsigned long syscall_work;
+};
+enum syscall_work_bit {
+	SYSCALL_WORK_BIT_SYSCALL_USER_DISPATCH = 5,
+};
+struct desc_struct {
+	u16 limit0;
+};
+/* x86-64 */
+struct thread_struct {
+	struct desc_struct tls_array[3];
+	void *ptrace_bps[4];
+	void *io_bitmap;
+	unsigned long iopl_emul;
+	unsigned long features;
+};
+typedef struct {
+	unsigned long bits[1];
+} nodemask_t;
+struct mempolicy {
+	unsigned short mode;
+	unsigned short flags;
+	nodemask_t nodes;
+	int home_node;
+	union {
+		nodemask_t user_nodemask;
+	} w;
+};
 struct task_struct {
 	unsigned int __state;
 	unsigned int flags;
@@ -323,10 +371,30 @@ struct task_struct {
 	u32 rseq_sig;
 	u32 rseq_len;
 	u64 timer_slack_ns;
+	kuid_t loginuid;
+	unsigned long core_cookie;
+	struct mempolicy *mempolicy;
+	struct thread_info thread_info;
+	struct thread_struct thread;
+};
+struct fpu_state_perm {
+	u64 __state_perm;
+};
+struct fpu {
+	struct fpu_state_perm perm;
+};
+struct task_struct___fpu {
+	struct {
+		struct fpu fpu;
+	} thread;
 };
 
 typedef struct {
 	void *vdso;
+	void *ldt;
+	unsigned long lam_cr3_mask;
+	u16 pkey_allocation_map;
+	s16 execute_only_pkey;
 } mm_context_t;
 typedef struct {
 	unsigned long __mm_flags[1];
@@ -372,6 +440,7 @@ struct vm_area_struct {
 	struct file *vm_file;
 	void *vm_private_data;
 	struct anon_vma_name *anon_name;
+	struct mempolicy *vm_policy;
 };
 
 struct percpu_counter {

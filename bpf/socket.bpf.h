@@ -6,7 +6,10 @@
 #define AF_INET6 10
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
+#define TCP_FIN_WAIT1 4
+#define TCP_LAST_ACK 9
 #define TCP_LISTEN 10
+#define TCP_CLOSING 11
 #define SOCK_RAW 3
 
 /* include/net/sock.h */

@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn iterators_that_are_gone_are_not_borrowed() {
-        let refused = borrowed(Some(Answer::Iterators(Loan::ours([0; 3], 0, 0))));
+        let refused = borrowed(Some(Answer::Iterators(Loan::ours([0; 4], 0, 0))));
         if is_root() {
             assert!(matches!(refused, BorrowError::Loan(_)), "{refused}");
         }

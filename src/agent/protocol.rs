@@ -118,7 +118,7 @@ mod tests {
         send(&mut wire, &Request::Iterators).unwrap();
         let request: Request = receive(&mut wire.as_slice()).unwrap();
         assert_eq!(request, Request::Iterators);
-        let loan = Loan::ours([7, 8, u32::MAX], 9, 10);
+        let loan = Loan::ours([7, 8, 11, u32::MAX], 9, 10);
         let mut wire = Vec::new();
         send(&mut wire, &Answer::Iterators(loan.clone())).unwrap();
         let Answer::Iterators(read) = receive(&mut wire.as_slice()).unwrap() else {

@@ -39,10 +39,11 @@ pub(super) enum Pass {
     Tasks,
     Files,
     Vmas,
+    Orphans,
 }
 
 impl Pass {
-    pub(super) const ALL: [Self; 3] = [Self::Tasks, Self::Files, Self::Vmas];
+    pub(super) const ALL: [Self; 4] = [Self::Tasks, Self::Files, Self::Vmas, Self::Orphans];
 
     /// Its name in the BPF object, and the kernel's.
     pub(super) fn program(self) -> &'static str {
@@ -50,6 +51,7 @@ impl Pass {
             Self::Tasks => "iter_tasks",
             Self::Files => "iter_files",
             Self::Vmas => "iter_vmas",
+            Self::Orphans => "iter_orphans",
         }
     }
 }
@@ -79,9 +81,12 @@ impl Instance {
         }
         let this = Self::Own(Box::new(skel));
         // a kernel may accept a program and refuse to attach it: better learnt now
-        let ourselves = Target::Process(std::process::id());
         for pass in Pass::ALL {
-            pass::link(this.program(pass), ourselves).map_err(LoadError::at("attach"))?;
+            let target = match pass {
+                Pass::Orphans => Target::System,
+                _ => Target::Process(std::process::id()),
+            };
+            pass::link(this.program(pass), target).map_err(LoadError::at("attach"))?;
         }
         Ok(this)
     }
@@ -92,6 +97,7 @@ impl Instance {
                 Pass::Tasks => skel.progs.iter_tasks.as_fd(),
                 Pass::Files => skel.progs.iter_files.as_fd(),
                 Pass::Vmas => skel.progs.iter_vmas.as_fd(),
+                Pass::Orphans => skel.progs.iter_orphans.as_fd(),
             },
             Self::Lent(lent) => lent.program(pass),
         }

@@ -274,7 +274,8 @@ impl Iterators {
     ) -> Result<Vec<MqueueDataRec>, ReadError> {
         let mut found = Vec::new();
         let targets = targets(scope, processes);
-        self.windows("messages", scope, &targets, want::MQUEUE_DATA, |raw| {
+        let runs: Vec<_> = targets.iter().map(|one| (Pass::Files, *one)).collect();
+        self.windows("messages", scope, &runs, want::MQUEUE_DATA, |raw| {
             found.push(raw.decode()?);
             Ok(())
         })?;
@@ -293,10 +294,30 @@ impl Iterators {
         scope: Scope,
         processes: &[ProcessRec],
     ) -> Result<Vec<Waiting>, ReadError> {
-        let mut found: Vec<Waiting> = Vec::new();
         let targets = targets(scope, processes);
-        let what = "connections to accept";
-        self.windows(what, scope, &targets, want::WAITING, |raw| {
+        let runs: Vec<_> = targets.iter().map(|one| (Pass::Files, *one)).collect();
+        self.connections("connections to accept", scope, &runs)
+    }
+
+    /// The TCP connections of this network namespace that were closed and still send, with what
+    /// the peer has not acknowledged. To be called while no packet comes; the scope is that of
+    /// who made them, or of whose listener did.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn orphans(&mut self, scope: Scope) -> Result<Vec<Waiting>, ReadError> {
+        self.connections("orphans", scope, &[(Pass::Orphans, Target::System)])
+    }
+
+    fn connections(
+        &mut self,
+        what: &'static str,
+        scope: Scope,
+        runs: &[(Pass, Target)],
+    ) -> Result<Vec<Waiting>, ReadError> {
+        let mut found: Vec<Waiting> = Vec::new();
+        self.windows(what, scope, runs, want::WAITING, |raw| {
             if raw.kind == RecKind::WAITING {
                 found.push(Waiting::new(raw.decode()?));
             } else if let Some(waiting) = found.last_mut() {
@@ -308,12 +329,12 @@ impl Iterators {
         Ok(found)
     }
 
-    /// Passes over the descriptors that find more than fits the ring: each brings a window of it.
+    /// Passes that find more than fits the ring: each brings a window of it.
     fn windows(
         &mut self,
         what: &'static str,
         scope: Scope,
-        targets: &[Target],
+        runs: &[(Pass, Target)],
         want: u32,
         mut take: impl FnMut(&Raw<'_>) -> Result<(), Malformed>,
     ) -> Result<(), ReadError> {
@@ -323,8 +344,8 @@ impl Iterators {
             if let Some(vars) = self.instance.vars() {
                 (vars.window_first, vars.window_count) = (first, 0);
             }
-            for target in targets {
-                self.run(Pass::Files, *target, what)?;
+            for (pass, target) in runs {
+                self.run(*pass, *target, what)?;
             }
             for raw in records(&self.take_side(what)?) {
                 take(&raw?)?;

@@ -27,7 +27,7 @@ pub struct Loan {
     /// Of the BPF object, with the layout of its variables: another build's is of no use.
     fingerprint: String,
     /// Of the programs over tasks, descriptors and mappings.
-    programs: [u32; 3],
+    programs: [u32; Pass::ALL.len()],
     /// Of the map with the variables.
     vars: u32,
     /// Of the ring.
@@ -37,7 +37,7 @@ pub struct Loan {
 impl Loan {
     /// Of an instance that was loaded by this build: ids of its programs over tasks, descriptors
     /// and mappings, of the map with its variables and of its ring.
-    pub(crate) fn ours(programs: [u32; 3], vars: u32, side: u32) -> Self {
+    pub(crate) fn ours(programs: [u32; Pass::ALL.len()], vars: u32, side: u32) -> Self {
         Self {
             fingerprint: FINGERPRINT.to_owned(),
             programs,
@@ -104,7 +104,7 @@ impl Spare {
         let (vars, side) = (instance.vars_map(), instance.side());
         let passes = Pass::ALL.map(|pass| instance.program(pass));
         let ids = || -> libbpf_rs::Result<Loan> {
-            let mut programs = [0; 3];
+            let mut programs = [0; Pass::ALL.len()];
             for (id, program) in programs.iter_mut().zip(passes) {
                 *id = programs::info(program)?.id;
             }
@@ -148,7 +148,7 @@ impl Drop for Lease {
 /// Somebody else's instance, in use here.
 #[derive(Debug)]
 pub(super) struct Lent {
-    programs: [OwnedFd; 3],
+    programs: [OwnedFd; Pass::ALL.len()],
     vars: Vars,
     vars_map: MapHandle,
     side: MapHandle,
@@ -166,7 +166,7 @@ impl Lent {
                 theirs: loan.fingerprint.clone(),
             });
         }
-        let [tasks, files, vmas] = loan.programs;
+        let [tasks, files, vmas, orphans] = loan.programs;
         let vars_map = open_map("variables", loan.vars)?;
         let mut vars = Vars::map(&vars_map).map_err(LoanError::Map)?;
         vars.reset();
@@ -175,6 +175,7 @@ impl Lent {
                 open_program(Pass::Tasks, tasks)?,
                 open_program(Pass::Files, files)?,
                 open_program(Pass::Vmas, vmas)?,
+                open_program(Pass::Orphans, orphans)?,
             ],
             vars,
             vars_map,
@@ -184,11 +185,12 @@ impl Lent {
     }
 
     pub(super) fn program(&self, pass: Pass) -> BorrowedFd<'_> {
-        let [tasks, files, vmas] = &self.programs;
+        let [tasks, files, vmas, orphans] = &self.programs;
         match pass {
             Pass::Tasks => tasks.as_fd(),
             Pass::Files => files.as_fd(),
             Pass::Vmas => vmas.as_fd(),
+            Pass::Orphans => orphans.as_fd(),
         }
     }
 
@@ -308,7 +310,7 @@ mod tests {
     fn what_is_not_there_is_an_error() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         // No object has id 0.
-        let loan = Loan::ours([0; 3], 0, 0);
+        let loan = Loan::ours([0; 4], 0, 0);
         let refused = Lent::open(&loan, ours).unwrap_err();
         assert!(
             matches!(refused, LoanError::Open { id: 0, .. }),

@@ -4,7 +4,9 @@ use super::error::CheckpointError;
 use super::freeze::PAUSE;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
 use super::view::View;
-use super::{aio, cgroups, files, message_queues, mm, names, namespaces, semaphores, sysv, uring};
+use super::{
+    aio, attributes, cgroups, files, message_queues, mm, names, namespaces, semaphores, sysv, uring,
+};
 use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadFlag, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
 use crate::model::frozen::{Blocker, Process};
@@ -123,6 +125,7 @@ fn look(
     found.extend(files::controlling(&tasks, &open));
     let view = View::of(&tasks, ours)?;
     found.extend(namespaces::blockers(&tasks, ours, &view)?);
+    found.extend(attributes::confined(&tasks));
     found.extend(names::blockers(&tasks, &vmas, &open, &view));
     Ok(found)
 }
@@ -213,6 +216,7 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocke
             ));
         }
     }
+    found.extend(attributes::blockers(tasks));
     found.extend(namespaces::divided(tasks));
     found.extend(aio::blockers(tasks));
     found.extend(uring::registered(tasks));

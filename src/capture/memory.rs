@@ -1,6 +1,7 @@
 //! The address spaces of an application: copied once while it runs, then what changed.
 
 use super::MemoryStats;
+use super::attributes;
 use super::contents::Contents;
 use super::copier::Copier;
 use super::error::CheckpointError;
@@ -256,6 +257,8 @@ impl Memory {
                 vmas,
                 pages: copied.runs,
                 def_flags: rec.def_flags,
+                mdwe: attributes::mdwe(rec),
+                merge_any: attributes::merges_any(rec),
                 membarrier: mm::membarrier(rec),
             };
             found.insert(MmId(rec.mm), mm);

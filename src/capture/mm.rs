@@ -3,8 +3,8 @@
 use super::contents::Contents;
 use super::error::CheckpointError;
 use super::view::{Place, View};
-use super::{aio, huge, sysv, uring};
-use crate::bpf::events::{AioRec, MmRec, VmaKind, VmaRec};
+use super::{aio, attributes, huge, sysv, uring};
+use crate::bpf::events::{AioRec, MmRec, VmaKind, VmaRec, VmaUnusual};
 use crate::bpf::iter::user_dev;
 use crate::model::frozen::{
     Backing, Blocker, ContentId, FileIdentity, MmBounds, PAGE_SIZE, PathRef, Vma,
@@ -32,6 +32,7 @@ pub mod vm {
     pub const UFFD_WP: u64 = 0x1000;
     pub const LOCKED: u64 = 0x2000;
     pub const IO: u64 = 0x4000;
+    pub const LOCKONFAULT: u64 = 0x8_0000;
     pub const SEQ_READ: u64 = 0x8000;
     pub const RAND_READ: u64 = 0x1_0000;
     pub const DONTCOPY: u64 = 0x2_0000;
@@ -44,6 +45,10 @@ pub mod vm {
     pub const HUGEPAGE: u64 = 0x2000_0000;
     pub const NOHUGEPAGE: u64 = 0x4000_0000;
     pub const MERGEABLE: u64 = 0x8000_0000;
+    /// Since 6.11.
+    pub const DROPPABLE: u64 = 1 << 40;
+    /// Protection keys, which are refused as a whole.
+    pub const PKEYS: u64 = 0xf << 32;
 }
 
 /// `VM_*` and the `MADV_*` that sets it.
@@ -134,6 +139,21 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
         ("special", "remove the probe or debugger that made it")
     } else if rec.flags & (vm::PFNMAP | vm::IO | vm::MIXEDMAP) != 0 && rec.file != 0 {
         ("device", "device memory stays with its kernel")
+    } else if rec.flags >> 32 << 32 & !(vm::PKEYS | vm::DROPPABLE) != 0 {
+        (
+            "sealed or otherwise special",
+            "shadow stacks, mseal(2) and what newer kernels have are not carried yet",
+        )
+    } else if rec.unusual & VmaUnusual::FAR_NODES != 0 {
+        (
+            "NUMA-bound",
+            "policies with nodes from 64 on are not carried yet",
+        )
+    } else if rec.unusual & VmaUnusual::SHARED_POLICY != 0 {
+        (
+            "NUMA-bound shared",
+            "mbind(2) on shared memory is not carried yet",
+        )
     } else {
         return None;
     };
@@ -219,6 +239,9 @@ impl Mapper {
             growsdown: f & vm::GROWSDOWN != 0,
             noreserve: f & vm::NORESERVE != 0,
             locked: f & vm::LOCKED != 0,
+            on_fault: f & vm::LOCKONFAULT != 0,
+            droppable: f & vm::DROPPABLE != 0,
+            policy: attributes::policy(&rec.numa),
             advice: advice.map(|(_, advice)| *advice).collect(),
             backing,
         })

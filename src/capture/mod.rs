@@ -2,6 +2,7 @@
 //! either kill it or let it go on as if nothing had happened.
 
 mod aio;
+mod attributes;
 mod cgroups;
 mod clocks;
 mod contents;
@@ -52,7 +53,7 @@ use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
 use crate::image::Store;
 use crate::model::frozen::{
-    Application, ApplicationHeader, Blocker, Clocks, MessageQueue, Mm, Process,
+    Application, ApplicationHeader, Blocker, Clocks, MessageQueue, Mm, Process, TcpConnection,
 };
 use crate::model::ids::MmId;
 use crate::sys::cgroup::Event;
@@ -66,6 +67,8 @@ use mm::Mapper;
 use restart::Now;
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -285,6 +288,20 @@ impl Capture {
         self.timeline.done("precopy");
         Fault::Precopy.point()?;
         Ok(())
+    }
+
+    /// TCP connections that this application, or one in a cgroup beside its own, has closed and
+    /// that still send; and how many cannot be carried. To be called while the network is silent.
+    ///
+    /// # Errors
+    /// The iterators cannot be read, or there is no such cgroup.
+    pub fn orphans_of_all(&mut self) -> Result<(Vec<TcpConnection>, usize), CheckpointError> {
+        let own = self.target.cgroup.path();
+        let all = own.parent().unwrap_or(own);
+        // A cgroup's id is its inode number.
+        let id = fs::metadata(all).map_err(CheckpointError::io("stat", all))?;
+        let scope = Scope::Cgroup(id.ino());
+        Ok(files::orphans(&mut self.iterators.borrow_mut(), scope)?)
     }
 
     /// Reads processes and memory. The application stays frozen; what its peers send is taken

@@ -1,5 +1,6 @@
 //! Processes and threads, put together from the iterators, ptrace and what only /proc has.
 
+use super::attributes;
 use super::error::CheckpointError;
 use super::mm::path_ref;
 use super::restart::Now;
@@ -107,6 +108,7 @@ impl Assembly<'_> {
             pgid: pid(rec.pgid),
             sid: pid(rec.sid),
             exit_signal: leader.exit_signal,
+            loginuid: (leader.loginuid != u32::MAX).then_some(leader.loginuid),
             ..Process::default()
         };
         if leader.is_zombie() {
@@ -204,6 +206,9 @@ impl Assembly<'_> {
             pdeathsig: rec.pdeath_signal,
             timer_slack: rec.timer_slack_ns,
             ioprio: u16::try_from(rec.ioprio).unwrap_or(0),
+            policy: attributes::policy(&rec.numa),
+            io_flusher: attributes::is_io_flusher(rec),
+            mce_kill_early: attributes::mce_kill_early(rec),
         })
     }
 

@@ -16,7 +16,10 @@ use crate::applications::{NamedApplication, RunRecord};
 use crate::bpf::netlock::{LockError, NetLock};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, ImageError, RangeStore, Store, StoreError, decode, decode_one};
-use crate::model::frozen::{Application, FileKind, Milestone, Origin, SocketState, System};
+use crate::model::frozen::{
+    Application, FileKind, Milestone, Origin, SocketState, System, TcpConnection,
+};
+use crate::restore::orphans::Orphans;
 use crate::restore::pids;
 use crate::sys::clock;
 use crate::sys::huge::DIR;
@@ -184,6 +187,7 @@ fn restore_image(image: &Image, begun: u64, deadlines: Deadlines, report: &mut U
     let deadline = Duration::from_secs(deadline.into());
     report.applications = restore_applications(
         applications,
+        &system.orphans,
         &spare,
         deadline,
         lock,
@@ -236,6 +240,7 @@ fn engage_lock() -> Result<NetLock, LockError> {
 /// it sends would be lost and sent again only after a time-out.
 fn restore_applications(
     applications: &[Application],
+    orphans: &[TcpConnection],
     spare: &Range<i32>,
     deadline: Duration,
     lock: Option<NetLock>,
@@ -261,6 +266,8 @@ fn restore_applications(
         timeline.add(&format!("{} restored", app.header.name));
     }
     drop(workers);
+    let (orphans, errors) = Orphans::make(orphans);
+    warnings.extend(errors.iter().map(ToString::to_string));
     if let Some(mut lock) = lock
         && let Err(error) = lock.release()
     {
@@ -269,6 +276,8 @@ fn restore_applications(
     for worker in standing.iter_mut().flatten() {
         worker.let_run();
     }
+    let errors = orphans.go_live();
+    warnings.extend(errors.iter().map(ToString::to_string));
     let until = Instant::now() + deadline;
     let mut failed = Vec::new();
     let mut reports = Vec::new();

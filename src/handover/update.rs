@@ -23,7 +23,7 @@ use crate::capture::{
 use crate::error::{ExitCode, HasExitCode};
 use crate::fault::{Fault, FaultHit};
 use crate::image::{Image, RangeStore, Store, StoreError, encode};
-use crate::model::frozen::{Milestone, Origin, System};
+use crate::model::frozen::{Milestone, Origin, System, TcpConnection};
 use crate::sys::huge::DIR;
 use crate::sys::{clock, kexec as sys};
 use nix::errno::Errno;
@@ -381,6 +381,7 @@ impl Update {
         }
         lock.silence()?;
         Fault::Silence.point()?;
+        system.orphans = self.orphans()?;
         let mut applications = Vec::new();
         for capture in &mut self.captures {
             applications.push(on(capture, |capture| capture.collect_files(store, slots))?);
@@ -407,6 +408,21 @@ impl Update {
         self.abort.check()?;
         Fault::BeforeKexec.point()?;
         Err(self.next.start().into())
+    }
+
+    /// Connections that the applications have closed, all in one look.
+    fn orphans(&mut self) -> Result<Vec<TcpConnection>, UpdateError> {
+        let Some(capture) = self.captures.first_mut() else {
+            return Ok(Vec::new());
+        };
+        let (orphans, lost) = on(capture, |capture| capture.orphans_of_all())?;
+        if lost > 0 {
+            tracing::warn!(
+                "{lost} connections that applications have closed will be reset: what they still \
+                 send cannot be carried"
+            );
+        }
+        Ok(orphans)
     }
 }
 

@@ -75,12 +75,9 @@ mod tests {
             start: start * HUGE,
             end: (start + pages) * HUGE,
             prot: 3,
-            shared: false,
-            growsdown: false,
             noreserve,
-            locked: false,
-            advice: Vec::new(),
             backing: Backing::AnonymousHuge { page: HUGE },
+            ..Vma::default()
         }
     }
 

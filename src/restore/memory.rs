@@ -8,10 +8,16 @@ use super::rings;
 use super::sources::Sources;
 use super::tape::{Expect, Script, Tape};
 use super::vdso;
-use crate::model::frozen::{Backing, Mm, PAGE_SIZE, PageRun, Process, Rseq, Vma};
+use crate::model::frozen::{Backing, MemoryPolicy, Mm, PAGE_SIZE, PageRun, Process, Rseq, Vma};
 use crate::sys::huge::size_flag;
 use nix::libc;
 use std::ops::Range;
+
+/// Of include/uapi/linux/mman.h, since 6.11; a type like `MAP_PRIVATE`.
+const MAP_DROPPABLE: i32 = 8;
+
+/// Of include/uapi/linux/prctl.h, since 6.4.
+const PR_SET_MEMORY_MERGE: u64 = 67;
 
 /// The calls for one process, in three scripts, and bytes written in between from outside.
 #[derive(Debug, Default)]
@@ -54,12 +60,19 @@ impl Rebuild<'_> {
             let option = u64::from(libc::PR_SET_THP_DISABLE.cast_unsigned());
             plan.build.zero(libc::SYS_prctl, &[option, 1]);
         }
+        if self.mm.merge_any {
+            plan.build
+                .zero(libc::SYS_prctl, &[PR_SET_MEMORY_MERGE, 1, 0, 0, 0]);
+        }
         let vdso_move = self.layout.vdso_move(self.mm);
         self.move_vdso(&mut plan.build, vdso_move);
         for vma in &self.mm.vmas {
             let is_vdso = matches!(vma.backing, Backing::Vdso | Backing::Vvar);
             if !is_vdso || vdso_move == VdsoMove::Forward {
                 self.map(&mut plan.build, vma)?;
+            }
+            if let Some(policy) = &vma.policy {
+                bind(&mut plan.build, tape, vma, policy)?;
             }
         }
         if vdso_move == VdsoMove::Forward
@@ -85,6 +98,12 @@ impl Rebuild<'_> {
         self.protect(&mut plan.seal, vdso_move);
         self.register(&mut plan.seal);
         self.bounds(&mut plan.seal, tape)?;
+        if self.mm.mdwe != 0 {
+            // Nothing becomes executable from here on.
+            let option = u64::from(libc::PR_SET_MDWE.cast_unsigned());
+            plan.seal
+                .zero(libc::SYS_prctl, &[option, self.mm.mdwe.into(), 0, 0, 0]);
+        }
         Ok(plan)
     }
 
@@ -151,6 +170,8 @@ impl Rebuild<'_> {
         let mut flags = libc::MAP_FIXED_NOREPLACE;
         flags |= if vma.shared && !inherited {
             libc::MAP_SHARED
+        } else if vma.droppable {
+            MAP_DROPPABLE
         } else {
             libc::MAP_PRIVATE
         };
@@ -228,7 +249,10 @@ impl Rebuild<'_> {
             if self.first_prot(vma) != vma.prot {
                 script.zero(libc::SYS_mprotect, &[vma.start, len, vma.prot.into()]);
             }
-            if vma.locked {
+            if vma.locked && vma.on_fault {
+                const MLOCK_ONFAULT: u64 = 1;
+                script.zero(libc::SYS_mlock2, &[vma.start, len, MLOCK_ONFAULT]);
+            } else if vma.locked {
                 script.zero(libc::SYS_mlock, &[vma.start, len]);
             }
         }
@@ -285,6 +309,35 @@ impl Rebuild<'_> {
     }
 }
 
+/// mbind(2), before there are pages.
+fn bind(
+    script: &mut Script,
+    tape: &mut Tape,
+    vma: &Vma,
+    policy: &MemoryPolicy,
+) -> Result<(), RestoreError> {
+    const SET_MEMPOLICY_HOME_NODE: i64 = 450;
+    let len = vma.end - vma.start;
+    let (nodes, bits) = nodes(tape, policy)?;
+    let args = [vma.start, len, policy.mode.into(), nodes, bits, 0];
+    script.zero(libc::SYS_mbind, &args);
+    if let Some(home) = policy.home {
+        script.zero(SET_MEMPOLICY_HOME_NODE, &[vma.start, len, home.into(), 0]);
+    }
+    Ok(())
+}
+
+/// Where the mask of a policy's nodes is, and how many bits it has, as the calls count them: one
+/// more than there are.
+pub(super) fn nodes(tape: &mut Tape, policy: &MemoryPolicy) -> Result<(u64, u64), RestoreError> {
+    if policy.nodes == 0 {
+        return Ok((0, 0));
+    }
+    let mask = tape.data(&policy.nodes.to_le_bytes());
+    let bits = u64::from(u64::BITS) + 1;
+    Ok((mask.ok_or(RestoreError::NoRoom)?, bits))
+}
+
 /// `sizeof(struct robust_list_head)`, the only length set_robust_list(2) takes.
 pub const ROBUST_LIST_HEAD_LEN: u64 = 24;
 
@@ -303,12 +356,8 @@ mod tests {
             start,
             end,
             prot: 1,
-            shared: false,
-            growsdown: false,
-            noreserve: false,
-            locked: false,
             advice: vec![libc::MADV_DONTFORK],
-            backing: Backing::Anonymous,
+            ..Vma::default()
         }
     }
 

@@ -22,6 +22,7 @@ mod memory;
 mod message_queues;
 mod mqueue;
 mod namespaces;
+pub(crate) mod orphans;
 pub(crate) mod pids;
 mod ready;
 mod restorer;

@@ -18,7 +18,7 @@ use super::supervisor::Supervisor;
 use super::sysv;
 use super::tape::Tape;
 use super::time::RestoredClocks;
-use super::tree::Births;
+use super::tree::{Births, loginuid};
 use crate::error::{ExitCode, HasExitCode};
 use crate::fault::Fault;
 use crate::image::Pages;
@@ -316,6 +316,7 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
         tapes: &tapes,
         files: &opened,
         restorer,
+        loginuid: loginuid(),
         go_betweens,
     };
     entrance.inside(|| births.create(&mut made.born))?;

@@ -301,11 +301,6 @@ mod tests {
             start: 0x1000,
             end: 0x2000,
             prot: 1,
-            shared: false,
-            growsdown: false,
-            noreserve: false,
-            locked: false,
-            advice: Vec::new(),
             backing: Backing::File {
                 file: FileIdentity {
                     at: PathRef {
@@ -319,6 +314,7 @@ mod tests {
                 offset: 0,
                 writable: false,
             },
+            ..Vma::default()
         }
     }
 

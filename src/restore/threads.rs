@@ -2,7 +2,7 @@
 
 use super::RestoreError;
 use super::creds::{self, Rights, option};
-use super::memory::ROBUST_LIST_HEAD_LEN;
+use super::memory::{ROBUST_LIST_HEAD_LEN, nodes};
 use super::signals::{self, number, words_to};
 use super::tape::{Expect, Script, Tape};
 use crate::model::frozen::{Process, Scheduling, SeccompFilter, Thread};
@@ -113,6 +113,22 @@ pub fn settle(
         const WHO_PROCESS: u64 = 1;
         let args = [WHO_PROCESS, 0, thread.ioprio.into()];
         script.zero(libc::SYS_ioprio_set, &args);
+    }
+    if let Some(policy) = &thread.policy {
+        let (nodes, bits) = nodes(tape, policy)?;
+        let args = [policy.mode.into(), nodes, bits];
+        script.zero(libc::SYS_set_mempolicy, &args);
+    }
+    if thread.io_flusher {
+        // Of include/uapi/linux/prctl.h.
+        const PR_SET_IO_FLUSHER: u64 = 57;
+        let args = [PR_SET_IO_FLUSHER, 1, 0, 0, 0];
+        script.zero(libc::SYS_prctl, &args);
+    }
+    if let Some(early) = thread.mce_kill_early {
+        let set = option(libc::PR_MCE_KILL_SET);
+        let args = [option(libc::PR_MCE_KILL), set, early.into(), 0, 0];
+        script.zero(libc::SYS_prctl, &args);
     }
     creds::restore(script, tape, &thread.creds, rights)?;
     // Changing ids clears it. The restorer set one too: it would kill the tree when it leaves.

@@ -19,6 +19,7 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -35,6 +36,8 @@ pub struct Births<'a> {
     pub files: &'a OpenedFiles,
     /// The restorer.
     pub restorer: Pid,
+    /// Its login UID.
+    pub loginuid: Option<u32>,
     /// A number that is not needed otherwise for the go-between of each orphan.
     pub go_betweens: BTreeMap<Pid, Pid>,
 }
@@ -44,6 +47,21 @@ pub(super) const OPTIONS: Options = Options::EXIT_KILL
     .union(Options::SYSGOOD)
     .union(Options::TRACE_FORK)
     .union(Options::TRACE_CLONE);
+
+const LOGINUID: &str = "/proc/self/loginuid";
+
+/// This process's login UID, which those that it starts inherit.
+pub fn loginuid() -> Option<u32> {
+    let text = fs::read_to_string(LOGINUID).ok()?;
+    let number = text.trim_end().parse().ok()?;
+    (number != u32::MAX).then_some(number)
+}
+
+fn set_loginuid(number: Option<u32>) -> Result<(), String> {
+    let number = number.unwrap_or(u32::MAX);
+    fs::write(LOGINUID, number.to_string())
+        .map_err(|e| format!("write {number} to {LOGINUID}: {e}"))
+}
 
 impl Births<'_> {
     /// Creates all processes and returns when every one of them has made its children and stands
@@ -181,6 +199,7 @@ impl Births<'_> {
                 .map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
             self.tapes.get(&pid).ok_or("no tape")?.wait_released();
         }
+        self.log_in(pid)?;
         for step in self.steps {
             match *step {
                 Step::Fork {
@@ -201,6 +220,22 @@ impl Births<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Only the process itself may set its login UID, which its children inherit.
+    fn log_in(&self, pid: Pid) -> Result<(), String> {
+        let parent = self.steps.iter().find_map(|step| match *step {
+            Step::Fork { parent, child, .. } if child == pid => parent,
+            _ => None,
+        });
+        let inherited = match parent {
+            Some(parent) => self.process(parent).and_then(|parent| parent.loginuid),
+            None => self.loginuid,
+        };
+        match self.process(pid) {
+            Some(process) if process.loginuid != inherited => set_loginuid(process.loginuid),
+            _ => Ok(()),
+        }
     }
 
     fn bear(&self, child: Pid, orphan: bool, shares: Shares) -> Result<(), String> {

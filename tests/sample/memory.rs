@@ -2,7 +2,14 @@
 
 use super::path;
 use tracker::model::frozen::{
-    Backing, Content, ContentId, ContentKind, FileIdentity, Mm, MmBounds, PageRun, Vdso, Vma,
+    Backing, Content, ContentId, ContentKind, FileIdentity, MemoryPolicy, Mm, MmBounds, PageRun,
+    Vdso, Vma,
+};
+
+pub(super) const POLICY: MemoryPolicy = MemoryPolicy {
+    mode: 0x8002,
+    nodes: 5,
+    home: Some(2),
 };
 
 pub(super) fn address_space() -> Mm {
@@ -10,12 +17,8 @@ pub(super) fn address_space() -> Mm {
         start,
         end: start + 0x2000,
         prot: 3,
-        shared: false,
-        growsdown: false,
-        noreserve: false,
-        locked: false,
-        advice: Vec::new(),
         backing,
+        ..Vma::default()
     };
     let file = FileIdentity {
         at: path("/lib/libc.so.6", 13),
@@ -27,6 +30,9 @@ pub(super) fn address_space() -> Mm {
         growsdown: true,
         noreserve: true,
         locked: true,
+        on_fault: true,
+        droppable: true,
+        policy: Some(POLICY),
         advice: vec![10, 14],
         ..vma(0x10_0000, Backing::Anonymous)
     };
@@ -74,6 +80,8 @@ pub(super) fn address_space() -> Mm {
             code: vec![0xcc; 64],
         }),
         def_flags: 0x2000,
+        mdwe: 1,
+        merge_any: true,
         membarrier: 0x10,
         ..Mm::default()
     }

@@ -10,6 +10,7 @@ mod memory;
 mod system;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use tracker::image::{Image, Store};
 use tracker::model::frozen::{
     AltStack, Application, ApplicationHeader, Clocks, ContentId, Credentials, Datagram, EpollItem,
@@ -68,6 +69,7 @@ fn system() -> System {
             protocol: 3,
         }],
         sysctls: vec![("net/ipv4/ip_forward".into(), "1".into())],
+        orphans: vec![connection()],
         huge_pages: vec![HugePool {
             page: 2 << 20,
             pages: 3,
@@ -187,6 +189,7 @@ fn process() -> Process {
         }],
         oom_score_adj: -100,
         coredump_filter: Some(0x33),
+        loginuid: Some(1000),
         rlimits: vec![(1024, 4096), (u64::MAX, u64::MAX)],
         sigactions: vec![SigAction {
             handler: 0x5555_1000,
@@ -275,6 +278,9 @@ fn thread(tid: i32, syscall: SyscallInProgress) -> Thread {
         pdeathsig: 15,
         timer_slack: 50_000,
         ioprio: 0x4004,
+        policy: Some(memory::POLICY),
+        io_flusher: true,
+        mce_kill_early: Some(true),
         ..Thread::default()
     }
 }
@@ -438,19 +444,25 @@ fn open_files() -> Vec<OpenFile> {
     kinds.into_iter().map(open).collect()
 }
 
-fn sockets() -> Vec<SocketState> {
-    let v4 = || "10.0.2.15:6379".parse().unwrap();
-    let v6 = || "[fe80::1]:6379".parse().unwrap();
-    let negotiated = || TcpOptions {
+fn ends() -> (SocketAddr, SocketAddr) {
+    let [v4, v6] = ["10.0.2.15:6379", "[fe80::1]:6379"].map(|end| end.parse().unwrap());
+    (v4, v6)
+}
+
+fn negotiated() -> TcpOptions {
+    TcpOptions {
         mss_clamp: 1460,
         wscale: Some((7, 8)),
         sack: true,
         timestamp: Some(9),
-    };
-    let connection = TcpConnection {
+    }
+}
+
+fn connection() -> TcpConnection {
+    TcpConnection {
         v6: true,
-        local: v4(),
-        remote: v6(),
+        local: ends().0,
+        remote: ends().1,
         state: 1,
         shutdown: 1,
         write_seq: 1000,
@@ -466,7 +478,12 @@ fn sockets() -> Vec<SocketState> {
             rcv_wup: 5,
         },
         negotiated: negotiated(),
-    };
+    }
+}
+
+fn sockets() -> Vec<SocketState> {
+    let v4 = || ends().0;
+    let v6 = || ends().1;
     let waiting = |end| WaitingConnection {
         local: v4(),
         remote: v6(),
@@ -524,7 +541,7 @@ fn sockets() -> Vec<SocketState> {
             .map(waiting)
             .into(),
         },
-        SocketState::TcpConnection(Box::new(connection)),
+        SocketState::TcpConnection(Box::new(connection())),
         unix(path, UnixState::Unconnected),
         unix(name, UnixState::Listening { backlog: 5 }),
         unix(None, UnixState::Connected { peer: OfdId(16) }),

@@ -30,6 +30,8 @@ const PACKAGES: &[&str] = &[
     // Has the compiler's module as well, only not its command.
     "openjdk-17-jre-headless",
     "openssh-server",
+    // Confines a program that is to be refused.
+    "apparmor",
     // What tracker links against.
     "libelf1",
     "zlib1g",

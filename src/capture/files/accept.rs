@@ -204,7 +204,6 @@ fn connection(listener: &SockRec, waiting: &Waiting) -> Result<WaitingConnection
     let Some(received) = received(rec, end, &waiting.data) else {
         return refuse("has received what cannot be read");
     };
-    let has = |flag| rec.flags & flag != 0;
     Ok(WaitingConnection {
         local,
         remote,
@@ -213,17 +212,23 @@ fn connection(listener: &SockRec, waiting: &Waiting) -> Result<WaitingConnection
         received: ByteBuf::from(received),
         end,
         window: rec.snd_wnd,
-        negotiated: TcpOptions {
-            mss_clamp: rec.mss_clamp,
-            wscale: has(Flag::WSCALE).then_some((rec.snd_wscale, rec.rcv_wscale)),
-            sack: has(Flag::SACK),
-            timestamp: has(Flag::TSTAMP).then_some(rec.timestamp),
-        },
+        negotiated: negotiated(rec),
         peer_timestamp: rec.ts_recent,
     })
 }
 
-fn is_link_local(ip: IpAddr) -> bool {
+/// The options that were agreed on.
+pub(super) fn negotiated(rec: &WaitingRec) -> TcpOptions {
+    let has = |flag| rec.flags & flag != 0;
+    TcpOptions {
+        mss_clamp: rec.mss_clamp,
+        wscale: has(Flag::WSCALE).then_some((rec.snd_wscale, rec.rcv_wscale)),
+        sack: has(Flag::SACK),
+        timestamp: has(Flag::TSTAMP).then_some(rec.timestamp),
+    }
+}
+
+pub(super) fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
         IpAddr::V4(_) => false,
@@ -235,13 +240,18 @@ fn received(rec: &WaitingRec, end: WaitingEnd, data: &[WaitingDataRec]) -> Optio
     let fin = matches!(end, WaitingEnd::Closed | WaitingEnd::ClosedAndReset);
     // A FIN has a sequence number, and is no byte.
     let upto = rec.rcv_nxt.wrapping_sub(u32::from(fin));
-    let length = upto.wrapping_sub(rec.copied_seq);
+    in_order(rec.copied_seq, upto, data)
+}
+
+/// The bytes from one sequence number up to another; `None` unless all of them are there.
+pub(super) fn in_order(first: u32, upto: u32, data: &[WaitingDataRec]) -> Option<Vec<u8>> {
+    let length = upto.wrapping_sub(first);
     let mut bytes = Vec::new();
     for part in data {
         if part.flags & Flag::UNREADABLE != 0 {
             return None;
         }
-        let at = usize::try_from(part.seq.wrapping_sub(rec.copied_seq)).ok()?;
+        let at = usize::try_from(part.seq.wrapping_sub(first)).ok()?;
         let part = part.data.get(..usize::try_from(part.len).ok()?)?;
         // What comes twice comes in order.
         let known = bytes.len().checked_sub(at)?;

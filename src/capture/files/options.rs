@@ -396,13 +396,16 @@ impl Defaults {
 }
 
 /// Whether a value is one that nobody can have set. Of a socket without a peer `TCP_MAXSEG` is
-/// what was set, or else the size in use, which `IP_OPTIONS` makes tiny.
+/// what was set, or else the size in use, which `IP_OPTIONS` makes tiny, and which is that of the
+/// loopback interface in a connection over it that has ended.
 fn is_no_choice(known: &Known, value: &[u8]) -> bool {
     /// `TCP_MIN_MSS` of include/net/tcp.h.
     const LEAST: i32 = 88;
+    /// `MAX_TCP_WINDOW`.
+    const MOST: i32 = 32767;
     let size = value.try_into().map(i32::from_ne_bytes);
     (known.level, known.name) == (libc::IPPROTO_TCP, libc::TCP_MAXSEG)
-        && size.is_ok_and(|size| size < LEAST)
+        && size.is_ok_and(|size| !(LEAST..=MOST).contains(&size))
 }
 
 fn of_socket(name: i32, value: Vec<u8>) -> SockOption {

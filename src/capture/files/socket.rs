@@ -5,13 +5,14 @@ use super::idle::IdleSockets;
 use super::tcp::{self, TcpReadError};
 use super::{CollectError, filter, interfaces, raw, udp};
 use crate::bpf::events::{MemberRec, SockFlag, SockRec};
-use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
-use crate::sys::socket::set_int_option;
+use crate::model::frozen::{Blocker, Interfaces, SockOption, Socket, SocketState};
+use crate::model::ids::{Fd, Pid};
+use crate::sys::socket::{Count, queued, set_int_option};
 use crate::sys::tcp as repair;
 use nix::libc;
 use nix::sys::socket as ns;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// `TCP_ESTABLISHED` of include/net/tcp_states.h.
 pub(super) const ESTABLISHED: u8 = 1;
@@ -275,6 +276,7 @@ fn read_connection(
 ) -> Result<(SocketState, Option<Connection>), CollectError> {
     let v6 = is_v6(rec);
     let (call_failed, peek_failed) = (from.socket_failed(), from.failed("recv"));
+    let (pid, number) = (from.pid, from.number);
     repair::enter_repair(from.as_fd()).map_err(from.socket_failed())?;
     let connection = Connection {
         fd: from.fd,
@@ -285,6 +287,7 @@ fn read_connection(
         // It was reset after its record was made.
         Ok(None) => {
             undo(&connection);
+            nothing_unread(pid, number, connection.fd.as_fd())?;
             let local = Some(local);
             Ok((SocketState::TcpIdle { v6, local }, None))
         }
@@ -313,8 +316,25 @@ fn read_unconnected(
             v6,
             waiting: Vec::new(),
         },
-        local => SocketState::TcpIdle { v6, local },
+        local => {
+            nothing_unread(from.pid, from.number, from.as_fd())?;
+            SocketState::TcpIdle { v6, local }
+        }
     })
+}
+
+/// That a connection which has ended has nothing that could still be read.
+fn nothing_unread(pid: Pid, fd: Fd, socket: BorrowedFd<'_>) -> Result<(), CollectError> {
+    let unread = queued(socket, Count::Unread);
+    match unread.map_err(|source| CollectError::Socket { pid, fd, source })? {
+        0 => Ok(()),
+        bytes => Err(CollectError::Blocked(Blocker {
+            pid,
+            fd: Some(fd),
+            object: "TCP connection that has ended".to_owned(),
+            reason: format!("{bytes} bytes of it were not read, which is not carried; try again"),
+        })),
+    }
 }
 
 /// A listener whose options are known, from its record alone, without its accept queue; `None` if

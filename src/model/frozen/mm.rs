@@ -24,6 +24,12 @@ pub struct Mm {
     pub vdso: Option<Vdso>,
     /// `MCL_FUTURE`/`MCL_ONFAULT` default flags (`mm->def_flags`), raw `VM_*`.
     pub def_flags: u64,
+    /// `PR_MDWE_*` of prctl(2).
+    #[serde(default)]
+    pub mdwe: u32,
+    /// `PR_SET_MEMORY_MERGE`.
+    #[serde(default)]
+    pub merge_any: bool,
     /// What is registered for membarrier(2), as `MEMBARRIER_CMD_GET_REGISTRATIONS` tells it:
     /// the `MEMBARRIER_CMD_REGISTER_*` that were called.
     #[serde(default)]
@@ -47,8 +53,19 @@ pub struct MmBounds {
     pub env_end: u64,
 }
 
+/// A NUMA policy, set_mempolicy(2) and mbind(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPolicy {
+    /// `MPOL_*` with the `MPOL_F_*` that those calls take.
+    pub mode: u32,
+    /// The nodes asked for: bit 0 is node 0.
+    pub nodes: u64,
+    /// set_mempolicy_home_node(2).
+    pub home: Option<u16>,
+}
+
 /// One mapping.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Vma {
     /// First address.
     pub start: u64,
@@ -64,6 +81,15 @@ pub struct Vma {
     pub noreserve: bool,
     /// Locked by mlock(2).
     pub locked: bool,
+    /// Locked as pages come (`MLOCK_ONFAULT`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub on_fault: bool,
+    /// `MAP_DROPPABLE`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub droppable: bool,
+    /// mbind(2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<MemoryPolicy>,
     /// `MADV_*` values to replay, in order.
     pub advice: Vec<i32>,
     /// What is mapped.
@@ -71,9 +97,10 @@ pub struct Vma {
 }
 
 /// What a mapping shows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Backing {
     /// Private anonymous memory (heap and stacks too).
+    #[default]
     Anonymous,
     /// Private anonymous memory of huge pages (`MAP_HUGETLB`).
     AnonymousHuge {

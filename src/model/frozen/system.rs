@@ -1,5 +1,6 @@
 //! The part of the machine's own state that restored applications need.
 
+use super::TcpConnection;
 use crate::model::verify::Verification;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -17,6 +18,8 @@ pub struct System {
     pub routes: Vec<Route>,
     /// `net.*` and other sysctls that must be as they were: (path below /proc/sys, value).
     pub sysctls: Vec<(String, String)>,
+    /// TCP connections that applications have closed and that still send.
+    pub orphans: Vec<TcpConnection>,
     /// Pools of huge pages.
     pub huge_pages: Vec<HugePool>,
     /// The update as the old kernel knew it.

@@ -1,5 +1,6 @@
 //! Processes and threads.
 
+use super::MemoryPolicy;
 use crate::model::ids::{FilesId, FsId, InodeId, MmId, Pid, Tid};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -56,6 +57,9 @@ pub struct Process {
     /// `/proc/PID/coredump_filter`; `None` in images from before it was carried.
     #[serde(default)]
     pub coredump_filter: Option<u32>,
+    /// `/proc/PID/loginuid`: who logged in, as audit(8) notes it.
+    #[serde(default)]
+    pub loginuid: Option<u32>,
     /// Filters of system calls, which all of its threads share, in the order they were
     /// installed in.
     #[serde(default)]
@@ -213,6 +217,16 @@ pub struct Thread {
     /// ioprio_set(2) value; 0 where it follows from the nice value.
     #[serde(default)]
     pub ioprio: u16,
+    /// Where its memory comes from; `None`: as the system has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<MemoryPolicy>,
+    /// `PR_SET_IO_FLUSHER`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub io_flusher: bool,
+    /// `PR_MCE_KILL`: whether to be told early of memory that is broken; `None`: as the system
+    /// has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mce_kill_early: Option<bool>,
 }
 
 /// `struct user_regs_struct` of x86-64, in its order.

@@ -26,7 +26,7 @@ mod pty;
 mod raw;
 mod regular;
 mod segment;
-mod tcp;
+pub(super) mod tcp;
 mod udp_queue;
 mod unix;
 mod unix_accept;

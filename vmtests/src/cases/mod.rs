@@ -8,6 +8,7 @@ use crate::guest::case::Entry;
 
 mod accept;
 mod aio;
+mod attributes;
 mod cgroup;
 mod child;
 mod events;
@@ -35,6 +36,7 @@ mod process;
 mod pty;
 mod raw;
 mod refused;
+mod refused_attributes;
 mod refused_objects;
 mod rewritten;
 mod seccomp;
@@ -80,6 +82,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         timers::CASES,
         signals::CASES,
         process::CASES,
+        attributes::CASES,
         seccomp::CASES,
         sharing::CASES,
         pidfd::CASES,
@@ -96,6 +99,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         filter::CASES,
         refused::CASES,
         refused_objects::CASES,
+        refused_attributes::CASES,
     ]
     .into_iter()
     .flatten()

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
-use super::probe::{PATIENCE, blocked_thread, check_pattern, join, pattern};
+use super::probe::{PATIENCE, blocked_thread, check_pattern, eventually, join, pattern};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -24,6 +24,13 @@ pub const CASES: &[Entry] = &[
     Entry::carried("tcp_listener_changing", listener_changing),
     Entry::carried("tcp_connection_changing", connection_changing),
     Entry::carried("tcp_half_closed", half_closed),
+    Entry::carried_once("tcp_orphans", orphans),
+    Entry::carried("tcp_ended", ended),
+    Entry::refused_frozen(
+        "tcp_ended_unread",
+        "bytes of it were not read",
+        ended_unread,
+    ),
     Entry::carried("tcp_options", options),
     Entry::carried("tcp_blocked", blocked),
     Entry::carried("tcp_many", many),
@@ -45,6 +52,134 @@ fn pair(listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
     patient(&client)?;
     patient(&server)?;
     Ok((server, client))
+}
+
+/// Connections that are over, but not closed: by both ends, and by a reset.
+fn ended(case: &Case) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let (server, client) = pair(&listener)?;
+    client.shutdown(Shutdown::Write)?;
+    server.shutdown(Shutdown::Write)?;
+    let (reset, other) = pair(&listener)?;
+    setsockopt(
+        &other,
+        sockopt::Linger,
+        &libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        },
+    )?;
+    drop(other);
+    eventually("the ends", || {
+        Ok(info(&server)?.tcpi_state == CLOSE && info(&reset)?.tcpi_state == CLOSE)
+    })?;
+    case.ready()?;
+    for mut over in [server, reset] {
+        // Of which kind the end was is lost.
+        ensure!(over.read(&mut [0; 4]).unwrap_or(0) == 0, "It goes on");
+        ensure!(over.write(&[0; 4]).is_err(), "It can be written to");
+    }
+    drop(client);
+    let (mut server, mut client) = pair(&listener)?;
+    exchange(&mut client, &mut server, 5, 1000)
+}
+
+/// What the other end has sent before both sent a FIN is still to be read.
+fn ended_unread(case: &Case) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let (mut server, mut client) = pair(&listener)?;
+    client.write_all(&pattern(4, 3000))?;
+    client.shutdown(Shutdown::Write)?;
+    server.shutdown(Shutdown::Write)?;
+    eventually("the end", || Ok(info(&server)?.tcpi_state == CLOSE))?;
+    case.ready()?;
+    let mut received = Vec::new();
+    server.read_to_end(&mut received)?;
+    check_pattern("what was unread", 4, &received)
+}
+
+/// `TCP_CLOSE`.
+const CLOSE: u8 = 7;
+
+/// A connection that our end has closed, with more sent than the other takes at once.
+struct Orphaned {
+    client: TcpStream,
+    sent: usize,
+    received: Vec<u8>,
+}
+
+impl Orphaned {
+    const SEED: u64 = 23;
+
+    /// `shut`: the other end has sent a FIN before.
+    fn make(address: IpAddr, shut: bool) -> Result<Self> {
+        let listener = TcpListener::bind((address, 0))?;
+        let (mut server, client) = pair(&listener)?;
+        setsockopt(&server, sockopt::SndBuf, &(512 << 10))?;
+        setsockopt(&client, sockopt::RcvBuf, &(16 << 10))?;
+        if shut {
+            client.shutdown(Shutdown::Write)?;
+            ensure!(server.read(&mut [0])? == 0, "No end of file");
+        }
+        server.set_nonblocking(true)?;
+        client.set_nonblocking(true)?;
+        let bytes = pattern(Self::SEED, 8 << 20);
+        let mut sent = 0;
+        loop {
+            match server.write(&bytes[sent..]) {
+                Ok(count) => sent += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error).context("Fill the send queue"),
+            }
+        }
+        Ok(Self {
+            client,
+            sent,
+            received: Vec::new(),
+        })
+    }
+
+    /// Takes a little, without which the kernel would give up after three minutes.
+    fn take_some(&mut self) -> Result<()> {
+        let mut bytes = [0; 2048];
+        match self.client.read(&mut bytes) {
+            Ok(count) => self.received.extend(&bytes[..count]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error).context("Read a little"),
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.client.set_nonblocking(false)?;
+        self.client.read_to_end(&mut self.received)?;
+        ensure!(
+            self.received == pattern(Self::SEED, self.sent),
+            "Of {} bytes sent before the close came {}, or others",
+            self.sent,
+            self.received.len()
+        );
+        Ok(())
+    }
+}
+
+/// Connections that were closed and still send: the other end gets all of it, and the end.
+fn orphans(case: &Case) -> Result<()> {
+    let mut all = [
+        Orphaned::make(Ipv4Addr::LOCALHOST.into(), false)?,
+        Orphaned::make(Ipv4Addr::LOCALHOST.into(), true)?,
+        Orphaned::make(Ipv6Addr::LOCALHOST.into(), false)?,
+    ];
+    let mut failure = Ok(());
+    case.ready_polling(Duration::from_secs(3), || {
+        for one in &mut all {
+            if failure.is_ok() {
+                failure = one.take_some();
+            }
+        }
+    })?;
+    failure?;
+    all.into_iter().try_for_each(Orphaned::finish)
 }
 
 /// What `TCP_INFO` says of a socket.

@@ -32,7 +32,9 @@ pub const LOG: &str = "log";
 pub enum Expect {
     /// Checkpoint and restore it.
     Carried,
-    /// The same, but another kernel may keep it in another form: an update to that is refused.
+    /// The same, but not when it has run on in between: what only the kernel has is over then.
+    CarriedOnce,
+    /// The same as carried, but another kernel may keep it in another form: an update to that is refused.
     CarriedAlike,
     /// The same, but only the newer of the kernels can make it again: refuse what the older one
     /// would have to restore, with this text.
@@ -62,6 +64,11 @@ impl Entry {
     /// A case whose state is carried over.
     pub const fn carried(name: &'static str, run: fn(&Case) -> Result<()>) -> Entry {
         Entry::new(name, Expect::Carried, run)
+    }
+
+    /// A case whose state is carried over unless it has run on since.
+    pub const fn carried_once(name: &'static str, run: fn(&Case) -> Result<()>) -> Entry {
+        Entry::new(name, Expect::CarriedOnce, run)
     }
 
     /// A case whose state is carried over where the kernels keep it in one form.
@@ -102,7 +109,7 @@ impl Expect {
     /// nothing if it is carried.
     pub fn refusal(self, kernel: Kernel) -> Option<&'static str> {
         match self {
-            Expect::Carried | Expect::CarriedAlike => None,
+            Expect::Carried | Expect::CarriedOnce | Expect::CarriedAlike => None,
             Expect::CarriedByNewer(text) => (kernel == Kernel::V6_1).then_some(text),
             Expect::Refused(text) | Expect::RefusedFrozen(text) => Some(text),
         }

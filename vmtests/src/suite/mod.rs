@@ -201,7 +201,7 @@ fn plan(options: &Options) -> Vec<Group> {
             let fate = Fate::Update(to);
             let mut entries = entries(&|entry| batch_name(kernel, fate, entry));
             entries.retain(|entry| match entry.expect {
-                Expect::Carried | Expect::CarriedByNewer(_) => kernel != to,
+                Expect::Carried | Expect::CarriedOnce | Expect::CarriedByNewer(_) => kernel != to,
                 Expect::CarriedAlike => kernel == to,
                 Expect::Refused(_) | Expect::RefusedFrozen(_) => false,
             });
@@ -214,7 +214,10 @@ fn plan(options: &Options) -> Vec<Group> {
     }
     for &kernel in &options.kernels {
         if options.modes.contains(&Mode::Again) {
-            let carried = cases::all().filter(|entry| entry.expect.refusal(kernel).is_none());
+            let again = |entry: &&Entry| {
+                entry.expect.refusal(kernel).is_none() && entry.expect != Expect::CarriedOnce
+            };
+            let carried = cases::all().filter(again);
             let wanted = |entry: &&Entry| again_names(kernel, entry).iter().any(|n| wanted(n));
             let entries = carried.filter(wanted).collect();
             groups.push(Group::Again { kernel, entries });
