@@ -149,7 +149,7 @@ enum thread_unusual {
 enum mm_unusual {
 	MM_LDT = 1,   /* modify_ldt(2) */
 	MM_TAGS = 2,  /* ARCH_ENABLE_TAGGED_ADDR */
-	MM_PKEYS = 4, /* pkey_alloc(2) */
+	MM_PKEYS = 4, /* pkey_alloc(2), with memory that can only be executed */
 };
 
 enum vma_unusual {
@@ -330,9 +330,12 @@ struct mm_rec {
 	__u32 auxv_words; /* valid words of auxv */
 	__u32 membarrier; /* MEMBARRIER_STATE_* */
 	__u32 unusual;    /* enum mm_unusual */
+	__u16 pkeys;      /* bit for each key that was given out */
+	__s16 execute_only_key;
+	__u32 pad;
 	__u64 auxv[TRK_AUXV_WORDS];
 };
-TRK_ASSERT_SIZE(struct mm_rec, 680);
+TRK_ASSERT_SIZE(struct mm_rec, 688);
 
 /* What is added to semaphores of a set when a process ends, see semop(2). */
 #define TRK_SEM_ADJUSTMENTS 256

@@ -199,17 +199,21 @@ static __always_inline void fill_thread_attrs(struct thread_rec *r, struct task_
 		r->unusual |= THREAD_FAR_NODES;
 }
 
-/* A key for memory that can only be executed is given out by mprotect(2) itself. */
-static __always_inline bool has_pkeys(struct mm_struct *mm)
+/* Protection keys that were asked for: bit 0, which all have, is none of them. */
+static __always_inline u16 pkeys(struct mm_struct *mm)
 {
-	u16 usual = 1, given;
-
 	if (!bpf_core_field_exists(mm->context.pkey_allocation_map))
-		return false;
-	given = mm->context.pkey_allocation_map;
-	if (mm->context.execute_only_pkey == 1)
-		usual |= 1 << 1;
-	return given & ~usual;
+		return 0;
+	return mm->context.pkey_allocation_map & ~1;
+}
+
+/* mprotect(2) itself takes the lowest free key for memory that can only be executed, and will
+ * again; with others beside it that may be another one. */
+static __always_inline bool is_execute_only_key_beside(struct mm_struct *mm)
+{
+	u16 given = pkeys(mm);
+
+	return given && mm->context.execute_only_pkey > 0 && given != 1 << 1;
 }
 
 static __always_inline u32 mm_unusual(struct mm_struct *mm)
@@ -220,7 +224,7 @@ static __always_inline u32 mm_unusual(struct mm_struct *mm)
 		found |= MM_LDT;
 	if (bpf_core_field_exists(mm->context.lam_cr3_mask) && mm->context.lam_cr3_mask)
 		found |= MM_TAGS;
-	if (has_pkeys(mm))
+	if (is_execute_only_key_beside(mm))
 		found |= MM_PKEYS;
 	return found;
 }

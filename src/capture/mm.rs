@@ -47,7 +47,7 @@ pub mod vm {
     pub const MERGEABLE: u64 = 0x8000_0000;
     /// Since 6.11.
     pub const DROPPABLE: u64 = 1 << 40;
-    /// Protection keys, which are refused as a whole.
+    /// `VM_PKEY_SHIFT`, four bits from here.
     pub const PKEYS: u64 = 0xf << 32;
 }
 
@@ -241,6 +241,7 @@ impl Mapper {
             locked: f & vm::LOCKED != 0,
             on_fault: f & vm::LOCKONFAULT != 0,
             droppable: f & vm::DROPPABLE != 0,
+            pkey: pkey(f),
             policy: attributes::policy(&rec.numa),
             advice: advice.map(|(_, advice)| *advice).collect(),
             backing,
@@ -323,6 +324,14 @@ impl Mapper {
             Known::Content(id) => Backing::Content { id, offset },
         })
     }
+}
+
+/// The protection key. What can only be executed gets its own from mprotect(2).
+fn pkey(flags: u64) -> u8 {
+    if flags & (vm::READ | vm::WRITE | vm::EXEC) == vm::EXEC {
+        return 0;
+    }
+    u8::try_from((flags & vm::PKEYS) >> 32).unwrap_or(0)
 }
 
 /// Where in its file a mapping begins, bytes.

@@ -95,6 +95,7 @@ impl Rebuild<'_> {
                     .extend(pieces.map(|(offset, bytes)| (vma.start + offset, bytes)));
             }
         }
+        self.allocate_keys(&mut plan.seal);
         self.protect(&mut plan.seal, vdso_move);
         self.register(&mut plan.seal);
         self.bounds(&mut plan.seal, tape)?;
@@ -239,6 +240,18 @@ impl Rebuild<'_> {
         }
     }
 
+    /// Protection keys: the lowest free one is given out each time. What the thread may do with
+    /// them comes with its registers.
+    fn allocate_keys(&self, script: &mut Script) {
+        let highest = self.mm.pkeys.checked_ilog2().unwrap_or(0);
+        for key in 1..=highest {
+            script.add(libc::SYS_pkey_alloc, &[0, 0], Expect::Is(key.into()));
+        }
+        for key in (1..highest).filter(|key| self.mm.pkeys & 1 << key == 0) {
+            script.zero(libc::SYS_pkey_free, &[key.into()]);
+        }
+    }
+
     fn protect(&self, script: &mut Script, vdso_move: VdsoMove) {
         for vma in &self.mm.vmas {
             let is_vdso = matches!(vma.backing, Backing::Vdso | Backing::Vvar);
@@ -246,7 +259,10 @@ impl Rebuild<'_> {
                 continue;
             }
             let len = vma.end - vma.start;
-            if self.first_prot(vma) != vma.prot {
+            if vma.pkey != 0 {
+                let args = [vma.start, len, vma.prot.into(), vma.pkey.into()];
+                script.zero(libc::SYS_pkey_mprotect, &args);
+            } else if self.first_prot(vma) != vma.prot {
                 script.zero(libc::SYS_mprotect, &[vma.start, len, vma.prot.into()]);
             }
             if vma.locked && vma.on_fault {

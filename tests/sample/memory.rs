@@ -32,6 +32,7 @@ pub(super) fn address_space() -> Mm {
         locked: true,
         on_fault: true,
         droppable: true,
+        pkey: 3,
         policy: Some(POLICY),
         advice: vec![10, 14],
         ..vma(0x10_0000, Backing::Anonymous)
@@ -80,6 +81,7 @@ pub(super) fn address_space() -> Mm {
             code: vec![0xcc; 64],
         }),
         def_flags: 0x2000,
+        pkeys: 0b1010,
         mdwe: 1,
         merge_any: true,
         membarrier: 0x10,

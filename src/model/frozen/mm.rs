@@ -24,6 +24,9 @@ pub struct Mm {
     pub vdso: Option<Vdso>,
     /// `MCL_FUTURE`/`MCL_ONFAULT` default flags (`mm->def_flags`), raw `VM_*`.
     pub def_flags: u64,
+    /// Keys that pkey_alloc(2) gave: bit 1 is key 1.
+    #[serde(default)]
+    pub pkeys: u16,
     /// `PR_MDWE_*` of prctl(2).
     #[serde(default)]
     pub mdwe: u32,
@@ -87,6 +90,9 @@ pub struct Vma {
     /// `MAP_DROPPABLE`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub droppable: bool,
+    /// The key of pkey_mprotect(2); 0 is that of all other memory.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pkey: u8,
     /// mbind(2).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<MemoryPolicy>,
@@ -94,6 +100,11 @@ pub struct Vma {
     pub advice: Vec<i32>,
     /// What is mapped.
     pub backing: Backing,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(number: &u8) -> bool {
+    *number == 0
 }
 
 /// What a mapping shows.

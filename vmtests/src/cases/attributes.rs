@@ -18,6 +18,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("attributes_prctl", controls),
     Entry::carried("attributes_login", login),
     Entry::carried("attributes_keyring", keyring),
+    Entry::carried("memory_pkeys", pkeys),
     Entry::carried("memory_locked_on_fault", locked_on_fault),
     Entry::carried("memory_droppable", droppable),
 ];
@@ -213,6 +214,61 @@ pub(super) fn add_key(name: &std::ffi::CStr, keyring: i32) -> Result<i64> {
             keyring,
         )
     })
+}
+
+/// What this thread may not do with memory of each key: two bits for each.
+fn rights() -> u32 {
+    let rights: u32;
+    // SAFETY: reads a register that every processor with keys has.
+    unsafe {
+        std::arch::asm!("rdpkru", in("ecx") 0, out("eax") rights, out("edx") _);
+    }
+    rights
+}
+
+/// Protection keys with a gap between them, and memory that one of them closes.
+fn pkeys(case: &Case) -> Result<()> {
+    const DISABLE_ACCESS: u64 = 1;
+    // SAFETY: takes integers.
+    let alloc = |rights: u64| unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, rights) };
+    let keys = [alloc(0), alloc(0), alloc(DISABLE_ACCESS)];
+    ensure!(keys == [1, 2, 3], "The keys are {keys:?}");
+    // SAFETY: as above.
+    let free = |key: i64| unsafe { libc::syscall(libc::SYS_pkey_free, key) };
+    sys("pkey_free", free(2))?;
+    let mut pages = Pages::new(4 * PAGE, MapFlags::MAP_PRIVATE)?;
+    pages.write(0, 4 * PAGE).fill(6);
+    let at = pages.read(0, PAGE).as_ptr().addr();
+    let protect = |at: usize, key: i64| {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: nobody has a reference to what is closed.
+        sys("pkey_mprotect", unsafe {
+            libc::syscall(libc::SYS_pkey_mprotect, at, PAGE, prot, key)
+        })
+    };
+    protect(at, 1)?;
+    protect(at + PAGE, 3)?;
+    let before = rights();
+    case.ready()?;
+    ensure!(
+        rights() == before,
+        "Rights: {before:#x}, now {:#x}",
+        rights()
+    );
+    let key_of = |at: usize| -> Result<String> {
+        let maps = fs::read_to_string("/proc/self/smaps")?;
+        let begin = format!("{at:x}-");
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&begin));
+        let key = lines.find_map(|line| line.strip_prefix("ProtectionKey:"));
+        Ok(key.context("No key")?.trim().to_owned())
+    };
+    let found = [key_of(at)?, key_of(at + PAGE)?, key_of(at + 2 * PAGE)?];
+    ensure!(found == ["1", "3", "0"], "The keys are {found:?}");
+    protect(at + PAGE, 0)?;
+    ensure!(pages.read(0, 4 * PAGE).iter().all(|byte| *byte == 6));
+    ensure!(free(3) == 0 && free(1) == 0, "A key was not given out");
+    ensure!(free(2) == -1, "A key came back");
+    Ok(())
 }
 
 /// Memory that is locked page by page as it comes: what was never touched is still not there.

@@ -196,11 +196,17 @@ fn session_key(case: &Case) -> Result<()> {
     holds_key(SESSION_KEYRING, case)
 }
 
+/// With another one that mprotect(2) takes for memory which can only be executed.
 fn pkey(case: &Case) -> Result<()> {
     // SAFETY: takes integers.
     let key = sys("pkey_alloc", unsafe {
         libc::syscall(libc::SYS_pkey_alloc, 0, 0)
     })?;
+    let mut code = Pages::new(PAGE, MapFlags::MAP_PRIVATE)?;
+    let at = code.write(0, PAGE).as_mut_ptr();
+    // SAFETY: nobody reads it any more.
+    let made = unsafe { libc::mprotect(at.cast(), PAGE, libc::PROT_EXEC) };
+    sys("mprotect", made.into())?;
     case.ready()?;
     // SAFETY: as above.
     sys("pkey_free", unsafe {
