@@ -199,32 +199,28 @@ static __always_inline void fill_thread_attrs(struct thread_rec *r, struct task_
 		r->unusual |= THREAD_FAR_NODES;
 }
 
-/* Protection keys that were asked for: bit 0, which all have, is none of them. */
-static __always_inline u16 pkeys(struct mm_struct *mm)
+/* Protection keys. mprotect(2) itself takes the lowest free one for memory that can only be
+ * executed, and will again; with others beside it that may be another one. */
+static __always_inline void fill_pkeys(struct mm_rec *r, struct mm_struct *mm)
 {
+	u16 given;
+
+	r->pkeys = 0;
 	if (!bpf_core_field_exists(mm->context.pkey_allocation_map))
-		return 0;
-	return mm->context.pkey_allocation_map & ~1;
+		return;
+	given = mm->context.pkey_allocation_map & ~1; /* which all have */
+	if (mm->context.execute_only_pkey <= 0)
+		r->pkeys = given;
+	else if (given != 1 << 1)
+		r->unusual |= MM_PKEYS;
 }
 
-/* mprotect(2) itself takes the lowest free key for memory that can only be executed, and will
- * again; with others beside it that may be another one. */
-static __always_inline bool is_execute_only_key_beside(struct mm_struct *mm)
+static __always_inline void fill_mm_attrs(struct mm_rec *r, struct mm_struct *mm)
 {
-	u16 given = pkeys(mm);
-
-	return given && mm->context.execute_only_pkey > 0 && given != 1 << 1;
-}
-
-static __always_inline u32 mm_unusual(struct mm_struct *mm)
-{
-	u32 found = 0;
-
+	r->unusual = 0;
 	if (bpf_core_field_exists(mm->context.ldt) && mm->context.ldt)
-		found |= MM_LDT;
+		r->unusual |= MM_LDT;
 	if (bpf_core_field_exists(mm->context.lam_cr3_mask) && mm->context.lam_cr3_mask)
-		found |= MM_TAGS;
-	if (is_execute_only_key_beside(mm))
-		found |= MM_PKEYS;
-	return found;
+		r->unusual |= MM_TAGS;
+	fill_pkeys(r, mm);
 }

@@ -300,9 +300,7 @@ static __always_inline void fill_mm(struct mm_rec *r, struct task_struct *task,
 	r->env_start = mm->env_start;
 	r->env_end = mm->env_end;
 	r->vdso = (u64)mm->context.vdso;
-	r->unusual = mm_unusual(mm);
-	r->pkeys = pkeys(mm);
-	r->execute_only_key = pkeys(mm) ? mm->context.execute_only_pkey : -1;
+	fill_mm_attrs(r, mm);
 	r->exe_file = (u64)exe;
 	r->exe_ino = exe ? BPF_CORE_READ(exe, f_inode, i_ino) : 0;
 	r->exe_dev = exe ? BPF_CORE_READ(exe, f_inode, i_sb, s_dev) : 0;

@@ -273,8 +273,7 @@ impl Iterators {
         processes: &[ProcessRec],
     ) -> Result<Vec<MqueueDataRec>, ReadError> {
         let mut found = Vec::new();
-        let targets = targets(scope, processes);
-        let runs: Vec<_> = targets.iter().map(|one| (Pass::Files, *one)).collect();
+        let runs = over_files(scope, processes);
         self.windows("messages", scope, &runs, want::MQUEUE_DATA, |raw| {
             found.push(raw.decode()?);
             Ok(())
@@ -294,8 +293,7 @@ impl Iterators {
         scope: Scope,
         processes: &[ProcessRec],
     ) -> Result<Vec<Waiting>, ReadError> {
-        let targets = targets(scope, processes);
-        let runs: Vec<_> = targets.iter().map(|one| (Pass::Files, *one)).collect();
+        let runs = over_files(scope, processes);
         self.connections("connections to accept", scope, &runs)
     }
 
@@ -540,6 +538,11 @@ fn targets(scope: Scope, processes: &[ProcessRec]) -> Vec<Target> {
         1..=FEW_WALKS => processes.iter().map(Target::of).collect(),
         _ => vec![scope.target()],
     }
+}
+
+fn over_files(scope: Scope, processes: &[ProcessRec]) -> Vec<(Pass, Target)> {
+    let targets = targets(scope, processes).into_iter();
+    targets.map(|target| (Pass::Files, target)).collect()
 }
 
 #[cfg(test)]

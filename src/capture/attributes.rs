@@ -179,13 +179,6 @@ pub fn mce_kill_early(rec: &ThreadRec) -> Option<bool> {
     (rec.task_flags & PF_MCE_PROCESS != 0).then_some(rec.task_flags & PF_MCE_EARLY != 0)
 }
 
-/// Keys that were asked for, and not that for memory that can only be executed.
-#[must_use]
-pub fn pkeys(rec: &MmRec) -> u16 {
-    let execute_only = u32::try_from(rec.execute_only_key).map_or(0, |key| 1 << key);
-    rec.pkeys & !execute_only
-}
-
 /// `PR_MDWE_*` from `MMF_HAS_MDWE` and `MMF_HAS_MDWE_NO_INHERIT` (since 6.3 and 6.6).
 #[must_use]
 pub fn mdwe(rec: &MmRec) -> u32 {
@@ -241,18 +234,6 @@ mod tests {
         };
         assert_eq!(policy(&rec), Some(expected));
         assert_eq!(policy(&PolicyRec::default()), None);
-    }
-
-    #[test]
-    fn the_key_of_code_is_not_asked_for() {
-        let of = |pkeys, execute_only_key| {
-            super::pkeys(&MmRec {
-                pkeys,
-                execute_only_key,
-                ..MmRec::default()
-            })
-        };
-        assert_eq!([of(0b1010, -1), of(0b10, 1), of(0, -1)], [0b1010, 0, 0]);
     }
 
     #[test]

@@ -257,7 +257,7 @@ impl Memory {
                 vmas,
                 pages: copied.runs,
                 def_flags: rec.def_flags,
-                pkeys: attributes::pkeys(rec),
+                pkeys: rec.pkeys,
                 mdwe: attributes::mdwe(rec),
                 merge_any: attributes::merges_any(rec),
                 membarrier: mm::membarrier(rec),

@@ -26,7 +26,7 @@ pub struct Mm {
     pub def_flags: u64,
     /// Keys that pkey_alloc(2) gave: bit 1 is key 1.
     #[serde(default)]
-    pub pkeys: u16,
+    pub pkeys: u32,
     /// `PR_MDWE_*` of prctl(2).
     #[serde(default)]
     pub mdwe: u32,

@@ -1,4 +1,4 @@
-//! Attributes that few programs have: NUMA policies, prctl(2), the login UID, keyrings, and what
+//! Attributes that few programs have: limits, NUMA policies, prctl(2), the login UID, keyrings, and what
 //! memory is told.
 
 use std::fs;
@@ -6,14 +6,16 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sys::mman::MapFlags;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::child::Child;
 use super::memory::{PAGE, Pages};
-use super::probe::{join, sys};
+use super::probe::{join, smaps_at, sys, vm_flags_at};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
 pub const CASES: &[Entry] = &[
+    Entry::carried("attributes_limits", limits),
     Entry::carried("attributes_numa", numa),
     Entry::carried("attributes_prctl", controls),
     Entry::carried("attributes_login", login),
@@ -255,13 +257,7 @@ fn pkeys(case: &Case) -> Result<()> {
         "Rights: {before:#x}, now {:#x}",
         rights()
     );
-    let key_of = |at: usize| -> Result<String> {
-        let maps = fs::read_to_string("/proc/self/smaps")?;
-        let begin = format!("{at:x}-");
-        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&begin));
-        let key = lines.find_map(|line| line.strip_prefix("ProtectionKey:"));
-        Ok(key.context("No key")?.trim().to_owned())
-    };
+    let key_of = |at| smaps_at(at, "ProtectionKey:");
     let found = [key_of(at)?, key_of(at + PAGE)?, key_of(at + 2 * PAGE)?];
     ensure!(found == ["1", "3", "0"], "The keys are {found:?}");
     protect(at + PAGE, 0)?;
@@ -295,19 +291,9 @@ fn locked_on_fault(case: &Case) -> Result<()> {
     for page in there {
         ensure!(pages.read(page * PAGE, PAGE).iter().all(|byte| *byte == 9));
     }
-    let flags = flags_of(at)?;
+    let flags = vm_flags_at(at)?;
     ensure!(flags.contains(&"lo".to_owned()), "It is {flags:?}");
     Ok(())
-}
-
-/// `VmFlags` of the mapping at an address.
-fn flags_of(at: usize) -> Result<Vec<String>> {
-    let maps = fs::read_to_string("/proc/self/smaps")?;
-    let begin = format!("{at:x}-");
-    let mut lines = maps.lines().skip_while(|line| !line.starts_with(&begin));
-    let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"));
-    let flags = flags.context("No such mapping")?;
-    Ok(flags.split_whitespace().map(str::to_owned).collect())
 }
 
 /// Memory that the kernel may drop, as the C library has it for random numbers.
@@ -325,10 +311,56 @@ fn droppable(case: &Case) -> Result<()> {
     }
     case.ready()?;
     if made {
-        let flags = flags_of(at.addr())?;
+        let flags = vm_flags_at(at.addr())?;
         ensure!(flags.contains(&"dp".to_owned()), "It is {flags:?}");
         // SAFETY: mapped, and ours.
         unsafe { at.cast::<u8>().write_volatile(1) };
     }
     Ok(())
+}
+
+/// Resource limits, soft and hard.
+fn limits(case: &Case) -> Result<()> {
+    let wanted = [
+        (Resource::RLIMIT_NOFILE, 300, 400),
+        (Resource::RLIMIT_CORE, 0, 12_345),
+        (Resource::RLIMIT_STACK, 4 << 20, 16 << 20),
+        (Resource::RLIMIT_MEMLOCK, 8192, 65_536),
+        (Resource::RLIMIT_NPROC, 1000, 2000),
+        (Resource::RLIMIT_FSIZE, 1 << 30, 1 << 31),
+        (Resource::RLIMIT_AS, 1 << 33, 1 << 34),
+        (Resource::RLIMIT_CPU, 100_000, 200_000),
+        (Resource::RLIMIT_SIGPENDING, 55, 66),
+    ];
+    let dir = case.dir().to_owned();
+    let child = Child::start(&dir, "limits", |turn| {
+        for (resource, soft, hard) in wanted {
+            setrlimit(resource, soft, hard).with_context(|| format!("Set {resource:?}"))?;
+        }
+        turn.wait();
+        for (resource, soft, hard) in wanted {
+            let now = getrlimit(resource)?;
+            ensure!(
+                now == (soft, hard),
+                "{resource:?} was {:?}, is {now:?}",
+                (soft, hard)
+            );
+        }
+        ensure!(
+            (0..500)
+                .map(|_| fs::File::open("/dev/null"))
+                .collect::<Result<Vec<_>, _>>()
+                .is_err(),
+            "The limit of open files has no effect"
+        );
+        Ok(())
+    })?;
+    child.waits()?;
+    let before = getrlimit(Resource::RLIMIT_NOFILE)?;
+    case.ready()?;
+    ensure!(
+        getrlimit(Resource::RLIMIT_NOFILE)? == before,
+        "The parent's limit has changed"
+    );
+    child.finish()
 }

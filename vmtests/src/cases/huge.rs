@@ -16,7 +16,7 @@ use nix::unistd::ftruncate;
 
 use super::child::Child;
 use super::memory::Pages;
-use super::probe::{check_pattern, fill, sys};
+use super::probe::{check_pattern, fill, smaps_at, sys};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -54,16 +54,9 @@ fn pool() -> Result<()> {
 
 /// That the mapping at an address is of huge pages, and how many bytes of it are there.
 fn check_huge(address: usize, touched: usize) -> Result<()> {
-    let smaps = fs::read_to_string("/proc/self/smaps")?;
-    let begin = format!("{address:x}-");
-    let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&begin));
-    lines.next().context("The mapping is gone")?;
     let of = |name: &str| -> Result<usize> {
-        let line = lines
-            .clone()
-            .find_map(|line| line.strip_prefix(name))
-            .with_context(|| format!("No {name}"))?;
-        Ok(line.trim().trim_end_matches(" kB").parse()?)
+        let kib = smaps_at(address, name)?;
+        Ok(kib.trim_end_matches(" kB").parse()?)
     };
     let page = of("KernelPageSize:")?;
     ensure!(page == HUGE >> 10, "Its pages have {page} KiB");

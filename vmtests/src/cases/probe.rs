@@ -150,22 +150,28 @@ pub fn permissions_at(address: usize) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// The `VmFlags` of /proc/self/smaps at an address.
-pub fn vm_flags_at(address: usize) -> Result<Vec<String>> {
+/// What /proc/self/smaps says in this field (with its colon) of what is mapped at an address.
+pub fn smaps_at(address: usize, field: &str) -> Result<String> {
     let smaps = fs::read_to_string("/proc/self/smaps").context("Read /proc/self/smaps")?;
     let mut inside = false;
     for line in smaps.lines() {
         let first = line.split(' ').next().unwrap_or_default();
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
+        if let Some(text) = line.strip_prefix(field) {
             if inside {
-                return Ok(flags.split_whitespace().map(str::to_owned).collect());
+                return Ok(text.trim().to_owned());
             }
         } else if let Some((start, end)) = first.split_once('-') {
             inside = (usize::from_str_radix(start, 16)?..usize::from_str_radix(end, 16)?)
                 .contains(&address);
         }
     }
-    bail!("Nothing is mapped at {address:#x}")
+    bail!("Nothing is mapped at {address:#x}, or it has no {field}")
+}
+
+/// The `VmFlags` at an address.
+pub fn vm_flags_at(address: usize) -> Result<Vec<String>> {
+    let flags = smaps_at(address, "VmFlags:")?;
+    Ok(flags.split_whitespace().map(str::to_owned).collect())
 }
 
 /// A number from `/proc/self/status` or `/proc/PID/status`.

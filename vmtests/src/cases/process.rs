@@ -10,7 +10,6 @@ use anyhow::{Context, Result, anyhow, ensure};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::EventFd;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::stat::{Mode, umask};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -34,7 +33,6 @@ pub const CASES: &[Entry] = &[
     Entry::carried("process_identity", identity),
     Entry::carried("credentials", credentials),
     Entry::carried("attributes", attributes),
-    Entry::carried("attributes_limits", limits),
 ];
 
 /// A program that has children by vfork(2), as one that starts others does. As long as such a
@@ -564,51 +562,5 @@ fn attributes(case: &Case) -> Result<()> {
     })?;
     child.waits()?;
     case.ready()?;
-    child.finish()
-}
-
-/// Resource limits, soft and hard.
-fn limits(case: &Case) -> Result<()> {
-    let wanted = [
-        (Resource::RLIMIT_NOFILE, 300, 400),
-        (Resource::RLIMIT_CORE, 0, 12_345),
-        (Resource::RLIMIT_STACK, 4 << 20, 16 << 20),
-        (Resource::RLIMIT_MEMLOCK, 8192, 65_536),
-        (Resource::RLIMIT_NPROC, 1000, 2000),
-        (Resource::RLIMIT_FSIZE, 1 << 30, 1 << 31),
-        (Resource::RLIMIT_AS, 1 << 33, 1 << 34),
-        (Resource::RLIMIT_CPU, 100_000, 200_000),
-        (Resource::RLIMIT_SIGPENDING, 55, 66),
-    ];
-    let dir = case.dir().to_owned();
-    let child = Child::start(&dir, "limits", |turn| {
-        for (resource, soft, hard) in wanted {
-            setrlimit(resource, soft, hard).with_context(|| format!("Set {resource:?}"))?;
-        }
-        turn.wait();
-        for (resource, soft, hard) in wanted {
-            let now = getrlimit(resource)?;
-            ensure!(
-                now == (soft, hard),
-                "{resource:?} was {:?}, is {now:?}",
-                (soft, hard)
-            );
-        }
-        ensure!(
-            (0..500)
-                .map(|_| fs::File::open("/dev/null"))
-                .collect::<Result<Vec<_>, _>>()
-                .is_err(),
-            "The limit of open files has no effect"
-        );
-        Ok(())
-    })?;
-    child.waits()?;
-    let before = getrlimit(Resource::RLIMIT_NOFILE)?;
-    case.ready()?;
-    ensure!(
-        getrlimit(Resource::RLIMIT_NOFILE)? == before,
-        "The parent's limit has changed"
-    );
     child.finish()
 }

@@ -34,7 +34,8 @@ pub enum Expect {
     Carried,
     /// The same, but not when it has run on in between: what only the kernel has is over then.
     CarriedOnce,
-    /// The same as carried, but another kernel may keep it in another form: an update to that is refused.
+    /// Checkpoint and restore it; but another kernel may keep it in another form: an update to
+    /// that is refused.
     CarriedAlike,
     /// The same, but only the newer of the kernels can make it again: refuse what the older one
     /// would have to restore, with this text.
