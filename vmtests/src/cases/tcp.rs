@@ -103,7 +103,7 @@ const CLOSE: u8 = 7;
 
 /// A connection that our end has closed, with more sent than the other takes at once.
 struct Orphaned {
-    client: TcpStream,
+    reader: TcpStream,
     sent: usize,
     received: Vec<u8>,
 }
@@ -114,26 +114,28 @@ impl Orphaned {
     /// `shut`: the other end has sent a FIN before.
     fn make(address: IpAddr, shut: bool) -> Result<Self> {
         let listener = TcpListener::bind((address, 0))?;
-        let (mut server, client) = pair(&listener)?;
-        setsockopt(&server, sockopt::SndBuf, &(512 << 10))?;
-        setsockopt(&client, sockopt::RcvBuf, &(16 << 10))?;
+        // Before the connection: a queue that is smaller than the window told before
+        // would drop segments, and these are sent again only after up to two minutes.
+        setsockopt(&listener, sockopt::RcvBuf, &(16 << 10))?;
+        let (reader, mut ours) = pair(&listener)?;
+        setsockopt(&ours, sockopt::SndBuf, &(512 << 10))?;
         if shut {
-            client.shutdown(Shutdown::Write)?;
-            ensure!(server.read(&mut [0])? == 0, "No end of file");
+            reader.shutdown(Shutdown::Write)?;
+            ensure!(ours.read(&mut [0])? == 0, "No end of file");
         }
-        server.set_nonblocking(true)?;
-        client.set_nonblocking(true)?;
+        ours.set_nonblocking(true)?;
+        reader.set_nonblocking(true)?;
         let bytes = pattern(Self::SEED, 8 << 20);
         let mut sent = 0;
         loop {
-            match server.write(&bytes[sent..]) {
+            match ours.write(&bytes[sent..]) {
                 Ok(count) => sent += count,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error).context("Fill the send queue"),
             }
         }
         Ok(Self {
-            client,
+            reader,
             sent,
             received: Vec::new(),
         })
@@ -142,7 +144,7 @@ impl Orphaned {
     /// Takes a little, without which the kernel would give up after three minutes.
     fn take_some(&mut self) -> Result<()> {
         let mut bytes = [0; 2048];
-        match self.client.read(&mut bytes) {
+        match self.reader.read(&mut bytes) {
             Ok(count) => self.received.extend(&bytes[..count]),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Err(error).context("Read a little"),
@@ -151,8 +153,8 @@ impl Orphaned {
     }
 
     fn finish(mut self) -> Result<()> {
-        self.client.set_nonblocking(false)?;
-        self.client.read_to_end(&mut self.received)?;
+        self.reader.set_nonblocking(false)?;
+        self.reader.read_to_end(&mut self.received)?;
         ensure!(
             self.received == pattern(Self::SEED, self.sent),
             "Of {} bytes sent before the close came {}, or others",
