@@ -99,7 +99,7 @@ static __always_inline void adopt(struct sock *sk, u64 seq)
 /* Whether what happens to a socket is said: who changes it may be anyone. */
 static __always_inline bool sock_tracked(const bool typed, struct sock *sk)
 {
-	return current_tracked() || made_inside(typed, sk) || is_adopted(sk);
+	return root_count && (current_tracked() || made_inside(typed, sk) || is_adopted(sk));
 }
 
 /* `typed` is about the socket, see MEMBER. */

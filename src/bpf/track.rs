@@ -103,6 +103,7 @@ impl Hooks {
     /// Loads and attaches the better set that the kernel accepts, or the one asked for. They
     /// track these cgroups with everything below them, from [`Hooks::start`] on: cgroup id and
     /// depth below the root cgroup. At most [`events::TRK_MAX_ROOTS`](super::events) count.
+    /// Without any the programs return at once, and cost what no hook can cost less than.
     ///
     /// # Errors
     ///

@@ -2,7 +2,8 @@
 //! network lock report and hold them so, on the kernel at hand.
 //!
 //! `iter_check` runs everything that leaves the rest of the machine alone; `iter_check --all` also
-//! what locks all TCP of the machine for a moment.
+//! what locks all TCP of the machine for a moment; `iter_check --idle-hooks fentry|fallback` attaches
+//! the hooks of a set with nothing to do, until it is killed.
 
 mod files;
 mod lock;
@@ -15,12 +16,16 @@ mod vmas;
 use anyhow::{Context, Result, bail};
 use tracker::bpf::features::Features;
 use tracker::bpf::iter::Iterators;
+use tracker::bpf::track::{HookSet, Hooks, Options};
 
 fn main() -> Result<()> {
-    let everything = match std::env::args().nth(1).as_deref() {
-        None => false,
-        Some("--all") => true,
-        Some(other) => bail!("Unknown argument {other}"),
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let everything = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => false,
+        ["--all"] => true,
+        ["--idle-hooks", "fentry"] => return idle_hooks(HookSet::Fentry),
+        ["--idle-hooks", "fallback"] => return idle_hooks(HookSet::Fallback),
+        _ => bail!("Unknown arguments {arguments:?}"),
     };
     let features = Features::probe();
     println!("{}", serde_json::to_string_pretty(&features)?);
@@ -69,4 +74,17 @@ fn main() -> Result<()> {
         println!("ok lock of {name}");
     }
     Ok(())
+}
+
+/// For `cargo xtask overhead`: what hooks cost that do nothing.
+fn idle_hooks(set: HookSet) -> Result<()> {
+    let options = Options {
+        set: Some(set),
+        ..Options::default()
+    };
+    let hooks = Hooks::load(&options, &[])?;
+    println!("attached {}", hooks.attached.len());
+    loop {
+        std::thread::park();
+    }
 }

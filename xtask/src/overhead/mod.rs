@@ -126,6 +126,9 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct SetReport {
     hooks: Hooks,
+    /// With the same hooks, but programs that return at once, and no agent: what no hook can
+    /// cost less than.
+    idle: Vec<Cost>,
     untracked: Vec<Cost>,
     tracked: Vec<Cost>,
     /// The tracked operations again, with the statistics of BPF programs on.
@@ -178,7 +181,7 @@ fn measure(arguments: &Arguments, kernel: Kernel) -> Result<Report> {
     }
     vm.sh(&format!("mkdir {AGENT_CGROUP}"))?.check()?;
     let bench = Bench { vm: &vm, arguments };
-    let without = bench.costs(Place::Outside, None)?;
+    let without = bench.costs(Place::Outside, "no agent", false)?;
     let mut sets = Vec::new();
     for hooks in [Hooks::Fentry, Hooks::Fallback] {
         if arguments.hooks.is_none_or(|only| only == hooks) {
@@ -192,7 +195,7 @@ fn measure(arguments: &Arguments, kernel: Kernel) -> Result<Report> {
     Ok(Report {
         kernel: vm.hello().release,
         without,
-        again: bench.costs(Place::Outside, None)?,
+        again: bench.costs(Place::Outside, "no agent", false)?,
         sets,
     })
 }
@@ -205,9 +208,11 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn with_agent(&self, hooks: Hooks) -> Result<SetReport> {
+        let idle = self.with_idle_hooks(hooks)?;
         let agent = self.start_agent(hooks)?;
-        let untracked = self.costs(Place::Outside, Some(hooks))?;
-        let tracked = self.costs(Place::Inside, Some(hooks))?;
+        let whose = format!("agent with {}", hooks.name());
+        let untracked = self.costs(Place::Outside, &whose, true)?;
+        let tracked = self.costs(Place::Inside, &whose, true)?;
         let programs = match self.arguments.programs {
             true => self.program_runs()?,
             false => Vec::new(),
@@ -215,21 +220,43 @@ impl Bench<'_> {
         self.stop(agent)?;
         Ok(SetReport {
             hooks,
+            idle,
             untracked,
             tracked,
             programs,
         })
     }
 
-    fn costs(&self, place: Place, agent: Option<Hooks>) -> Result<Vec<Cost>> {
-        self.say(&format!(
-            "{}, {}",
-            agent.map_or("no agent", Hooks::name),
-            place.name()
-        ));
-        let mut costs = self.operations(place, agent.is_some(), &[])?;
+    fn with_idle_hooks(&self, hooks: Hooks) -> Result<Vec<Cost>> {
+        let program = format!("{TESTS_DIR}/iter_check");
+        let log = "/root/idle-hooks.log";
+        let command = Exec::new([&program, "--idle-hooks", hooks.name()]);
+        let pid = self.vm.spawn(command, Some(log))?;
+        let ready = format!(
+            "for i in $(seq 300); do grep -q attached {log} && exit 0; sleep 0.1; done; exit 1"
+        );
+        self.vm
+            .exec(Exec::new(["sh", "-c", &ready]).timeout(PATIENCE))?
+            .check()
+            .with_context(|| self.said("iter_check", log))?;
+        let whose = format!("idle hooks of {}", hooks.name());
+        let costs = self.costs(Place::Outside, &whose, false)?;
+        self.stop(pid)?;
+        Ok(costs)
+    }
+
+    /// What a spawned program has said.
+    fn said(&self, program: &str, log: &str) -> String {
+        let said = self.vm.read_file(log).unwrap_or_default();
+        format!("{program}: {}", String::from_utf8_lossy(&said))
+    }
+
+    /// `beside`: what else runs, for who looks on.
+    fn costs(&self, place: Place, beside: &str, agent: bool) -> Result<Vec<Cost>> {
+        self.say(&format!("{beside}, {}", place.name()));
+        let mut costs = self.operations(place, agent, &[])?;
         if !self.arguments.no_servers {
-            costs.extend(servers::costs(self, place, agent.is_some())?);
+            costs.extend(servers::costs(self, place, agent)?);
         }
         Ok(costs)
     }
@@ -291,10 +318,7 @@ impl Bench<'_> {
         self.vm
             .exec(Exec::new(["sh", "-c", ready]).timeout(PATIENCE))?
             .check()
-            .with_context(|| {
-                let said = self.vm.read_file(log).unwrap_or_default();
-                format!("tracker agent: {}", String::from_utf8_lossy(&said))
-            })?;
+            .with_context(|| self.said("tracker agent", log))?;
         // What it does once is not what tracking costs.
         apps::await_spare(self.vm)?;
         let status = self

@@ -57,16 +57,16 @@ pub(super) fn text(report: &Report) -> Result<String> {
 fn comparison(text: &mut String, report: &Report, set: &SetReport) -> Result<()> {
     writeln!(
         text,
-        "| | instructions | measured again | untracked | tracked | goal | agent, instructions |"
+        "| | instructions | measured again | idle hooks | untracked | tracked | goal | agent, instructions |"
     )?;
-    writeln!(text, "|---|--:|--:|--:|--:|--:|--:|")?;
+    writeln!(text, "|---|--:|--:|--:|--:|--:|--:|--:|")?;
     for without in &report.without {
         let name = &without.name;
         let dearer =
             |costs: &[Cost]| find(costs, name).map(|cost| percent(cost.median, without.median));
         let goal = goal(name);
-        let again =
-            dearer(&report.again).map_or("–".to_owned(), |value| format!("{value:+.1} %"));
+        let again = cell(dearer(&report.again), None);
+        let idle = cell(dearer(&set.idle), None);
         let untracked = cell(dearer(&set.untracked), Some(goal.untracked));
         let tracked = cell(dearer(&set.tracked), goal.tracked);
         let agent = find(&set.tracked, name)
@@ -75,7 +75,7 @@ fn comparison(text: &mut String, report: &Report, set: &SetReport) -> Result<()>
             .map_or("–".to_owned(), |agent| grouped(agent.max(0.0)));
         writeln!(
             text,
-            "| {name} | {} | {again} | {untracked} | {tracked} | {} | {agent} |",
+            "| {name} | {} | {again} | {idle} | {untracked} | {tracked} | {} | {agent} |",
             grouped(without.median),
             wanted(goal),
         )?;
@@ -176,6 +176,10 @@ mod tests {
             again: vec![cost("read", 700.0, None), cost("open+close", 9_990.0, None)],
             sets: vec![SetReport {
                 hooks: Hooks::Fentry,
+                idle: vec![
+                    cost("read", 700.0, None),
+                    cost("open+close", 10_260.0, None),
+                ],
                 untracked: vec![
                     cost("read", 700.7, Some(0.0)),
                     cost("open+close", 10_400.0, Some(-1.0)),
@@ -192,8 +196,8 @@ mod tests {
         assert_eq!(
             rows,
             [
-                "| read | 700 | +0.0 % | +0.1 % | **+1.0 %** | 0 % | 0 |",
-                "| open+close | 10,000 | -0.1 % | **+4.0 %** | +9.0 % | 3 % / 10 % | 4,321 |",
+                "| read | 700 | +0.0 % | +0.0 % | +0.1 % | **+1.0 %** | 0 % | 0 |",
+                "| open+close | 10,000 | -0.1 % | +2.6 % | **+4.0 %** | +9.0 % | 3 % / 10 % | 4,321 |",
                 "",
             ]
         );
