@@ -242,6 +242,10 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 		r->flags |= SOCK_REUSEPORT;
 	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_ipv6only))
 		r->flags |= SOCK_V6ONLY;
+	if (socket->state == SS_CONNECTED)
+		r->flags |= SOCK_WAS_CONNECTED;
+	if (sk->__sk_common.skc_flags & TRK_SOCK_DONE)
+		r->flags |= SOCK_GOT_FIN;
 	fill_filter(r, sk);
 	r->bound_ifindex = sk->__sk_common.skc_bound_dev_if;
 	r->mark = sk->sk_mark;

@@ -113,7 +113,11 @@ struct sock {
 	struct sock_cgroup_data sk_cgrp_data;
 	void *sk_policy[2];
 };
+typedef enum {
+	SS_CONNECTED = 3,
+} socket_state;
 struct socket {
+	socket_state state;
 	short type;
 	unsigned long flags;
 	struct file *file;

@@ -20,6 +20,9 @@ enum sock_flag {
 	SOCK_CORKED = 2048,    /* a datagram that is sent in parts has begun */
 	SOCK_ROUTER = 4096,    /* raw, and gets packets with Router Alert or routes multicast */
 	SOCK_PACKETS = 8192,   /* of AF_PACKET with a ring, a fanout group or memberships */
+	/* of a TCP connection, also when it is over; iterators only */
+	SOCK_WAS_CONNECTED = 16384, /* no connect(2) that failed or is under way */
+	SOCK_GOT_FIN = 32768,	    /* reading comes to an end, whatever else happened */
 };
 
 /* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted
@@ -27,6 +30,8 @@ enum sock_flag {
 #define TRK_SK_FLAGS_SHIFT 16
 /* OOBINLINE, KEEPALIVE, LINGER, BROADCAST, TIMESTAMP, TIMESTAMPNS, DONTROUTE */
 #define TRK_SK_FLAGS_MASK 0x385c
+/* SOCK_DONE of them: a FIN was received */
+#define TRK_SOCK_DONE 2
 #define TRK_CONGESTION_LEN 16
 
 /* sock_opts.more */

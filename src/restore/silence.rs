@@ -15,7 +15,7 @@ pub fn open(app: &Application, options: &RestoreOptions) -> Result<Option<NetLoc
     let lock = match &options.network_lock {
         None => Ok(None),
         Some(dir) if dir.exists() => NetLock::open_pinned(dir).map(Some),
-        Some(_) => around(&files::unaccepted(app)),
+        Some(_) => around(&files::brought_by_packets(app)),
     };
     lock.map_err(|e| RestoreError::Lock(e.to_string()))
 }

@@ -18,9 +18,9 @@ use tracker::model::frozen::{
     Interface, Interfaces, IntervalTimer, JobStop, Lease, LockKind, Membership, Milestone, Mm,
     OpenFile, Origin, Outgoing, PathRef, PeerCredentials, PipeState, PosixTimer, Process,
     Registers, Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket,
-    SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpOptions, TcpWindow,
-    Thread, Through, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState, WaitingConnection,
-    WaitingEnd, WaitingUnix,
+    SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpEnded, TcpOptions,
+    TcpWindow, Thread, Through, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState,
+    WaitingConnection, WaitingEnd, WaitingUnix,
 };
 use tracker::model::ids::{Fd, FilesId, FsId, InodeId, MmId, OfdId, Pid, Tid};
 use tracker::model::verify::Verification;
@@ -542,6 +542,14 @@ fn sockets() -> Vec<SocketState> {
             .into(),
         },
         SocketState::TcpConnection(Box::new(connection())),
+        SocketState::TcpEnded(Box::new(TcpEnded {
+            v6: true,
+            local: ends().0,
+            remote: ends().1,
+            received: b"the rest".to_vec().into(),
+            fin: true,
+            error: 32,
+        })),
         unix(path, UnixState::Unconnected),
         unix(name, UnixState::Listening { backlog: 5 }),
         unix(None, UnixState::Connected { peer: OfdId(16) }),

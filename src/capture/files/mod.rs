@@ -7,6 +7,7 @@
 mod accept;
 mod borrow;
 mod describe;
+mod ended;
 mod error;
 mod filter;
 mod idle;
@@ -158,6 +159,7 @@ pub(in crate::capture) fn collect(
         reader.describe(file)?;
     }
     reader.describe_in_flight(iterators)?;
+    reader.describe_ended(iterators)?;
     reader.check_pipes()?;
     reader.check_terminals()?;
     reader.check_mqueues()?;

@@ -3,16 +3,15 @@
 use super::borrow::Borrowed;
 use super::idle::IdleSockets;
 use super::tcp::{self, TcpReadError};
-use super::{CollectError, filter, interfaces, raw, udp};
+use super::{CollectError, ended, filter, interfaces, raw, udp};
 use crate::bpf::events::{MemberRec, SockFlag, SockRec};
-use crate::model::frozen::{Blocker, Interfaces, SockOption, Socket, SocketState};
-use crate::model::ids::{Fd, Pid};
-use crate::sys::socket::{Count, queued, set_int_option};
+use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
+use crate::sys::socket::set_int_option;
 use crate::sys::tcp as repair;
 use nix::libc;
 use nix::sys::socket as ns;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// `TCP_ESTABLISHED` of include/net/tcp_states.h.
 pub(super) const ESTABLISHED: u8 = 1;
@@ -31,6 +30,9 @@ pub struct Read {
     pub socket: Socket,
     /// The connection, which must leave repair mode if the application goes on.
     pub repaired: Option<Connection>,
+    /// A connection that has ended since its record was made, which does not tell how; `socket`
+    /// does not either.
+    pub ended: Option<Borrowed>,
 }
 
 /// A connection in repair mode.
@@ -222,6 +224,7 @@ pub(super) fn whole(
             state,
         },
         repaired: None,
+        ended: None,
     })
 }
 
@@ -245,23 +248,15 @@ fn read_netlink(
 /// # Errors
 /// A socket call fails.
 fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<Read, CollectError> {
-    let filter = filter::read(&from, rec)?;
-    let (state, repaired) = match addresses(rec) {
+    match addresses(rec) {
         (Some(local), Some(remote)) if is_connection(rec) => {
-            read_connection(from, rec, local, remote)?
+            read_connection(from, rec, options, local, remote)
         }
-        (local, _) => (read_unconnected(&from, rec, local)?, None),
-    };
-    Ok(Read {
-        socket: Socket {
-            inode: rec.ino,
-            options,
-            filter,
-            interfaces: Interfaces::default(),
-            state,
-        },
-        repaired,
-    })
+        (local, _) => {
+            let state = read_unconnected(&from, rec, local)?;
+            whole(&from, rec, options, state)
+        }
+    }
 }
 
 pub(super) fn is_v6(rec: &SockRec) -> bool {
@@ -271,25 +266,32 @@ pub(super) fn is_v6(rec: &SockRec) -> bool {
 fn read_connection(
     from: Borrowed,
     rec: &SockRec,
+    options: Vec<SockOption>,
     local: SocketAddr,
     remote: SocketAddr,
-) -> Result<(SocketState, Option<Connection>), CollectError> {
+) -> Result<Read, CollectError> {
     let v6 = is_v6(rec);
+    let idle = SocketState::TcpIdle { v6, local: None };
+    let mut read = whole(&from, rec, options, idle)?;
+    repair::enter_repair(from.as_fd()).map_err(from.socket_failed())?;
     let (call_failed, peek_failed) = (from.socket_failed(), from.failed("recv"));
     let (pid, number) = (from.pid, from.number);
-    repair::enter_repair(from.as_fd()).map_err(from.socket_failed())?;
     let connection = Connection {
         fd: from.fd,
         reuse: rec.opts.flags & SockFlag::REUSEADDR != 0,
     };
     match tcp::read(connection.fd.as_fd(), local, remote, v6, rec.shutdown) {
-        Ok(Some(read)) => Ok((SocketState::TcpConnection(Box::new(read)), Some(connection))),
+        Ok(Some(state)) => {
+            read.socket.state = SocketState::TcpConnection(Box::new(state));
+            read.repaired = Some(connection);
+            Ok(read)
+        }
         // It was reset after its record was made.
         Ok(None) => {
             undo(&connection);
-            nothing_unread(pid, number, connection.fd.as_fd())?;
-            let local = Some(local);
-            Ok((SocketState::TcpIdle { v6, local }, None))
+            let fd = connection.fd;
+            read.ended = Some(Borrowed { pid, number, fd });
+            Ok(read)
         }
         Err(error) => {
             undo(&connection);
@@ -316,25 +318,11 @@ fn read_unconnected(
             v6,
             waiting: Vec::new(),
         },
-        local => {
-            nothing_unread(from.pid, from.number, from.as_fd())?;
-            SocketState::TcpIdle { v6, local }
-        }
+        local => match ended::read(from, rec)? {
+            Some(ended) => SocketState::TcpEnded(Box::new(ended)),
+            None => SocketState::TcpIdle { v6, local },
+        },
     })
-}
-
-/// That a connection which has ended has nothing that could still be read.
-fn nothing_unread(pid: Pid, fd: Fd, socket: BorrowedFd<'_>) -> Result<(), CollectError> {
-    let unread = queued(socket, Count::Unread);
-    match unread.map_err(|source| CollectError::Socket { pid, fd, source })? {
-        0 => Ok(()),
-        bytes => Err(CollectError::Blocked(Blocker {
-            pid,
-            fd: Some(fd),
-            object: "TCP connection that has ended".to_owned(),
-            reason: format!("{bytes} bytes of it were not read, which is not carried; try again"),
-        })),
-    }
 }
 
 /// A listener whose options are known, from its record alone, without its accept queue; `None` if

@@ -97,6 +97,8 @@ pub enum SocketState {
     },
     /// A TCP connection.
     TcpConnection(Box<TcpConnection>),
+    /// A TCP connection that is over, and that the application has not closed.
+    TcpEnded(Box<TcpEnded>),
     /// Unix domain socket.
     Unix(UnixSocket),
     /// UDP over IPv4 or IPv6.
@@ -186,6 +188,23 @@ pub struct TcpConnection {
     pub window: TcpWindow,
     /// Negotiated options.
     pub negotiated: TcpOptions,
+}
+
+/// What is left of a TCP connection that is over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TcpEnded {
+    /// IPv6 socket.
+    pub v6: bool,
+    /// Our end was here.
+    pub local: SocketAddr,
+    /// Theirs was there.
+    pub remote: SocketAddr,
+    /// What was received and not read.
+    pub received: ByteBuf,
+    /// The peer had closed its side, so that reading comes to an end without an error.
+    pub fin: bool,
+    /// `ECONNRESET` or `EPIPE` if the application is still to be told, else 0.
+    pub error: i32,
 }
 
 /// A TCP connection that nobody has accepted yet: it has received, and sent nothing.

@@ -2,8 +2,8 @@
 //! sent, the last of the handshake first (see [`Handshakes`]).
 
 use super::error::{FilesError, call, socket};
-use super::ip::{Sender, has_arrived};
-use super::segment::{ACK, FIN, PSH, Peer, RST};
+use super::ip::{Sender, until};
+use super::segment::{ACK, CLOSE_WAIT, FIN, PSH, Peer, RST};
 use crate::bpf::accept::{Handshake, Handshakes};
 use crate::model::frozen::{Application, FileKind, SocketState, WaitingConnection, WaitingEnd};
 use crate::model::ids::OfdId;
@@ -14,9 +14,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-
-/// `TCP_CLOSE_WAIT`.
-const CLOSE_WAIT: u8 = 8;
 
 /// Listeners with connections that they have not accepted.
 fn listeners(app: &Application) -> impl Iterator<Item = (OfdId, SocketAddr, &[WaitingConnection])> {
@@ -32,10 +29,9 @@ fn listeners(app: &Application) -> impl Iterator<Item = (OfdId, SocketAddr, &[Wa
 }
 
 /// Both ends of all connections that nobody has accepted, the application's first.
-#[must_use]
-pub fn unaccepted(app: &Application) -> Vec<(SocketAddr, SocketAddr)> {
+pub(super) fn unaccepted(app: &Application) -> impl Iterator<Item = (SocketAddr, SocketAddr)> {
     let all = listeners(app).flat_map(|(_, _, waiting)| waiting);
-    all.map(|one| (one.local, one.remote)).collect()
+    all.map(|one| (one.local, one.remote))
 }
 
 /// Fills the accept queues of all listeners. To be called while their connections are silenced.
@@ -183,21 +179,6 @@ fn with_room(
     set_int_option(listener, level, libc::SO_RCVBUFFORCE, size / 2).map_err(failed())?;
     set_int_option(listener, level, libc::SO_BUF_LOCK, lock).map_err(failed())?;
     made
-}
-
-/// As [`has_arrived`], where it has to.
-fn until(
-    object: &str,
-    what: &str,
-    done: impl FnMut() -> Result<bool, FilesError>,
-) -> Result<(), FilesError> {
-    if has_arrived(done)? {
-        return Ok(());
-    }
-    Err(FilesError::NotReceived {
-        object: object.to_owned(),
-        what: what.to_owned(),
-    })
 }
 
 fn agreed(connection: &WaitingConnection) -> Handshake {

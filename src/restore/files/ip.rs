@@ -122,6 +122,24 @@ pub fn has_arrived(mut done: impl FnMut() -> Result<bool, FilesError>) -> Result
     Ok(true)
 }
 
+/// As [`has_arrived`], where it has to.
+///
+/// # Errors
+/// Those of `done`, and that it has not.
+pub fn until(
+    object: &str,
+    what: &str,
+    done: impl FnMut() -> Result<bool, FilesError>,
+) -> Result<(), FilesError> {
+    if has_arrived(done)? {
+        return Ok(());
+    }
+    Err(FilesError::NotReceived {
+        object: object.to_owned(),
+        what: what.to_owned(),
+    })
+}
+
 /// Sends packets to this machine, past the network lock.
 #[derive(Debug, Default)]
 pub struct Sender([Option<OwnedFd>; 2]);

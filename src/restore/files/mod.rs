@@ -10,6 +10,7 @@ mod accept;
 mod anonymous;
 pub(super) mod content;
 mod datagram;
+mod ended;
 mod epoll;
 mod error;
 mod filter;
@@ -33,7 +34,6 @@ mod unix_accept;
 mod unix_queue;
 mod uring;
 
-pub use accept::unaccepted;
 pub use error::FilesError;
 pub(super) use mqueue::remove as remove_mqueues;
 
@@ -49,6 +49,7 @@ use error::{call, missing};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::collections::BTreeMap;
 use std::ffi::CString;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 
 /// What the restorer has opened for its children.
@@ -193,9 +194,16 @@ pub fn fetch(app: &Application, opened: &OpenedFiles, restorer: Pid) -> Result<(
     pidfd::fetch(app, &opened.ofds, restorer)
 }
 
+/// Both ends of the connections that packets bring to where they were, the application's first:
+/// they answer to them.
+#[must_use]
+pub fn brought_by_packets(app: &Application) -> Vec<(SocketAddr, SocketAddr)> {
+    accept::unaccepted(app).chain(ended::all(app)).collect()
+}
+
 fn is_connection(file: &OpenFile) -> bool {
     matches!(&file.kind, FileKind::Socket(socket)
-        if matches!(socket.state, SocketState::TcpConnection(_)))
+        if matches!(socket.state, SocketState::TcpConnection(_) | SocketState::TcpEnded(_)))
 }
 
 /// Whether a file shows one of the processes (`/proc/PID/stat`): that process opens it itself.
@@ -255,7 +263,8 @@ fn open_socket(socket: &Socket) -> Result<Option<OwnedFd>, FilesError> {
     match &socket.state {
         SocketState::TcpIdle { .. }
         | SocketState::TcpListen { .. }
-        | SocketState::TcpConnection(_) => tcp::open(socket).map(Some),
+        | SocketState::TcpConnection(_)
+        | SocketState::TcpEnded(_) => tcp::open(socket).map(Some),
         SocketState::Unix(_) => Ok(None),
         SocketState::Udp { .. } => datagram::udp(socket).map(Some),
         SocketState::Netlink { .. } => datagram::netlink(socket).map(Some),

@@ -7,6 +7,11 @@ use core::net::SocketAddr;
 /// `IPPROTO_TCP`.
 const PROTOCOL: u8 = 6;
 
+/// `TCP_CLOSE` of include/net/tcp_states.h.
+pub const CLOSE: u8 = 7;
+/// `TCP_CLOSE_WAIT`.
+pub const CLOSE_WAIT: u8 = 8;
+
 /// Flags of RFC 9293.
 pub const FIN: u8 = 1;
 /// Reset.

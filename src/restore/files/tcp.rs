@@ -1,6 +1,7 @@
 //! TCP sockets. A connection is filled in repair mode, in which it sends
 //! nothing, and stays there until [`go_live`].
 
+use super::ended;
 use super::error::{FilesError, call, socket};
 use crate::model::frozen::{SockOption, Socket, SocketState, TcpConnection};
 use crate::sys::socket::{set_int_option, set_option};
@@ -31,7 +32,7 @@ fn bind(object: &str, fd: BorrowedFd<'_>, address: SocketAddr) -> Result<(), Fil
 
 /// Whether an option acts at bind(2) or connect(2) and can or should not be set after it:
 /// `IPV6_V6ONLY` of a bound socket is `EINVAL`.
-fn acts_at_bind(option: &SockOption) -> bool {
+pub(super) fn acts_at_bind(option: &SockOption) -> bool {
     [
         (libc::SOL_SOCKET, libc::SO_BINDTODEVICE),
         (libc::SOL_SOCKET, libc::SO_MARK),
@@ -90,6 +91,7 @@ pub fn open(described: &Socket) -> Result<OwnedFd, FilesError> {
             Ok(fd)
         }
         SocketState::TcpConnection(connection) => connect(connection, &described.options),
+        SocketState::TcpEnded(ended) => ended::make(ended, &described.options),
         _ => Err(FilesError::Missing("A TCP socket".into())),
     }
 }
@@ -141,7 +143,10 @@ fn closed(state: u8) -> Option<Closed> {
 /// Their FIN was acknowledged and never comes again; that reading ends is a
 /// shutdown(2) of our receiving side. The receive queue then counts one too
 /// high, which nobody sees, so that `rcv_nxt` is behind their FIN.
-fn connect(connection: &TcpConnection, options: &[SockOption]) -> Result<OwnedFd, FilesError> {
+pub(super) fn connect(
+    connection: &TcpConnection,
+    options: &[SockOption],
+) -> Result<OwnedFd, FilesError> {
     let object = name(connection);
     let Some(closed) = closed(connection.state) else {
         return Err(FilesError::Unsupported(format!(
@@ -268,7 +273,7 @@ pub fn settle(fd: BorrowedFd<'_>, described: &Socket) -> Result<(), FilesError> 
     Ok(())
 }
 
-fn shut(object: &str, fd: BorrowedFd<'_>, how: ns::Shutdown) -> Result<(), FilesError> {
+pub(super) fn shut(object: &str, fd: BorrowedFd<'_>, how: ns::Shutdown) -> Result<(), FilesError> {
     match ns::shutdown(fd.as_raw_fd(), how) {
         // The peer has closed or reset it meanwhile: that is the application's to see.
         Ok(()) | Err(Errno::ENOTCONN) => Ok(()),

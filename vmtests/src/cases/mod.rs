@@ -44,6 +44,7 @@ mod sharing;
 mod signals;
 mod sysv;
 mod tcp;
+mod tcp_ended;
 mod threads;
 mod time;
 mod timers;
@@ -96,6 +97,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         unix_accept::CASES,
         unix_peers::CASES,
         tcp::CASES,
+        tcp_ended::CASES,
         filter::CASES,
         refused::CASES,
         refused_objects::CASES,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
-use super::probe::{PATIENCE, blocked_thread, check_pattern, eventually, join, pattern};
+use super::probe::{PATIENCE, blocked_thread, check_pattern, join, pattern};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -25,12 +25,6 @@ pub const CASES: &[Entry] = &[
     Entry::carried("tcp_connection_changing", connection_changing),
     Entry::carried("tcp_half_closed", half_closed),
     Entry::carried_once("tcp_orphans", orphans),
-    Entry::carried("tcp_ended", ended),
-    Entry::refused_frozen(
-        "tcp_ended_unread",
-        "bytes of it were not read",
-        ended_unread,
-    ),
     Entry::carried("tcp_options", options),
     Entry::carried("tcp_blocked", blocked),
     Entry::carried("tcp_many", many),
@@ -45,7 +39,7 @@ pub(super) fn patient(stream: &TcpStream) -> Result<()> {
 }
 
 /// A connection: the accepted and the connecting end.
-fn pair(listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
+pub(super) fn pair(listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
     let client = TcpStream::connect(listener.local_addr()?).context("Connect")?;
     let (server, peer) = listener.accept().context("Accept")?;
     ensure!(peer == client.local_addr()?, "Somebody else has connected");
@@ -53,53 +47,6 @@ fn pair(listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
     patient(&server)?;
     Ok((server, client))
 }
-
-/// Connections that are over, but not closed: by both ends, and by a reset.
-fn ended(case: &Case) -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let (server, client) = pair(&listener)?;
-    client.shutdown(Shutdown::Write)?;
-    server.shutdown(Shutdown::Write)?;
-    let (reset, other) = pair(&listener)?;
-    setsockopt(
-        &other,
-        sockopt::Linger,
-        &libc::linger {
-            l_onoff: 1,
-            l_linger: 0,
-        },
-    )?;
-    drop(other);
-    eventually("the ends", || {
-        Ok(info(&server)?.tcpi_state == CLOSE && info(&reset)?.tcpi_state == CLOSE)
-    })?;
-    case.ready()?;
-    for mut over in [server, reset] {
-        // Of which kind the end was is lost.
-        ensure!(over.read(&mut [0; 4]).unwrap_or(0) == 0, "It goes on");
-        ensure!(over.write(&[0; 4]).is_err(), "It can be written to");
-    }
-    drop(client);
-    let (mut server, mut client) = pair(&listener)?;
-    exchange(&mut client, &mut server, 5, 1000)
-}
-
-/// What the other end has sent before both sent a FIN is still to be read.
-fn ended_unread(case: &Case) -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let (mut server, mut client) = pair(&listener)?;
-    client.write_all(&pattern(4, 3000))?;
-    client.shutdown(Shutdown::Write)?;
-    server.shutdown(Shutdown::Write)?;
-    eventually("the end", || Ok(info(&server)?.tcpi_state == CLOSE))?;
-    case.ready()?;
-    let mut received = Vec::new();
-    server.read_to_end(&mut received)?;
-    check_pattern("what was unread", 4, &received)
-}
-
-/// `TCP_CLOSE`.
-const CLOSE: u8 = 7;
 
 /// A connection that our end has closed, with more sent than the other takes at once.
 struct Orphaned {

@@ -2,7 +2,7 @@
 
 mod sockets;
 
-use super::borrow::{Lender, place};
+use super::borrow::{Borrowed, Lender, place};
 use super::idle::IdleSockets;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
@@ -51,6 +51,8 @@ pub(super) struct Reader<'a> {
     /// Of each pipe, where one end is, and how many readers and writers it has.
     ends: BTreeMap<PipeId, (Pid, Fd, u32, u32)>,
     in_flight: Vec<InFlight>,
+    /// Connections that have ended since their records were made.
+    ended: Vec<(OfdId, Borrowed)>,
     tty_data: Map<u64, Vec<&'a TtyDataRec>>,
     /// By the address of a pseudo-terminal: where an end is, and what ends there are.
     terminals: BTreeMap<u64, (Pid, Fd, TtyRec, pty::Ends)>,
@@ -98,6 +100,7 @@ impl<'a> Reader<'a> {
             pipes: Map::default(),
             ends: BTreeMap::new(),
             in_flight: Vec::new(),
+            ended: Vec::new(),
             tty_data: grouped(&found.tty_data, |data| data.tty),
             terminals: BTreeMap::new(),
             messages: mqueue::Messages::of(&found.messages),

@@ -2,15 +2,16 @@
 
 use super::Reader;
 use crate::bpf::events::SockRec;
-use crate::bpf::iter::{File, Iterators, ReadError, Scope};
+use crate::bpf::iter::{Detail, File, Iterators, ReadError, Scope};
 use crate::capture::files::borrow::place;
-use crate::capture::files::{CollectError, filter, mqueue, socket, unix};
+use crate::capture::files::{CollectError, ended, filter, mqueue, socket, unix};
 use crate::model::frozen::{
     Blocker, FileKind, Interfaces, Socket, SocketState, UnixMessage, UnixState,
 };
 use crate::model::ids::{Fd, OfdId, Pid};
 use crate::model::map::Map;
 use nix::libc;
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 impl Reader<'_> {
@@ -43,6 +44,7 @@ impl Reader<'_> {
             let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
             let read = socket::read(from, sock, &mut self.idle, members)?;
             self.repaired.0.extend(read.repaired);
+            self.ended.extend(read.ended.map(|from| (id, from)));
             return self.with_accept_queue(file, sock, read.socket);
         }
         let owners = &self.survey.sockets;
@@ -105,6 +107,31 @@ impl Reader<'_> {
                 {
                     unix.queue = messages;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// How connections ended that did so after their records were made: our duplicates are read
+    /// again.
+    pub(in crate::capture::files) fn describe_ended(
+        &mut self,
+        iterators: &mut Iterators,
+    ) -> Result<(), CollectError> {
+        if self.ended.is_empty() {
+            return Ok(());
+        }
+        let own = self.own_files(iterators)?;
+        for (id, from) in std::mem::take(&mut self.ended) {
+            let Some(Detail::Socket(sock)) = own.get(&from.fd.as_raw_fd()).map(|file| &file.detail)
+            else {
+                return Err(from.failed("reading the socket again")(ErrorKind::NotFound));
+            };
+            if let Some(ended) = ended::read(&from, sock)?
+                && let Some(FileKind::Socket(socket)) =
+                    self.ofds.get_mut(&id).map(|file| &mut file.kind)
+            {
+                socket.state = SocketState::TcpEnded(Box::new(ended));
             }
         }
         Ok(())

@@ -1,0 +1,197 @@
+//! TCP connections that are over and not closed: what was not read of them, and what their ends
+//! have told.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
+};
+
+use super::probe::{check_pattern, eventually, pattern};
+use super::tcp::{exchange, info, pair};
+use crate::guest::case::{Case, Entry};
+
+/// The cases of this file.
+pub const CASES: &[Entry] = &[
+    Entry::carried("tcp_ended", |case| ended(case, Ipv4Addr::LOCALHOST.into())),
+    Entry::carried("tcp_ended_ipv6", |case| {
+        ended(case, Ipv6Addr::LOCALHOST.into())
+    }),
+    Entry::refused_frozen(
+        "tcp_failed_connect",
+        "connect(2) failed by error 111",
+        failed_connect,
+    ),
+];
+
+/// `TCP_CLOSE`.
+const CLOSE: u8 = 7;
+
+/// How a connection came to its end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum How {
+    /// Both ends have sent a FIN.
+    Closed,
+    /// The other end has sent a reset.
+    Reset,
+    /// We have closed our side before.
+    HalfClosedAndReset,
+    /// The other end has sent a FIN before.
+    ClosedAndReset,
+}
+
+impl How {
+    const ALL: [Self; 4] = [
+        Self::Closed,
+        Self::Reset,
+        Self::HalfClosedAndReset,
+        Self::ClosedAndReset,
+    ];
+
+    /// What reading comes to behind the last byte, the first time.
+    fn read(self) -> Result<usize, i32> {
+        match self {
+            Self::Closed | Self::ClosedAndReset => Ok(0),
+            Self::Reset | Self::HalfClosedAndReset => Err(libc::ECONNRESET),
+        }
+    }
+
+    /// The error that the socket keeps for whoever asks.
+    fn error(self) -> i32 {
+        match self {
+            Self::Closed => 0,
+            Self::Reset | Self::HalfClosedAndReset => libc::ECONNRESET,
+            Self::ClosedAndReset => libc::EPIPE,
+        }
+    }
+}
+
+/// Our end of a connection that has ended.
+struct Over {
+    ours: TcpStream,
+    how: How,
+    address: SocketAddr,
+    unread: usize,
+    /// The error was asked for before.
+    told: bool,
+}
+
+impl Over {
+    const SEED: u64 = 29;
+
+    fn make(listener: &TcpListener, how: How, unread: usize, told: bool) -> Result<Self> {
+        let (ours, mut theirs) = pair(listener)?;
+        theirs.write_all(&pattern(Self::SEED, unread))?;
+        if matches!(how, How::Closed | How::ClosedAndReset) {
+            theirs.shutdown(Shutdown::Write)?;
+        }
+        if matches!(how, How::Closed | How::HalfClosedAndReset) {
+            ours.shutdown(Shutdown::Write)?;
+        }
+        if how != How::Closed {
+            let at_once = libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            setsockopt(&theirs, sockopt::Linger, &at_once)?;
+            drop(theirs);
+        }
+        eventually("the end", || Ok(info(&ours)?.tcpi_state == CLOSE))?;
+        if told {
+            error_of(&ours)?;
+        }
+        let address = ours.local_addr()?;
+        Ok(Self {
+            ours,
+            how,
+            address,
+            unread,
+            told,
+        })
+    }
+
+    fn check(mut self) -> Result<()> {
+        let address = self.ours.local_addr()?;
+        ensure!(address == self.address, "It was at {address}");
+        ensure!(self.ours.peer_addr().is_err(), "There still is another end");
+        let mut received = vec![0; self.unread];
+        self.ours.read_exact(&mut received).context("Read")?;
+        check_pattern("what was unread", Self::SEED, &received)?;
+        if !self.told {
+            self.check_first_words()?;
+        }
+        let end = self.ours.read(&mut [0]).context("Read behind the end")?;
+        ensure!(end == 0, "There was more");
+        let error = error_of(&self.ours)?;
+        ensure!(error == 0, "It told error {error} twice");
+        let written = self.ours.write(&[0]).map_err(|e| e.kind());
+        ensure!(
+            written == Err(ErrorKind::BrokenPipe),
+            "Writing gave {written:?}"
+        );
+        Ok(())
+    }
+
+    /// What an application is told once.
+    fn check_first_words(&mut self) -> Result<()> {
+        let (wanted, mut left) = (self.how.read(), self.how.error());
+        let got = self.ours.read(&mut [0]);
+        let got = got.map_err(|e| e.raw_os_error().unwrap_or(0));
+        ensure!(got == wanted, "Reading came to {got:?}, not {wanted:?}");
+        if wanted.is_err() {
+            left = 0;
+        }
+        let error = error_of(&self.ours)?;
+        ensure!(error == left, "It told error {error}, not {left}");
+        Ok(())
+    }
+}
+
+/// `SO_ERROR`, which it has no more afterwards.
+fn error_of(socket: &TcpStream) -> Result<i32> {
+    let error = socket.take_error()?;
+    Ok(error.and_then(|e| e.raw_os_error()).unwrap_or(0))
+}
+
+fn ended(case: &Case, address: IpAddr) -> Result<()> {
+    let listener = TcpListener::bind((address, 0))?;
+    let mut all = Vec::new();
+    for how in How::ALL {
+        for (unread, told) in [(0, false), (3000, false), (40_000, true)] {
+            let over = Over::make(&listener, how, unread, told);
+            all.push(over.with_context(|| format!("{how:?}"))?);
+        }
+    }
+    case.ready()?;
+    for over in all {
+        let what = format!("{:?}, {} unread, told {}", over.how, over.unread, over.told);
+        over.check().context(what)?;
+    }
+    let (mut server, mut client) = pair(&listener)?;
+    exchange(&mut client, &mut server, 5, 1000)
+}
+
+/// Nobody has asked yet what came of a connect(2).
+fn failed_connect(case: &Case) -> Result<()> {
+    let nobody = {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        listener.local_addr()?
+    };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let client: TcpStream = socket(AddressFamily::Inet, SockType::Stream, flags, None)?.into();
+    let begun = connect(client.as_raw_fd(), &SockaddrStorage::from(nobody));
+    ensure!(
+        begun == Err(Errno::EINPROGRESS),
+        "connect(2) gave {begun:?}"
+    );
+    eventually("the refusal", || Ok(info(&client)?.tcpi_state == CLOSE))?;
+    case.ready()?;
+    let error = error_of(&client)?;
+    ensure!(error == libc::ECONNREFUSED, "It told error {error}");
+    Ok(())
+}
