@@ -2,7 +2,9 @@
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::socket as ns;
 use std::io;
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// A system call that failed on a socket.
@@ -215,6 +217,19 @@ pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, SocketError> {
     }
     // SAFETY: the kernel has just handed out this descriptor to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Where an internet socket is, its port also when that is not its own any more (getsockname(2)).
+///
+/// # Errors
+/// `EAFNOSUPPORT`: it is of another family.
+pub fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr, Errno> {
+    let name: ns::SockaddrStorage = ns::getsockname(fd.as_raw_fd())?;
+    match (name.as_sockaddr_in(), name.as_sockaddr_in6()) {
+        (Some(v4), _) => Ok(SocketAddrV4::from(*v4).into()),
+        (_, Some(v6)) => Ok(SocketAddrV6::from(*v6).into()),
+        _ => Err(Errno::EAFNOSUPPORT),
+    }
 }
 
 /// The `struct sockaddr` a socket is bound to (getsockname(2)).

@@ -1,16 +1,13 @@
 //! TCP connections that are over, and that the application has not closed.
 
+use super::accept::is_link_local;
 use super::borrow::Borrowed;
 use super::{CollectError, socket};
 use crate::bpf::events::{SockFlag, SockRec};
 use crate::model::frozen::{Blocker, TcpEnded};
-use crate::sys::socket::{Count, peek_exact, queued};
-use nix::errno::Errno;
+use crate::sys::socket::{Count, local_address, peek_exact, queued};
 use nix::libc;
-use nix::sys::socket as ns;
 use serde_bytes::ByteBuf;
-use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::AsRawFd;
 
 /// What is left of one; `None` if it was none. The socket is in `TCP_CLOSE`, where it stays, and
 /// the record was made when it was there.
@@ -18,12 +15,12 @@ use std::os::fd::AsRawFd;
 /// # Errors
 /// How it ended cannot be made again, or a socket call fails.
 pub fn read(from: &Borrowed, rec: &SockRec) -> Result<Option<TcpEnded>, CollectError> {
-    let blocked = |object: &str, reason: String| {
+    let blocked = |reason: &str| {
         CollectError::Blocked(Blocker {
             pid: from.pid,
             fd: Some(from.number),
-            object: object.to_owned(),
-            reason,
+            object: "TCP connection that is over".to_owned(),
+            reason: format!("{reason}; try again"),
         })
     };
     let (_, remote) = socket::addresses(rec);
@@ -31,31 +28,24 @@ pub fn read(from: &Borrowed, rec: &SockRec) -> Result<Option<TcpEnded>, CollectE
     let Some(remote) = remote.filter(|_| rec.flags & SockFlag::WAS_CONNECTED != 0) else {
         return match error {
             0 => Ok(None),
-            _ => Err(blocked(
-                "TCP socket",
-                format!(
-                    "it was not told yet that its connect(2) failed by error {error}; try again"
-                ),
-            )),
+            _ => Err(blocked(&format!(
+                "the application was not told yet that connect(2) failed by error {error}"
+            ))),
         };
     };
     let fin = rec.flags & SockFlag::GOT_FIN != 0;
     if !is_carried(fin, error) {
-        return Err(blocked(
-            "TCP connection that has ended",
-            format!("it was not told yet that it ended by error {error}; try again"),
-        ));
+        return Err(blocked(&format!(
+            "the application was not told yet that it ended by error {error}"
+        )));
+    }
+    if is_link_local(remote.ip()) {
+        return Err(blocked("an address of one link is not carried"));
     }
     let unread = queued(from.as_fd(), Count::Unread).map_err(from.socket_failed())?;
     let received = peek_exact(from.as_fd(), unread).map_err(from.failed("recv"))?;
     // The port is not its own any more, but is still told.
-    let name: ns::SockaddrStorage =
-        ns::getsockname(from.fd.as_raw_fd()).map_err(from.failed("getsockname"))?;
-    let local: SocketAddr = match (name.as_sockaddr_in(), name.as_sockaddr_in6()) {
-        (Some(v4), _) => SocketAddrV4::from(*v4).into(),
-        (_, Some(v6)) => SocketAddrV6::from(*v6).into(),
-        _ => return Err(from.failed("getsockname")(Errno::EAFNOSUPPORT)),
-    };
+    let local = local_address(from.as_fd()).map_err(from.failed("getsockname"))?;
     Ok(Some(TcpEnded {
         v6: socket::is_v6(rec),
         local,

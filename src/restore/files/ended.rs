@@ -8,12 +8,12 @@ use crate::model::frozen::{
     Application, FileKind, SockOption, SocketState, TcpConnection, TcpEnded, TcpOptions, TcpWindow,
     WaitingConnection, WaitingEnd,
 };
-use crate::sys::socket::{int_option, set_int_option};
+use crate::sys::socket::{int_option, local_address, set_int_option};
 use crate::sys::tcp as repair;
 use nix::libc;
 use nix::sys::socket::Shutdown;
 use serde_bytes::ByteBuf;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// `TCP_ESTABLISHED`.
@@ -46,14 +46,12 @@ pub(super) fn make(ended: &TcpEnded, options: &[SockOption]) -> Result<OwnedFd, 
         ended.local, ended.remote
     );
     let failed = || socket(&object);
-    let connection = connection(ended);
     // The packets come over the loopback interface, whatever it was bound to.
     let is_device = |o: &SockOption| (o.level, o.name) == (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
     let before: Vec<_> = options.iter().filter(|o| !is_device(o)).cloned().collect();
-    let owned = tcp::connect(&connection, &before)?;
+    let (owned, connection) = connect(&object, ended, &before)?;
     let fd = owned.as_fd();
-    let is_in =
-        |state| move || Ok(repair::info(fd).map_err(socket("TCP connection"))?.state == state);
+    let state = || repair::info(fd).map(|info| info.state).map_err(failed());
 
     let last = waiting(&connection);
     let peer = Peer::of(&last);
@@ -66,14 +64,16 @@ pub(super) fn make(ended: &TcpEnded, options: &[SockOption]) -> Result<OwnedFd, 
     };
     if ended.fin {
         send(0, ACK | FIN)?;
-        until(&object, "end", is_in(CLOSE_WAIT))?;
+        until(&object, "end", || {
+            Ok([CLOSE_WAIT, CLOSE].contains(&state()?))
+        })?;
         if ended.error == libc::ECONNRESET {
             // Of one that was not shut by the application, too, it would be EPIPE.
             tcp::shut(&object, fd, Shutdown::Write)?;
         }
     }
     send(ended.fin.into(), ACK | RST)?;
-    until(&object, "reset", is_in(CLOSE))?;
+    until(&object, "reset", || Ok(state()? == CLOSE))?;
     if ended.error == 0 {
         // It was told: to read the option takes the error.
         int_option(fd, libc::SOL_SOCKET, libc::SO_ERROR).map_err(failed())?;
@@ -86,14 +86,37 @@ pub(super) fn make(ended: &TcpEnded, options: &[SockOption]) -> Result<OwnedFd, 
     Ok(owned)
 }
 
+/// Makes the connection that it was. Where its addresses cannot be had any more (a new connection
+/// has them, or it waits in `TIME_WAIT`), others do: its own is all that is ever told of them.
+fn connect(
+    object: &str,
+    ended: &TcpEnded,
+    options: &[SockOption],
+) -> Result<(OwnedFd, TcpConnection), FilesError> {
+    let first = connection(ended, ended.local, ended.remote);
+    match tcp::connect(&first, options) {
+        Ok(fd) => return Ok((fd, first)),
+        Err(error) => tracing::warn!("{object}, gets another address: {error}"),
+    }
+    let loopback: IpAddr = match ended.local {
+        SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    let remote = SocketAddr::new(loopback, ended.remote.port());
+    let mut second = connection(ended, SocketAddr::new(loopback, 0), remote);
+    let fd = tcp::connect(&second, options)?;
+    second.local = local_address(fd.as_fd()).map_err(call(object, "getsockname"))?;
+    Ok((fd, second))
+}
+
 /// What it was before its end.
-fn connection(ended: &TcpEnded) -> TcpConnection {
+fn connection(ended: &TcpEnded, local: SocketAddr, remote: SocketAddr) -> TcpConnection {
     let len = u32::try_from(ended.received.len()).unwrap_or(u32::MAX);
     let rcv_nxt = FIRST.wrapping_add(len);
     TcpConnection {
         v6: ended.v6,
-        local: ended.local,
-        remote: ended.remote,
+        local,
+        remote,
         state: ESTABLISHED,
         shutdown: 0,
         write_seq: FIRST,

@@ -137,10 +137,11 @@ pub fn open_all(
     opened.terminals = terminals.slaves;
     let mut unix = unix::open_all(app)?;
     opened.ofds.append(&mut unix.opened);
-    // Listeners first: a connection on a listener's port is bound by force only after it.
-    for connections in [false, true] {
+    // Listeners first: a connection on a listener's port is bound by force only after it. One that
+    // has ended may have had the addresses of one that has not.
+    for turn in [Turn::Other, Turn::Ended, Turn::Connection] {
         for (&id, file) in &app.ofds {
-            if is_connection(file) == connections
+            if Turn::of(file) == turn
                 && !is_born_later(app, file)
                 && let Some(fd) = open_one(app, file, &opened.contents)?
             {
@@ -201,9 +202,25 @@ pub fn brought_by_packets(app: &Application) -> Vec<(SocketAddr, SocketAddr)> {
     accept::unaccepted(app).chain(ended::all(app)).collect()
 }
 
-fn is_connection(file: &OpenFile) -> bool {
-    matches!(&file.kind, FileKind::Socket(socket)
-        if matches!(socket.state, SocketState::TcpConnection(_) | SocketState::TcpEnded(_)))
+/// When a description is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Other,
+    Ended,
+    Connection,
+}
+
+impl Turn {
+    fn of(file: &OpenFile) -> Self {
+        match &file.kind {
+            FileKind::Socket(socket) => match socket.state {
+                SocketState::TcpEnded(_) => Self::Ended,
+                SocketState::TcpConnection(_) => Self::Connection,
+                _ => Self::Other,
+            },
+            _ => Self::Other,
+        }
+    }
 }
 
 /// Whether a file shows one of the processes (`/proc/PID/stat`): that process opens it itself.

@@ -32,11 +32,16 @@ pub const CASES: &[Entry] = &[
 /// `TCP_CLOSE`.
 const CLOSE: u8 = 7;
 
+/// `TCP_CLOSE_WAIT`.
+const CLOSE_WAIT: u8 = 8;
+
 /// How a connection came to its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum How {
-    /// Both ends have sent a FIN.
+    /// Both ends have sent a FIN, the other one first.
     Closed,
+    /// We first: the kernel keeps the addresses for a minute.
+    ClosedByUs,
     /// The other end has sent a reset.
     Reset,
     /// We have closed our side before.
@@ -46,8 +51,9 @@ enum How {
 }
 
 impl How {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 5] = [
         Self::Closed,
+        Self::ClosedByUs,
         Self::Reset,
         Self::HalfClosedAndReset,
         Self::ClosedAndReset,
@@ -56,7 +62,7 @@ impl How {
     /// What reading comes to behind the last byte, the first time.
     fn read(self) -> Result<usize, i32> {
         match self {
-            Self::Closed | Self::ClosedAndReset => Ok(0),
+            Self::Closed | Self::ClosedByUs | Self::ClosedAndReset => Ok(0),
             Self::Reset | Self::HalfClosedAndReset => Err(libc::ECONNRESET),
         }
     }
@@ -64,7 +70,7 @@ impl How {
     /// The error that the socket keeps for whoever asks.
     fn error(self) -> i32 {
         match self {
-            Self::Closed => 0,
+            Self::Closed | Self::ClosedByUs => 0,
             Self::Reset | Self::HalfClosedAndReset => libc::ECONNRESET,
             Self::ClosedAndReset => libc::EPIPE,
         }
@@ -87,13 +93,19 @@ impl Over {
     fn make(listener: &TcpListener, how: How, unread: usize, told: bool) -> Result<Self> {
         let (ours, mut theirs) = pair(listener)?;
         theirs.write_all(&pattern(Self::SEED, unread))?;
-        if matches!(how, How::Closed | How::ClosedAndReset) {
+        if how == How::ClosedByUs {
+            ours.shutdown(Shutdown::Write)?;
+            eventually("their knowledge of it", || {
+                Ok(info(&theirs)?.tcpi_state == CLOSE_WAIT)
+            })?;
+        }
+        if matches!(how, How::Closed | How::ClosedByUs | How::ClosedAndReset) {
             theirs.shutdown(Shutdown::Write)?;
         }
         if matches!(how, How::Closed | How::HalfClosedAndReset) {
             ours.shutdown(Shutdown::Write)?;
         }
-        if how != How::Closed {
+        if !matches!(how, How::Closed | How::ClosedByUs) {
             let at_once = libc::linger {
                 l_onoff: 1,
                 l_linger: 0,

@@ -16,6 +16,7 @@ mod lending;
 mod message_queues;
 mod mqueue;
 mod programs;
+mod resets;
 mod sandboxed;
 mod services;
 mod single_case;
@@ -53,6 +54,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         message_queues::SCENARIOS,
         mqueue::SCENARIOS,
         programs::SCENARIOS,
+        resets::SCENARIOS,
         sandboxed::SCENARIOS,
         services::SCENARIOS,
         terminal::SCENARIOS,
