@@ -4,6 +4,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
@@ -22,6 +23,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("tcp_ended_ipv6", |case| {
         ended(case, Ipv6Addr::LOCALHOST.into())
     }),
+    Entry::carried("tcp_ended_elsewhere", elsewhere),
     Entry::refused_frozen(
         "tcp_failed_connect",
         "connect(2) failed by error 111",
@@ -81,7 +83,8 @@ impl How {
 struct Over {
     ours: TcpStream,
     how: How,
-    address: SocketAddr,
+    /// Where it was, if the machine still has that address.
+    address: Option<SocketAddr>,
     unread: usize,
     /// The error was asked for before.
     told: bool,
@@ -117,7 +120,7 @@ impl Over {
         if told {
             error_of(&ours)?;
         }
-        let address = ours.local_addr()?;
+        let address = Some(ours.local_addr()?);
         Ok(Self {
             ours,
             how,
@@ -129,7 +132,10 @@ impl Over {
 
     fn check(mut self) -> Result<()> {
         let address = self.ours.local_addr()?;
-        ensure!(address == self.address, "It was at {address}");
+        ensure!(
+            self.address.is_none_or(|own| own == address),
+            "It was at {address}"
+        );
         ensure!(self.ours.peer_addr().is_err(), "There still is another end");
         let mut received = vec![0; self.unread];
         self.ours.read_exact(&mut received).context("Read")?;
@@ -186,6 +192,32 @@ fn ended(case: &Case, address: IpAddr) -> Result<()> {
     }
     let (mut server, mut client) = pair(&listener)?;
     exchange(&mut client, &mut server, 5, 1000)
+}
+
+/// The machine does not have their address any more.
+fn elsewhere(case: &Case) -> Result<()> {
+    const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 77);
+    let ip = |verb| -> Result<()> {
+        let address = format!("{ADDRESS}/32");
+        let words = ["address", verb, &address, "dev", "lo"];
+        let status = Command::new("ip").args(words).status().context("Run ip")?;
+        ensure!(status.success(), "ip address {verb}: {status}");
+        Ok(())
+    };
+    ip("add")?;
+    let all = How::ALL.map(|how| {
+        let listener = TcpListener::bind((ADDRESS, 0))?;
+        Over::make(&listener, how, 3000, false)
+    });
+    let all = all.into_iter().collect::<Result<Vec<_>>>()?;
+    ip("del")?;
+    case.ready()?;
+    for mut over in all {
+        over.address = None;
+        let what = format!("{:?}", over.how);
+        over.check().context(what)?;
+    }
+    Ok(())
 }
 
 /// Nobody has asked yet what came of a connect(2).
