@@ -22,7 +22,7 @@ enum sock_flag {
 	SOCK_PACKETS = 8192,   /* of AF_PACKET with a ring, a fanout group or memberships */
 	/* of a TCP connection, also when it is over; iterators only */
 	SOCK_WAS_CONNECTED = 16384, /* no connect(2) that failed or is under way */
-	SOCK_GOT_FIN = 32768,	    /* reading comes to an end, whatever else happened */
+	SOCK_GOT_FIN = 32768,       /* reading comes to an end, whatever else happened */
 };
 
 /* sock_opts.flags: bits of enum sock_flags of the kernel that setsockopt(2) sets, shifted
