@@ -7,6 +7,7 @@ use crate::model::ids::Pid;
 use crate::restore::{RestoreError, RestoreOptions, pids, restore};
 use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Where `tracker checkpoint` pins network locks, by the name of the application.
@@ -48,6 +49,7 @@ pub fn run(args: &RestoreArgs) -> Result<ExitCode, RestoreError> {
         cgroup_root: cgroup2_mount().map_err(RestoreError::io("find cgroup2"))?,
         network_lock: Some(Path::new(NETWORK_LOCKS).join(&app.header.name)),
         early: false,
+        led_elsewhere: BTreeSet::new(),
         spare: pids::all()?,
     };
     let restored = restore(app, Pages::new(&store, &image.slots), &options, || Ok(()))?;

@@ -36,7 +36,8 @@ use std::time::{Duration, Instant};
 pub(super) const RESTORE: &str = "--restore";
 
 /// First argument of a worker; the others are the application's number in the image, and the
-/// first and the end of the numbers that no application needs.
+/// first and the end of the numbers that no application needs, then the leaders of its groups and
+/// sessions that other applications have.
 pub(super) const APPLICATION: &str = "--application";
 
 /// Why there is nothing to restore from.
@@ -61,9 +62,15 @@ pub(super) fn main(arguments: &[OsString]) -> ExitCode {
     let words: Vec<_> = arguments.iter().filter_map(|word| word.to_str()).collect();
     match words[..] {
         [RESTORE, tsc] => restore(tsc.parse().unwrap_or_default()),
-        [APPLICATION, index, start, end] => {
-            let [start, end] = [start, end].map(|word| word.parse().unwrap_or_default());
-            worker::main(index.parse().unwrap_or(usize::MAX), start..end)
+        [APPLICATION, index, start, end, ref led_elsewhere @ ..] => {
+            let number = |word: &&str| word.parse().unwrap_or_default();
+            let [start, end] = [start, end].map(|word| number(&word));
+            let led_elsewhere = led_elsewhere.iter().map(number).collect();
+            worker::main(
+                index.parse().unwrap_or(usize::MAX),
+                start..end,
+                led_elsewhere,
+            )
         }
         _ => {
             say("This is the early-boot stage, run by the kernel as init=");
@@ -249,7 +256,7 @@ fn restore_applications(
 ) -> Vec<ApplicationReport> {
     let places: Vec<_> = applications.iter().map(Place::make).collect();
     let start = |place: &Result<Place, String>, index| match place {
-        Ok(_) => Worker::start(index, spare),
+        Ok(_) => Worker::start(index, spare, &pids::led_elsewhere(applications, index)),
         Err(error) => Err(error.clone()),
     };
     let mut workers = places

@@ -10,6 +10,7 @@ use crate::restore::{self, RestoreError, RestoreOptions};
 use crate::sys::process::pidfd_open;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::ops::Range;
@@ -42,8 +43,12 @@ pub(super) struct Worker {
 impl Worker {
     /// Starts one for application number `index` of the image. It reads what there is to restore,
     /// and waits for its turn. Numbers for processes that do not belong to any application are
-    /// taken from `spare`.
-    pub fn start(index: usize, spare: &Range<i32>) -> Result<Self, String> {
+    /// taken from `spare`, and none of `led_elsewhere`.
+    pub fn start(
+        index: usize,
+        spare: &Range<i32>,
+        led_elsewhere: &BTreeSet<i32>,
+    ) -> Result<Self, String> {
         let errors = Path::new(crate::applications::STATE_DIR);
         let errors = errors.join(format!("restore.{index}.error"));
         let file =
@@ -53,6 +58,7 @@ impl Worker {
             .arg0(NAME)
             .args([APPLICATION, &index.to_string()])
             .args([spare.start, spare.end].map(|number| number.to_string()))
+            .args(led_elsewhere.iter().map(ToString::to_string))
             .stdin(OwnedFd::from(theirs))
             .stderr(file)
             .spawn()
@@ -126,8 +132,8 @@ impl Worker {
 }
 
 /// Restores application number `index`; what goes wrong is told on stderr.
-pub(super) fn main(index: usize, spare: Range<i32>) -> ExitCode {
-    match restore_one(index, spare) {
+pub(super) fn main(index: usize, spare: Range<i32>, led_elsewhere: BTreeSet<i32>) -> ExitCode {
+    match restore_one(index, spare, led_elsewhere) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}");
@@ -136,7 +142,11 @@ pub(super) fn main(index: usize, spare: Range<i32>) -> ExitCode {
     }
 }
 
-fn restore_one(index: usize, spare: Range<i32>) -> Result<(), String> {
+fn restore_one(
+    index: usize,
+    spare: Range<i32>,
+    led_elsewhere: BTreeSet<i32>,
+) -> Result<(), String> {
     // Ended with the stage: nobody may restore behind the back of the real init.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
         .map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
@@ -152,6 +162,7 @@ fn restore_one(index: usize, spare: Range<i32>) -> Result<(), String> {
         network_lock: None,
         early: true,
         spare,
+        led_elsewhere,
     };
     let pages = Pages::new(&store, &image.slots);
     let restored = restore::restore(app, pages, &options, ask_stage);

@@ -49,6 +49,19 @@ pub fn widest_gap(apps: &[Application], from: Range<i32>) -> Range<i32> {
     widest
 }
 
+/// The leaders of groups and sessions of application number `index` that are in others of these.
+#[must_use]
+pub fn led_elsewhere(apps: &[Application], index: usize) -> BTreeSet<i32> {
+    let processes = apps.get(index).into_iter().flat_map(|app| &app.processes);
+    let mut led: BTreeSet<_> = processes
+        .flat_map(|process| [process.pgid.0, process.sid.0])
+        .collect();
+    let others = apps.iter().enumerate().filter(|(other, _)| *other != index);
+    let others: BTreeSet<_> = others.flat_map(|(_, app)| numbers(app)).collect();
+    led.retain(|number| others.contains(number));
+    led
+}
+
 /// Whether nobody uses a number, as a PID, a TID, a process group or a session.
 #[must_use]
 pub fn is_free(number: i32) -> bool {
@@ -83,14 +96,19 @@ pub fn check_free(app: &Application) -> Result<(), RestoreError> {
 }
 
 /// A free number for the restorer that the application does not need: its session leader's if
-/// that is not in the tree (so that the number lives on), else one of `spare`.
+/// that is not in the tree (so that the number lives on) and not `taken`, else one of `spare`.
 ///
 /// # Errors
 /// Nothing is free.
-pub fn restorer_pid(app: &Application, spare: Range<i32>) -> Result<Pid, RestoreError> {
+pub fn restorer_pid(
+    app: &Application,
+    spare: Range<i32>,
+    taken: impl Fn(i32) -> bool,
+) -> Result<Pid, RestoreError> {
     let used = numbers(app);
     if let Some(sid) = foreign_session(app)
         && sid.0 > 1
+        && !taken(sid.0)
         && is_free(sid.0)
     {
         return Ok(sid);
@@ -159,7 +177,7 @@ mod tests {
     fn the_restorer_keeps_out_of_the_way() {
         let app = app(77, 77);
         assert_eq!(foreign_session(&app), None);
-        let pid = restorer_pid(&app, all().unwrap()).unwrap();
+        let pid = restorer_pid(&app, all().unwrap(), |_| false).unwrap();
         assert!(!numbers(&app).contains(&pid.0));
     }
 
@@ -174,6 +192,17 @@ mod tests {
         assert_eq!(gap(&[(300, 32767)]), 301..32767);
         assert_eq!(gap(&[(20_000, 19_000), (30_000, 5)]), 300..19_000);
         assert_eq!(gap(&[(1000, 900), (30_000, 0)]), 1001..30_000);
+    }
+
+    #[test]
+    fn a_leader_of_another_application_is_known() {
+        let apps = [app(77, 5), app(5, 5), app(78, 6)];
+        let led = |index| led_elsewhere(&apps, index).into_iter().collect::<Vec<_>>();
+        assert_eq!([led(0), led(1), led(2)], [vec![5], vec![], vec![]]);
+        let free = (300..32768).rev().find(|n| is_free(*n)).unwrap();
+        let pid = |taken| restorer_pid(&app(1, free), 300..free, |_| taken).unwrap();
+        assert_eq!(pid(false), Pid(free));
+        assert_ne!(pid(true), Pid(free));
     }
 
     #[test]

@@ -56,6 +56,9 @@ pub struct RestoreOptions {
     /// The restorer's own processes take their numbers here, as far as the application does not
     /// need them: others that are yet to be restored need the rest.
     pub spare: Range<i32>,
+    /// Leaders of the application's groups and sessions that others will be, who are restored too:
+    /// nothing stands in for them.
+    pub led_elsewhere: BTreeSet<i32>,
 }
 
 /// What was restored.
@@ -79,8 +82,9 @@ pub fn restore(
 ) -> Result<Restored, RestoreError> {
     let pipe = || unistd::pipe().map_err(RestoreError::system("pipe"));
     check_supported(app)?;
-    let restorer = pids::restorer_pid(app, options.spare.clone())?;
-    let is_free = |number| number != restorer.0 && pids::is_free(number);
+    let is_taken = |number| options.led_elsewhere.contains(&number);
+    let restorer = pids::restorer_pid(app, options.spare.clone(), is_taken)?;
+    let is_free = |number| number != restorer.0 && !is_taken(number) && pids::is_free(number);
     let stand_ins = groups::stand_ins(app, is_free);
     let with_stand_ins;
     let task = Task {

@@ -1,6 +1,5 @@
 //! TCP connections that are over, and that the application has not closed.
 
-use super::accept::is_link_local;
 use super::borrow::Borrowed;
 use super::{CollectError, socket};
 use crate::bpf::events::{SockFlag, SockRec};
@@ -38,9 +37,6 @@ pub fn read(from: &Borrowed, rec: &SockRec) -> Result<Option<TcpEnded>, CollectE
         return Err(blocked(&format!(
             "the application was not told yet that it ended by error {error}"
         )));
-    }
-    if is_link_local(remote.ip()) {
-        return Err(blocked("an address of one link is not carried"));
     }
     let unread = queued(from.as_fd(), Count::Unread).map_err(from.socket_failed())?;
     let received = peek_exact(from.as_fd(), unread).map_err(from.failed("recv"))?;

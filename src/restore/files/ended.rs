@@ -68,7 +68,7 @@ pub(super) fn make(ended: &TcpEnded, options: &[SockOption]) -> Result<OwnedFd, 
             Ok([CLOSE_WAIT, CLOSE].contains(&state()?))
         })?;
         if ended.error == libc::ECONNRESET {
-            // Of one that was not shut by the application, too, it would be EPIPE.
+            // Without a FIN of its own it would be EPIPE.
             tcp::shut(&object, fd, Shutdown::Write)?;
         }
     }

@@ -1,5 +1,7 @@
 //! `tracker update` itself: the machine's own state, refusals, a broken image.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Scenario;
@@ -21,6 +23,12 @@ pub const SCENARIOS: &[Scenario] = &[
         kernels: &[Kernel::V6_12],
         configure: |vm| vm.reserved(None),
         run: no_arena,
+    },
+    Scenario {
+        name: "handover_one_session",
+        kernels: &[Kernel::V6_1],
+        configure: |vm| vm,
+        run: one_session,
     },
 ];
 
@@ -155,5 +163,49 @@ fn no_arena(vm: &Vm) -> Result<()> {
         "{}",
         output.error_text()
     );
+    Ok(())
+}
+
+/// Three applications: the leader of a session, that of a group in it, and a member of both, who
+/// is restored first.
+const ONE_SESSION: &str = r#"
+import os
+
+def run(name):
+    os.execvp("tracker", ["tracker", "run", "--name", name, "--", "sleep", "100000"])
+
+os.setsid()
+leader = os.fork()
+if leader == 0:
+    os.setpgid(0, 0)
+    run("y")
+while os.getpgid(leader) != leader:
+    pass
+if os.fork() == 0:
+    os.setpgid(0, leader)
+    run("a")
+run("z")
+"#;
+
+/// Nobody stands in for a leader that another application has.
+fn one_session(vm: &Vm) -> Result<()> {
+    let (kernel, initrd) = (UPDATED.guest_vmlinuz()?, UPDATED.guest_initrd()?);
+    vm.spawn(Exec::new(["python3", "-c", ONE_SESSION]), None)?;
+    let three =
+        "for i in $(seq 600); do [ $(pgrep -xc sleep) = 3 ] && exit 0; sleep 0.1; done; exit 1";
+    vm.exec(Exec::new(["sh", "-c", three]).timeout(Duration::from_secs(100)))?
+        .check()
+        .context("Three programs")?;
+    let pids = || Ok::<_, anyhow::Error>(vm.sh("pgrep -x sleep")?.check()?.text());
+    let before = pids()?;
+    match vm.exec_or_reboot(Exec::new(update(&kernel, &initrd)))? {
+        Outcome::Rebooted(_) => {}
+        Outcome::Exited(output) => bail!("{}: {}", output.status, output.error_text()),
+    }
+    let report = vm.read_file("/run/tracker/update.json")?;
+    let report: serde_json::Value = serde_json::from_slice(&report)?;
+    ensure!(report["status"] == "done", "{report}");
+    let after = pids()?;
+    ensure!(before == after, "PIDs were\n{before}and are\n{after}");
     Ok(())
 }
