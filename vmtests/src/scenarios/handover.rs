@@ -174,7 +174,6 @@ import os
 def run(name):
     os.execvp("tracker", ["tracker", "run", "--name", name, "--", "sleep", "100000"])
 
-os.setsid()
 leader = os.fork()
 if leader == 0:
     os.setpgid(0, 0)
@@ -190,7 +189,7 @@ run("z")
 /// Nobody stands in for a leader that another application has.
 fn one_session(vm: &Vm) -> Result<()> {
     let (kernel, initrd) = (UPDATED.guest_vmlinuz()?, UPDATED.guest_initrd()?);
-    vm.spawn(Exec::new(["python3", "-c", ONE_SESSION]), None)?;
+    vm.spawn(Exec::new(["setsid", "python3", "-c", ONE_SESSION]), None)?;
     let three =
         "for i in $(seq 600); do [ $(pgrep -xc sleep) = 3 ] && exit 0; sleep 0.1; done; exit 1";
     vm.exec(Exec::new(["sh", "-c", three]).timeout(Duration::from_secs(100)))?
