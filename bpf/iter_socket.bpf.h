@@ -184,7 +184,15 @@ static __always_inline void read_ends(u8 *local, u8 *remote, struct sock *sk, u1
 	}
 }
 
-static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
+/* Whether a TCP socket was ever connected. After a connect(2) that did not wait, the state of the
+ * `struct socket` says so only once connect(2) is called again, which hardly anybody does; but
+ * the peer has acknowledged the SYN. One that was accepted, or restored, has the state. */
+static __always_inline bool was_connected(struct socket *socket, struct sock *sk)
+{
+	return socket->state == SS_CONNECTED || BPF_CORE_READ((struct tcp_sock *)sk, bytes_acked);
+}
+
+static __always_inline void fill_inet(struct sock_rec *r, struct socket *socket, struct sock *sk)
 {
 	struct inet_connection_sock *icsk = (void *)sk;
 	u16 dport = sk->__sk_common.skc_dport;
@@ -192,6 +200,12 @@ static __always_inline void fill_inet(struct sock_rec *r, struct sock *sk)
 	fill_untold(r, sk);
 	if (r->type == SOCK_RAW && is_router(r, sk))
 		r->flags |= SOCK_ROUTER;
+	if (r->protocol == IPPROTO_TCP && r->type != SOCK_RAW) {
+		if (was_connected(socket, sk))
+			r->flags |= SOCK_WAS_CONNECTED;
+		if (sk->__sk_common.skc_flags & TRK_SOCK_DONE)
+			r->flags |= SOCK_GOT_FIN;
+	}
 	if (r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
 		r->syn_backlog = BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter);
 	r->local_port = sk->__sk_common.skc_num;
@@ -242,10 +256,6 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 		r->flags |= SOCK_REUSEPORT;
 	if (BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_ipv6only))
 		r->flags |= SOCK_V6ONLY;
-	if (socket->state == SS_CONNECTED)
-		r->flags |= SOCK_WAS_CONNECTED;
-	if (sk->__sk_common.skc_flags & TRK_SOCK_DONE)
-		r->flags |= SOCK_GOT_FIN;
 	fill_filter(r, sk);
 	r->bound_ifindex = sk->__sk_common.skc_bound_dev_if;
 	r->mark = sk->sk_mark;
@@ -272,7 +282,7 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	if (r->family == AF_UNIX)
 		fill_unix(r, sk);
 	else if (r->family == AF_INET || r->family == AF_INET6)
-		fill_inet(r, sk);
+		fill_inet(r, socket, sk);
 	else if (r->family == AF_PACKET && has_packet_state(r->sock))
 		r->flags |= SOCK_PACKETS;
 	if ((want & WANT_FINGERPRINTS) && r->protocol == IPPROTO_TCP && r->type != SOCK_RAW)

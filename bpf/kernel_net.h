@@ -213,6 +213,7 @@ struct tcp_sock {
 	u32 max_window;
 	u32 rcv_wnd;
 	u32 rcv_wup;
+	u64 bytes_acked;
 	u32 tsoffset;
 	u16 urg_data;
 	u8 tcp_usec_ts : 1; /* since 6.7 */

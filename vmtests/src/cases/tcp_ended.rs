@@ -14,7 +14,7 @@ use nix::sys::socket::{
 };
 
 use super::probe::{check_pattern, eventually, pattern};
-use super::tcp::{exchange, info, pair};
+use super::tcp::{exchange, info, pair, patient};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -23,6 +23,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("tcp_ended_ipv6", |case| {
         ended(case, Ipv6Addr::LOCALHOST.into())
     }),
+    Entry::carried("tcp_ended_polled", polled),
     Entry::carried("tcp_ended_elsewhere", elsewhere),
     Entry::refused_frozen(
         "tcp_failed_connect",
@@ -30,6 +31,9 @@ pub const CASES: &[Entry] = &[
         failed_connect,
     ),
 ];
+
+/// `TCP_ESTABLISHED`.
+const ESTABLISHED: u8 = 1;
 
 /// `TCP_CLOSE`.
 const CLOSE: u8 = 7;
@@ -94,7 +98,16 @@ impl Over {
     const SEED: u64 = 29;
 
     fn make(listener: &TcpListener, how: How, unread: usize, told: bool) -> Result<Self> {
-        let (ours, mut theirs) = pair(listener)?;
+        Self::of(pair(listener)?, how, unread, told)
+    }
+
+    /// Of our end and theirs.
+    fn of(
+        (ours, mut theirs): (TcpStream, TcpStream),
+        how: How,
+        unread: usize,
+        told: bool,
+    ) -> Result<Self> {
         theirs.write_all(&pattern(Self::SEED, unread))?;
         if how == How::ClosedByUs {
             ours.shutdown(Shutdown::Write)?;
@@ -194,6 +207,46 @@ fn ended(case: &Case, address: IpAddr) -> Result<()> {
     exchange(&mut client, &mut server, 5, 1000)
 }
 
+/// Nobody has called connect(2) again since it told that the connection was under way, as is the
+/// custom of programs that wait for events: for the kernel it is so until the end.
+fn polled(case: &Case) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let connection = || -> Result<_> {
+        let client = begin_connect(listener.local_addr()?)?;
+        let (server, _) = listener.accept()?;
+        eventually("the connection", || {
+            Ok(info(&client)?.tcpi_state == ESTABLISHED)
+        })?;
+        client.set_nonblocking(false)?;
+        patient(&client)?;
+        Ok((client, server))
+    };
+    let mut all = Vec::new();
+    for how in How::ALL {
+        for (unread, told) in [(3000, false), (0, true)] {
+            all.push(Over::of(connection()?, how, unread, told)?);
+        }
+    }
+    case.ready()?;
+    for over in all {
+        let what = format!("{:?}, told {}", over.how, over.told);
+        over.check().context(what)?;
+    }
+    Ok(())
+}
+
+/// A connect(2) that does not wait for its end.
+fn begin_connect(to: SocketAddr) -> Result<TcpStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let client: TcpStream = socket(AddressFamily::Inet, SockType::Stream, flags, None)?.into();
+    let begun = connect(client.as_raw_fd(), &SockaddrStorage::from(to));
+    ensure!(
+        begun == Err(Errno::EINPROGRESS),
+        "connect(2) gave {begun:?}"
+    );
+    Ok(client)
+}
+
 /// The machine does not have their address any more.
 fn elsewhere(case: &Case) -> Result<()> {
     const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 77);
@@ -226,13 +279,7 @@ fn failed_connect(case: &Case) -> Result<()> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         listener.local_addr()?
     };
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let client: TcpStream = socket(AddressFamily::Inet, SockType::Stream, flags, None)?.into();
-    let begun = connect(client.as_raw_fd(), &SockaddrStorage::from(nobody));
-    ensure!(
-        begun == Err(Errno::EINPROGRESS),
-        "connect(2) gave {begun:?}"
-    );
+    let client = begin_connect(nobody)?;
     eventually("the refusal", || Ok(info(&client)?.tcpi_state == CLOSE))?;
     case.ready()?;
     let error = error_of(&client)?;
