@@ -9,7 +9,7 @@ use super::error::{FilesError, call, socket};
 use super::ip::{Sender, has_arrived};
 use super::packet::Packet;
 use crate::model::frozen::{Datagram, SockOption};
-use crate::sys::socket::{disconnect, int_option, option, set_int_option};
+use crate::sys::socket::{disconnect, int_option, local_address, option, set_int_option};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use nix::libc;
 use nix::sys::socket as ns;
@@ -55,19 +55,13 @@ pub fn fill(
     };
     let address = ns::SockaddrStorage::from(SocketAddr::new(any, 0));
     ns::bind(fd.as_raw_fd(), &address).map_err(call(object, "bind"))?;
-    let bound: ns::SockaddrStorage =
-        ns::getsockname(fd.as_raw_fd()).map_err(call(object, "getsockname"))?;
-    let port = match (bound.as_sockaddr_in(), bound.as_sockaddr_in6()) {
-        (Some(v4), _) => v4.port(),
-        (_, Some(v6)) => v6.port(),
-        _ => 0,
-    };
+    let bound = local_address(fd).map_err(call(object, "getsockname"))?;
     let level = libc::SOL_SOCKET;
     let size = int_option(fd, level, libc::SO_RCVBUF).map_err(failed())?;
     let bytes: usize = queue.iter().map(|one| one.data.len() + 4096).sum();
     let room = i32::try_from(2 * bytes).unwrap_or(i32::MAX / 2).max(size);
     set_int_option(fd, level, libc::SO_RCVBUFFORCE, room).map_err(failed())?;
-    let mut way = Way::new(object, fd, port);
+    let mut way = Way::new(object, fd, bound.port());
     for datagram in queue {
         if !way.bring(datagram)? {
             tracing::warn!("{object}: a datagram from {} is lost", datagram.from);

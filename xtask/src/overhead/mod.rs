@@ -232,17 +232,22 @@ impl Bench<'_> {
         let log = "/root/idle-hooks.log";
         let command = Exec::new([&program, "--idle-hooks", hooks.name()]);
         let pid = self.vm.spawn(command, Some(log))?;
-        let ready = format!(
-            "for i in $(seq 300); do grep -q attached {log} && exit 0; sleep 0.1; done; exit 1"
-        );
-        self.vm
-            .exec(Exec::new(["sh", "-c", &ready]).timeout(PATIENCE))?
-            .check()
+        let attached = format!("grep -q attached {log}");
+        self.await_that(&attached)
             .with_context(|| self.said("iter_check", log))?;
         let whose = format!("idle hooks of {}", hooks.name());
         let costs = self.costs(Place::Outside, &whose, false)?;
         self.stop(pid)?;
         Ok(costs)
+    }
+
+    /// Waits until a command succeeds.
+    fn await_that(&self, command: &str) -> Result<()> {
+        let script = format!(
+            "for i in $(seq 300); do {command} >/dev/null 2>&1 && exit 0; sleep 0.1; done; exit 1"
+        );
+        let shell = Exec::new(["sh", "-c", &script]).timeout(PATIENCE);
+        self.vm.exec(shell)?.check().map(drop)
     }
 
     /// What a spawned program has said.
@@ -313,11 +318,7 @@ impl Bench<'_> {
         ];
         let log = "/root/agent.log";
         let pid = self.vm.spawn(Exec::new(command), Some(log))?;
-        let ready = "for i in $(seq 300); do \
-                     tracker status >/dev/null 2>&1 && exit 0; sleep 0.1; done; exit 1";
-        self.vm
-            .exec(Exec::new(["sh", "-c", ready]).timeout(PATIENCE))?
-            .check()
+        self.await_that("tracker status")
             .with_context(|| self.said("tracker agent", log))?;
         // What it does once is not what tracking costs.
         apps::await_spare(self.vm)?;

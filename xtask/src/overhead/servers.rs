@@ -1,7 +1,7 @@
 //! What requests cost servers that run as they come: the CPU time of their
 //! cgroup, without that of their clients, which are never tracked.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use vmtests::overhead::{Cost, cgroup_usage};
 use vmtests::vm::Exec;
 
@@ -117,7 +117,9 @@ pub(super) fn costs(bench: &Bench, place: Place, agent: bool) -> Result<Vec<Cost
         }
         let log = format!("/root/{}.log", server.name);
         let pid = bench.vm.spawn(place.run(server.command), Some(&log))?;
-        await_answer(bench, server, &log)?;
+        bench
+            .await_that(server.probe)
+            .with_context(|| format!("No answer from {}", bench.said(server.name, &log)))?;
         for requests in chosen {
             let cost = measure(bench, place, requests, idle);
             costs.push(cost.with_context(|| requests.name.to_owned())?);
@@ -125,23 +127,6 @@ pub(super) fn costs(bench: &Bench, place: Place, agent: bool) -> Result<Vec<Cost
         bench.stop(pid)?;
     }
     Ok(costs)
-}
-
-fn await_answer(bench: &Bench, server: &Server, log: &str) -> Result<()> {
-    let probe = server.probe;
-    let script = format!(
-        "for i in $(seq 300); do {probe} >/dev/null 2>&1 && exit 0; sleep 0.1; done; exit 1"
-    );
-    let waited = bench
-        .vm
-        .exec(Exec::new(["sh", "-c", &script]).timeout(PATIENCE))?;
-    ensure!(
-        waited.success(),
-        "{} does not answer: {}",
-        server.name,
-        String::from_utf8_lossy(&bench.vm.read_file(log).unwrap_or_default())
-    );
-    Ok(())
 }
 
 /// CPU time that the agent uses when nothing happens, for each second.
