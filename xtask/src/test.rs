@@ -18,6 +18,9 @@ pub struct Arguments {
     /// Leave out the tests in VMs
     #[arg(long)]
     no_vm: bool,
+    /// Also run each case alone, and each scenario on both kernels: half as long again
+    #[arg(long)]
+    thorough: bool,
 }
 
 /// A step's outcome for the summary.
@@ -82,7 +85,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     });
     step("unprivileged tests", &mut unprivileged);
     if !arguments.no_vm {
-        step("tests in VMs", &mut || Ok(in_vms()));
+        step("tests in VMs", &mut || Ok(in_vms(arguments.thorough)));
     }
 
     println!("\n=== summary");
@@ -172,13 +175,14 @@ fn count(result: &str, word: &str) -> usize {
     number.and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
-fn in_vms() -> Totals {
+fn in_vms(thorough: bool) -> Totals {
     suite::run(&Options {
         workspace: workspace(),
         kernels: Kernel::ALL.to_vec(),
         modes: Mode::ALL.to_vec(),
         filter: None,
         keep: false,
+        brief: !thorough,
         jobs: 2,
     })
 }

@@ -19,6 +19,9 @@ pub struct Arguments {
     /// Keep the files of all VMs (those of failed tests are kept anyway)
     #[arg(long)]
     keep: bool,
+    /// Only what `cargo xtask test` runs
+    #[arg(long)]
+    brief: bool,
     /// Print the names of the tests and run none
     #[arg(long)]
     list: bool,
@@ -73,6 +76,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         },
         filter: arguments.filter.clone(),
         keep: arguments.keep,
+        brief: arguments.brief,
         jobs: arguments.jobs,
     };
     if arguments.list {

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Scenario;
 use super::faults::{BOTH, CHECKPOINT, ROLLED_BACK};
 use super::services::{PATIENCE, all_well, start};
+use super::{Kernels, Scenario};
 use crate::apps;
 use crate::image::Kernel;
 use crate::load::Load;
@@ -20,25 +20,25 @@ use crate::vm::{Exec, Output, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "aborts_killed",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| apps::forwarded(vm).agent(),
         run: killed,
     },
     Scenario {
         name: "aborts_interrupted",
-        kernels: &[Kernel::V6_12],
+        kernels: Kernels::Only(Kernel::V6_12),
         configure: |vm| apps::forwarded(vm).agent(),
         run: interrupted,
     },
     Scenario {
         name: "aborts_late",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: |vm| apps::forwarded(vm).agent().scratch("64M"),
         run: late,
     },
     Scenario {
         name: "aborts_tree",
-        kernels: &[Kernel::V6_12],
+        kernels: Kernels::Only(Kernel::V6_12),
         configure: |vm| vm,
         run: tree,
     },

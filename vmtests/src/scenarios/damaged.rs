@@ -4,8 +4,8 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::Scenario;
 use super::services::PATIENCE;
+use super::{Kernels, Scenario};
 use crate::apps;
 use crate::image::Kernel;
 use crate::vm::{Exec, Output, Vm};
@@ -13,7 +13,7 @@ use crate::vm::{Exec, Output, Vm};
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "damaged_images",
-    kernels: &[Kernel::V6_12],
+    kernels: Kernels::Only(Kernel::V6_12),
     configure: apps::forwarded,
     run: images,
 }];

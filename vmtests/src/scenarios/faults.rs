@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Scenario;
 use super::handover::update as update_to;
 use super::services::{PATIENCE, all_well, start};
+use super::{Kernels, Scenario};
 use crate::apps;
 use crate::image::Kernel;
 use crate::vm::{Exec, Outcome, Output, Vm};
@@ -16,13 +16,13 @@ use crate::vm::{Exec, Outcome, Output, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "faults_checkpoint",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| apps::forwarded(vm).agent(),
         run: checkpoint,
     },
     Scenario {
         name: "faults_update",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: apps::forwarded,
         run: update,
     },

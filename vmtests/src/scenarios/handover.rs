@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Scenario;
 use super::single_case;
+use super::{Kernels, Scenario};
 use crate::image::Kernel;
 use crate::protocol::Status;
 use crate::vm::{Exec, Outcome, Vm};
@@ -14,19 +14,19 @@ use crate::vm::{Exec, Outcome, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "handover_machine",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: |vm| vm,
         run: machine,
     },
     Scenario {
         name: "handover_no_arena",
-        kernels: &[Kernel::V6_12],
+        kernels: Kernels::Only(Kernel::V6_12),
         configure: |vm| vm.reserved(None),
         run: no_arena,
     },
     Scenario {
         name: "handover_one_session",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: |vm| vm,
         run: one_session,
     },

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Scenario;
+use super::{Kernels, Scenario};
 use crate::image::Kernel;
 use crate::payload::TESTS_DIR;
 use crate::vm::{Exec, Outcome, Vm};
@@ -15,13 +15,13 @@ use crate::vm::{Exec, Outcome, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "harness_kexec",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: |vm| vm.forward(REDIS),
         run: kexec,
     },
     Scenario {
         name: "harness_panic",
-        kernels: &[Kernel::V6_12],
+        kernels: Kernels::Only(Kernel::V6_12),
         configure: |vm| vm,
         run: panic,
     },

@@ -5,15 +5,14 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use super::Scenario;
-use crate::image::Kernel;
+use super::{Kernels, Scenario};
 use crate::payload::TESTS_DIR;
 use crate::vm::{Exec, Vm};
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "kernel_interfaces",
-    kernels: &Kernel::ALL,
+    kernels: Kernels::Both,
     configure: |vm| vm,
     run: interfaces,
 }];

@@ -5,23 +5,22 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::Scenario;
 use super::tracked::{PATIENCE, PAUSE, audit, await_status, log, start, start_agent, status, stop};
+use super::{Kernels, Scenario};
 use crate::apps;
-use crate::image::Kernel;
 use crate::vm::{Exec, Vm};
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "lending_restores",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: restores,
     },
     Scenario {
         name: "lending_deaths",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: deaths,
     },

@@ -35,12 +35,23 @@ mod way_back;
 pub struct Scenario {
     /// What it is about first: `redis_fault_freeze`.
     pub name: &'static str,
-    /// The kernels that the VM boots first, one run each.
-    pub kernels: &'static [Kernel],
+    /// The kernels that the VM boots first.
+    pub kernels: Kernels,
     /// Ports to forward, memory and the like.
     pub configure: fn(VmBuilder) -> VmBuilder,
     /// Drives the VM.
     pub run: fn(&Vm) -> Result<()>,
+}
+
+/// Where a scenario runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernels {
+    /// On this one.
+    Only(Kernel),
+    /// On each of them: it is about what they do not have in common.
+    Both,
+    /// On any, as its objects are tested on each by their cases.
+    Either,
 }
 
 /// Every scenario.

@@ -3,15 +3,15 @@
 
 use anyhow::{Result, ensure};
 
-use super::Scenario;
 use super::single_case::{checkpoint, passes, refused, restore, start};
+use super::{Kernels, Scenario};
 use crate::image::Kernel;
 use crate::vm::Vm;
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "mqueue_taken",
-    kernels: &[Kernel::V6_1],
+    kernels: Kernels::Only(Kernel::V6_1),
     configure: |builder| builder,
     run: taken,
 }];

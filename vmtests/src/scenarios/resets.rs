@@ -2,8 +2,8 @@
 
 use anyhow::{Result, ensure};
 
-use super::Scenario;
 use super::services::PATIENCE;
+use super::{Kernels, Scenario};
 use crate::apps;
 use crate::image::Kernel;
 use crate::vm::{Exec, Vm};
@@ -11,7 +11,7 @@ use crate::vm::{Exec, Vm};
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "tcp_ended_frozen",
-    kernels: &[Kernel::V6_12],
+    kernels: Kernels::Only(Kernel::V6_12),
     configure: |builder| builder,
     run: ended_frozen,
 }];

@@ -3,9 +3,9 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::Scenario;
 use super::services::{PATIENCE, all_well};
 use super::way_back::update;
+use super::{Kernels, Scenario};
 use crate::apps;
 use crate::image::Kernel;
 use crate::load::Load;
@@ -14,7 +14,7 @@ use crate::vm::Vm;
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "sandboxed_update",
-    kernels: &[Kernel::V6_1],
+    kernels: Kernels::Only(Kernel::V6_1),
     configure: apps::forwarded,
     run: updated,
 }];

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 
-use super::Scenario;
+use super::{Kernels, Scenario};
 use crate::apps;
 use crate::image::Kernel;
 use crate::load::{Connection, Load, Protocol};
@@ -16,25 +16,25 @@ use crate::vm::{Exec, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "services_clients_notice",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: apps::forwarded,
         run: clients_notice,
     },
     Scenario {
         name: "services_leave_running",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| apps::forwarded(vm).agent(),
         run: leave_running,
     },
     Scenario {
         name: "services_accepting",
-        kernels: &[Kernel::V6_12],
+        kernels: Kernels::Only(Kernel::V6_12),
         configure: apps::forwarded,
         run: accepting,
     },
     Scenario {
         name: "services_checkpoint_restore",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: apps::forwarded,
         run: checkpoint_restore,
     },

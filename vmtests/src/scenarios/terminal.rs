@@ -4,16 +4,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::Scenario;
 use super::services::PATIENCE;
+use super::{Kernels, Scenario};
 use crate::apps;
-use crate::image::Kernel;
 use crate::vm::{Exec, Vm};
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "terminal_bash",
-    kernels: &Kernel::ALL,
+    kernels: Kernels::Either,
     configure: |vm| vm,
     run: bash,
 }];

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::image::Kernel;
 use crate::payload::TESTS_DIR;
 use crate::vm::{Exec, Vm};
 
@@ -14,11 +13,6 @@ pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Between two looks at something that is waited for.
 pub const PAUSE: Duration = Duration::from_millis(300);
-
-/// Kernels for those scenarios with the fallback hooks that need not run on both, as the storms do:
-/// these hooks look at system calls, which are the same, and a boot and an agent's start take most
-/// of a scenario's time.
-pub const FALLBACK: &[Kernel] = &[Kernel::V6_12];
 
 const AGENT_LOG: &str = "/root/agent.log";
 

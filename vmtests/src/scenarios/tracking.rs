@@ -2,11 +2,10 @@
 
 use anyhow::{Result, ensure};
 
-use super::Scenario;
 use super::tracked::{
     PATIENCE, agent_log, audit, audited_at_rest, end, lost, start, start_agent, status, stop,
 };
-use crate::image::Kernel;
+use super::{Kernels, Scenario};
 use crate::payload::TESTS_DIR;
 use crate::vm::{Exec, Vm};
 
@@ -14,13 +13,13 @@ use crate::vm::{Exec, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "tracking_fentry",
-        kernels: &[Kernel::V6_1, Kernel::V6_12],
+        kernels: Kernels::Both,
         configure: |vm| vm,
         run: |vm| tracking(vm, "fentry"),
     },
     Scenario {
         name: "tracking_fallback",
-        kernels: &[Kernel::V6_1, Kernel::V6_12],
+        kernels: Kernels::Both,
         configure: |vm| vm,
         run: |vm| tracking(vm, "fallback"),
     },

@@ -3,25 +3,24 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::Scenario;
 use super::tracked::{
     PATIENCE, audit, await_line, await_status, end, log, start, start_agent, start_beside, status,
     stop,
 };
-use crate::image::Kernel;
+use super::{Kernels, Scenario};
 use crate::vm::Vm;
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "tracking_adopted_fentry",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| adopted(vm, "fentry"),
     },
     Scenario {
         name: "tracking_adopted_fallback",
-        kernels: super::tracked::FALLBACK,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| adopted(vm, "fallback"),
     },

@@ -4,24 +4,23 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::Duration;
 
-use super::Scenario;
 use super::tracked::{
     PATIENCE, audit, await_status, calm, end, lost, start, start_agent, status, stop, storm,
 };
-use crate::image::Kernel;
+use super::{Kernels, Scenario};
 use crate::vm::{Exec, Vm};
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "tracking_losses_fentry",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| losses(vm, "fentry"),
     },
     Scenario {
         name: "tracking_losses_fallback",
-        kernels: super::tracked::FALLBACK,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| losses(vm, "fallback"),
     },

@@ -6,12 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::Scenario;
 use super::tracked::{
     PATIENCE, PAUSE, audit, await_line, await_status, calm, end, log, start, start_agent,
     start_beside, status, stop,
 };
-use crate::image::Kernel;
+use super::{Kernels, Scenario};
 use crate::payload::TESTS_DIR;
 use crate::vm::{Exec, Vm};
 
@@ -19,25 +18,25 @@ use crate::vm::{Exec, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "tracking_membership_fentry",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| membership(vm, "fentry"),
     },
     Scenario {
         name: "tracking_membership_fallback",
-        kernels: super::tracked::FALLBACK,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| membership(vm, "fallback"),
     },
     Scenario {
         name: "tracking_membership_storm_fentry",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| storm_moves(vm, "fentry"),
     },
     Scenario {
         name: "tracking_membership_storm_fallback",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| storm_moves(vm, "fallback"),
     },

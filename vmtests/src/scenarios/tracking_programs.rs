@@ -4,26 +4,25 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Scenario;
 use super::programs::{NGINX, POSTGRES};
 use super::tracked::{
     PATIENCE, PAUSE, application, audited, audited_at_rest, await_status, calm, end, log, lost,
     resume, start, start_agent, status, stop,
 };
-use crate::image::Kernel;
+use super::{Kernels, Scenario};
 use crate::vm::{Exec, Vm, VmBuilder};
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "tracking_programs_fentry",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure,
         run: |vm| programs(vm, "fentry"),
     },
     Scenario {
         name: "tracking_programs_fallback",
-        kernels: super::tracked::FALLBACK,
+        kernels: Kernels::Either,
         configure,
         run: |vm| programs(vm, "fallback"),
     },

@@ -6,24 +6,23 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::Scenario;
 use super::tracked::{
     PATIENCE, PAUSE, SOCKET, audit, await_status, calm, end, start_agent, status, stop, storm,
 };
-use crate::image::Kernel;
+use super::{Kernels, Scenario};
 use crate::vm::Vm;
 
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "tracking_restart_fentry",
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| restart(vm, "fentry"),
     },
     Scenario {
         name: "tracking_restart_fallback",
-        kernels: super::tracked::FALLBACK,
+        kernels: Kernels::Either,
         configure: |vm| vm,
         run: |vm| restart(vm, "fallback"),
     },

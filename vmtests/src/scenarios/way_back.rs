@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::Scenario;
 use super::handover::update as update_to;
 use super::services::PATIENCE;
+use super::{Kernels, Scenario};
 use crate::apps;
 use crate::image::Kernel;
 use crate::load::{Connection, Load, Protocol};
@@ -18,25 +18,25 @@ use crate::vm::{Exec, Outcome, Vm};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "restore_fails_for_one",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: |vm| apps::forwarded(vm).agent(),
         run: |vm| one_is_lost(vm, "restore-release@redis", "RestoreRelease"),
     },
     Scenario {
         name: "restore_hangs_for_one",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: |vm| apps::forwarded(vm).agent(),
         run: |vm| one_is_lost(vm, "restore-files@redis:hang", "not done after 20 s"),
     },
     Scenario {
         name: "restore_hangs",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: apps::forwarded,
         run: stage_hangs,
     },
     Scenario {
         name: "restore_image_damaged",
-        kernels: &[Kernel::V6_1],
+        kernels: Kernels::Only(Kernel::V6_1),
         configure: apps::forwarded,
         run: image_damaged,
     },

@@ -11,7 +11,7 @@ use crate::cases;
 use crate::control::ControlError;
 use crate::guest::case::{Entry, Expect};
 use crate::image::Kernel;
-use crate::scenarios::{self, Scenario};
+use crate::scenarios::{self, Kernels, Scenario};
 use crate::vm::{Vm, VmBuilder};
 
 mod again;
@@ -76,6 +76,9 @@ pub struct Options {
     pub filter: Option<String>,
     /// Keep the files of all VMs, not only of those with failures.
     pub keep: bool,
+    /// Leave out what another test of the run shows nearly as well: a case's life alone where it
+    /// also has one beside others ([`Mode::Again`]), and a scenario's second kernel.
+    pub brief: bool,
     /// How many VMs at a time.
     pub jobs: usize,
 }
@@ -167,6 +170,11 @@ pub fn list(options: &Options) -> Vec<String> {
     plan(options).iter().flat_map(Group::names).collect()
 }
 
+/// Whether [`Mode::Again`] has this case.
+fn runs_again(kernel: Kernel, entry: &Entry) -> bool {
+    entry.expect.refusal(kernel).is_none() && entry.expect != Expect::CarriedOnce
+}
+
 fn plan(options: &Options) -> Vec<Group> {
     let wanted = |name: &str| {
         options
@@ -191,7 +199,10 @@ fn plan(options: &Options) -> Vec<Group> {
     }
     for &kernel in &options.kernels {
         if options.modes.contains(&Mode::Same) {
-            let entries = entries(&|entry| case_name(kernel, entry));
+            let mut entries = entries(&|entry| case_name(kernel, entry));
+            if options.brief && options.modes.contains(&Mode::Again) {
+                entries.retain(|entry| !runs_again(kernel, entry));
+            }
             groups.push(Group::Cases { kernel, entries });
         }
     }
@@ -214,23 +225,23 @@ fn plan(options: &Options) -> Vec<Group> {
     }
     for &kernel in &options.kernels {
         if options.modes.contains(&Mode::Again) {
-            let again = |entry: &&Entry| {
-                entry.expect.refusal(kernel).is_none() && entry.expect != Expect::CarriedOnce
-            };
-            let carried = cases::all().filter(again);
+            let carried = cases::all().filter(|entry| runs_again(kernel, entry));
             let wanted = |entry: &&Entry| again_names(kernel, entry).iter().any(|n| wanted(n));
             let entries = carried.filter(wanted).collect();
             groups.push(Group::Again { kernel, entries });
         }
     }
     if options.modes.contains(&Mode::Scenario) {
+        let mut turns = Kernel::ALL.iter().cycle();
         for scenario in scenarios::all() {
-            for &kernel in scenario
-                .kernels
-                .iter()
-                .filter(|kernel| options.kernels.contains(kernel))
-            {
-                if wanted(&scenario_name(kernel, scenario)) {
+            let kernels = match scenario.kernels {
+                Kernels::Only(kernel) => vec![kernel],
+                Kernels::Either if options.brief => turns.next().copied().into_iter().collect(),
+                Kernels::Either | Kernels::Both => Kernel::ALL.to_vec(),
+            };
+            for kernel in kernels {
+                let wanted = wanted(&scenario_name(kernel, scenario));
+                if wanted && options.kernels.contains(&kernel) {
                     groups.push(Group::Scenario { kernel, scenario });
                 }
             }

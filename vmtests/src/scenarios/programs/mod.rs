@@ -4,10 +4,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::Scenario;
 use super::tracked::{PATIENCE, PAUSE, log, start, start_beside};
+use super::{Kernels, Scenario};
 use crate::apps;
-use crate::image::Kernel;
 use crate::vm::{Exec, Vm, VmBuilder};
 
 /// The scenarios of this file.
@@ -24,7 +23,7 @@ pub const SCENARIOS: &[Scenario] = &[
 const fn of(name: &'static str, run: fn(&Vm) -> Result<()>) -> Scenario {
     Scenario {
         name,
-        kernels: &Kernel::ALL,
+        kernels: Kernels::Either,
         configure,
         run,
     }
