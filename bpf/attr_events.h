@@ -30,6 +30,7 @@ enum mm_unusual {
 enum vma_unusual {
 	VMA_FAR_NODES = 1,
 	VMA_SHARED_POLICY = 2, /* mbind(2) on its file, which others may share */
+	VMA_WRITE_ERROR = 4,   /* msync(2) will tell of a failed write-back */
 };
 
 /* A NUMA policy, see set_mempolicy(2). */

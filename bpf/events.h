@@ -53,6 +53,7 @@ enum rec_kind {
 	REC_SEM_UNDO = 25,
 	REC_WAITING = 26,
 	REC_WAITING_DATA = 27,
+	REC_EPOLL = 28,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -126,6 +127,7 @@ enum thread_flag {
 	THREAD_PTRACED = 16,
 	THREAD_SEM_UNDO = 32,         /* has operations to undo that its leader has not */
 	THREAD_SECCOMP_LISTENER = 64, /* a supervisor listens to one of its filters */
+	THREAD_RESET_ON_FORK = 128,   /* SCHED_RESET_ON_FORK */
 };
 
 #include "attr_events.h"
@@ -205,6 +207,7 @@ struct thread_rec {
 	__u32 restart_arg; /* futex flags, poll nfds */
 	__u64 restart_ptr; /* futex word, pollfd array, remaining-time pointer */
 	__u64 timer_slack_ns;
+	__u64 slice_ns; /* as sched_setattr(2) was told since 6.12; 0 for nothing */
 	__u64 jobctl;
 	__u64 cwd_ino;
 	__u64 root_ino;
@@ -219,7 +222,7 @@ struct thread_rec {
 	struct policy_rec numa;
 	char comm[TRK_COMM_LEN];
 };
-TRK_ASSERT_SIZE(struct thread_rec, 504);
+TRK_ASSERT_SIZE(struct thread_rec, 512);
 
 struct rlimit_rec {
 	__u64 cur;
@@ -261,11 +264,13 @@ struct process_rec {
 	__u64 cpu_stime_ns;
 	__u64 cpu_runtime_ns;
 	__u32 next_timer_id;
+	__s32 autogroup_nice; /* /proc/PID/autogroup, the session's */
+	__s32 ptracer;        /* PR_SET_PTRACER: a thread, -1 for any, 0 for none */
 	__u32 pad;
 	__u64 tty; /* the controlling terminal, a struct tty_struct */
 	struct rlimit_rec rlimits[TRK_NR_RLIMITS];
 };
-TRK_ASSERT_SIZE(struct process_rec, 408);
+TRK_ASSERT_SIZE(struct process_rec, 416);
 
 /* An address space. */
 struct mm_rec {
@@ -368,6 +373,16 @@ struct timer_rec {
 TRK_ASSERT_SIZE(struct timer_rec, 80);
 
 /* One file descriptor. Details of some kinds follow in a record of their own. */
+/* file_rec.hints */
+enum file_hint {
+	HINT_SEQUENTIAL = 1,   /* POSIX_FADV_SEQUENTIAL */
+	HINT_RANDOM = 2,       /* POSIX_FADV_RANDOM */
+	HINT_NOREUSE = 4,      /* POSIX_FADV_NOREUSE, since 6.3 */
+	HINT_NOTIFY = 8,       /* F_NOTIFY of the directory */
+	HINT_EVENTS = 16,      /* of an inotify instance that were not read */
+	HINT_WRITE_ERROR = 32, /* fsync(2) will tell of a failed write-back */
+};
+
 struct file_rec {
 	struct rec_hdr hdr;
 	__u64 files; /* files_struct, the table the descriptor is in */
@@ -397,9 +412,11 @@ struct file_rec {
 	__u32 owner_uid;
 	__u32 owner_euid;
 	__u32 has_locks;         /* non-zero if the inode carries locks or leases */
+	__u32 hints;             /* enum file_hint */
+	__u32 write_hint;        /* F_GET_RW_HINT */
 	char name[TRK_NAME_LEN]; /* dentry name, cut to fit */
 };
-TRK_ASSERT_SIZE(struct file_rec, 184);
+TRK_ASSERT_SIZE(struct file_rec, 192);
 
 struct eventfd_rec {
 	struct rec_hdr hdr;
@@ -437,6 +454,16 @@ struct signalfd_rec {
 	__u64 mask; /* signals it accepts: bit 0 is signal 1 */
 };
 TRK_ASSERT_SIZE(struct signalfd_rec, 16);
+
+/* How an epoll instance polls devices (EPIOCSPARAMS, since 6.9), unless as usual. */
+struct epoll_rec {
+	struct rec_hdr hdr;
+	__u32 busy_poll_usecs;
+	__u16 busy_poll_budget;
+	__u8 prefer_busy_poll;
+	__u8 pad;
+};
+TRK_ASSERT_SIZE(struct epoll_rec, 16);
 
 struct pidfd_rec {
 	struct rec_hdr hdr;

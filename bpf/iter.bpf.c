@@ -26,5 +26,6 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #include "iter_mqueue.bpf.h"
 #include "iter_accept.bpf.h"
 #include "iter_orphan.bpf.h"
+#include "iter_hints.bpf.h"
 #include "iter_file.bpf.h"
 #include "iter_vma.bpf.h"

@@ -224,3 +224,47 @@ static __always_inline void fill_mm_attrs(struct mm_rec *r, struct mm_struct *mm
 		r->unusual |= MM_TAGS;
 	fill_pkeys(r, mm);
 }
+
+#define MAX_PTRACERS (1 << 16)
+
+struct ptracer_search {
+	u64 node;
+	u64 tracee;
+	int found;
+	u32 pad;
+};
+
+/* bpf_loop callback: the list has one entry at most for each tracee that is valid. */
+static long search_ptracer(u64 index, void *ctx)
+{
+	struct ptracer_search *search = ctx;
+	struct list_head *node = (void *)search->node;
+	struct ptrace_relation *relation;
+	struct task_struct *tracer;
+
+	if (!node || search->node == symbols.ptracer_relations)
+		return 1;
+	relation = (void *)node - bpf_core_field_offset(struct ptrace_relation, node);
+	if ((u64)BPF_CORE_READ(relation, tracee) == search->tracee &&
+	    !BPF_CORE_READ(relation, invalid)) {
+		tracer = BPF_CORE_READ(relation, tracer);
+		search->found = tracer ? BPF_CORE_READ(tracer, pid) : -1;
+		return 1;
+	}
+	search->node = (u64)BPF_CORE_READ(node, next);
+	return 0;
+}
+
+/* Whom Yama lets trace a process: a thread, -1 for any, 0 for none beside its parents. */
+static __always_inline int ptracer_of(struct task_struct *task)
+{
+	struct list_head *relations = (void *)symbols.ptracer_relations;
+	struct ptracer_search search = {.tracee = (u64)task};
+
+	if (!bpf_core_type_exists(struct ptrace_relation) || !relations)
+		return 0;
+	search.node = (u64)BPF_CORE_READ(relations, next);
+	if (search.node != symbols.ptracer_relations)
+		bpf_loop(MAX_PTRACERS, search_ptracer, &search, 0);
+	return search.found;
+}

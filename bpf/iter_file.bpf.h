@@ -111,10 +111,18 @@ static __always_inline void fill_file(struct file_rec *r, struct task_struct *ta
 	r->mnt_id = BPF_CORE_READ(mnt, mnt_id);
 	fill_owner(r, file);
 	r->has_locks = inode_has_locks(inode);
+	r->hints = 0;
+	r->write_hint = 0;
+	if ((r->mode & S_IFMT) == S_IFREG)
+		fill_hints(r, file, inode, sb);
+	else if ((r->mode & S_IFMT) == S_IFDIR && has_dnotify(inode, file))
+		r->hints = HINT_NOTIFY;
 	__builtin_memset(r->name, 0, sizeof(r->name));
 	bpf_probe_read_kernel_str(r->name, sizeof(r->name), dentry->d_name.name);
 	__builtin_memcpy(&name8, r->name, sizeof(name8));
 	r->kind = file_kind_of(r->magic, r->mode, r->nlink, name8);
+	if (r->kind == FILE_INOTIFY && has_events(file))
+		r->hints |= HINT_EVENTS;
 }
 
 static __always_inline long write_eventfd(struct seq_file *seq, void *ctx)
@@ -249,6 +257,9 @@ int iter_files(struct bpf_iter__task_file *ctx)
 	if (bpf_seq_write(seq, r, sizeof(*r)))
 		return 0;
 	switch (r->kind) {
+	case FILE_EPOLL:
+		failed = write_epoll(seq, file->private_data);
+		break;
 	case FILE_EVENTFD:
 		failed = write_eventfd(seq, file->private_data);
 		break;

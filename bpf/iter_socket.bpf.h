@@ -55,6 +55,8 @@ static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 			r->peer_ino = BPF_CORE_READ(peer_file, f_inode, i_ino);
 	}
 	r->inflight = BPF_CORE_READ(unix, scm_stat.nr_fds.counter);
+	if (bpf_core_field_exists(unix->oob_skb) && BPF_CORE_READ(unix, oob_skb))
+		r->flags |= SOCK_URGENT;
 	if (addr) {
 		int len = BPF_CORE_READ(addr, len) - (int)sizeof(u16);
 		char *path = (char *)addr + bpf_core_field_offset(struct unix_address, name) +
@@ -65,6 +67,17 @@ static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 			bpf_probe_read_kernel(r->path, sizeof(r->path), path);
 		}
 	}
+}
+
+/* Whether urgent data is on its way, or waits in a queue, where it is left out of what is read.
+ * A listener has none, nor has what was never connected. */
+static __always_inline bool has_urgent(struct tcp_sock *tcp, u32 state)
+{
+	if (state == TCP_LISTEN)
+		return false;
+	if (BPF_CORE_READ(tcp, urg_data))
+		return true;
+	return state != TCP_CLOSE && BPF_CORE_READ(tcp, snd_una) != BPF_CORE_READ(tcp, snd_up);
 }
 
 /* What no option tells. */
@@ -88,6 +101,8 @@ static __always_inline void fill_untold(struct sock_rec *r, struct sock *sk)
 			r->flags |= SOCK_TCP_AUTH;
 		if (bpf_core_field_exists(tcp->ao_info) && BPF_CORE_READ(tcp, ao_info))
 			r->flags |= SOCK_TCP_AUTH;
+		if (has_urgent(tcp, r->state))
+			r->flags |= SOCK_URGENT;
 	}
 	/* an accepted connection has that of its handshake, which means nothing to it */
 	if (datagrams) {
@@ -272,6 +287,10 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	r->rmem = sk->sk_backlog.rmem_alloc.counter;
 	r->wmem = sk->sk_wmem_queued;
 	r->err = sk->sk_err;
+	if (sk->sk_error_queue.qlen)
+		r->flags |= SOCK_ERRORS;
+	if (sk->sk_zckey.counter)
+		r->flags |= SOCK_ZEROCOPY;
 	r->net_ns = sk->__sk_common.skc_net.net->ns.inum;
 	if (bpf_core_field_exists(sk->sk_cgrp_data)) {
 		r->cgroup_id = sk->sk_cgrp_data.cgroup->kn->id;

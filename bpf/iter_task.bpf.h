@@ -42,6 +42,8 @@ int find_symbols(void *ctx)
 	FIND("page_offset_base", symbols.page_offset_base);
 	FIND("landlock_initialized", symbols.landlock_initialized);
 	FIND("landlock_blob_sizes", symbols.landlock_blob_sizes);
+	FIND("ptracer_relations", symbols.ptracer_relations);
+	FIND("dnotify_group", symbols.dnotify_group);
 	return 0;
 }
 
@@ -170,6 +172,8 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 		r->flags |= THREAD_NO_NEW_PRIVS;
 	if (has_own_undo(task))
 		r->flags |= THREAD_SEM_UNDO;
+	if (BPF_CORE_READ_BITFIELD(task, sched_reset_on_fork))
+		r->flags |= THREAD_RESET_ON_FORK;
 	r->state = task->__state;
 	r->exit_state = task->exit_state;
 	r->exit_code = task->exit_code;
@@ -216,6 +220,9 @@ static __always_inline void fill_thread(struct thread_rec *r, struct task_struct
 			r->rseq_len = task->rseq_len;
 	}
 	r->timer_slack_ns = task->timer_slack_ns;
+	r->slice_ns = 0;
+	if (bpf_core_field_exists(task->se.custom_slice) && task->se.custom_slice)
+		r->slice_ns = task->se.slice;
 	r->jobctl = task->jobctl;
 	bpf_core_read(&r->comm, sizeof(r->comm), &task->comm);
 	fill_cred(r, task->cred);
@@ -243,6 +250,10 @@ static __always_inline void fill_process(struct process_rec *r, struct task_stru
 	if (signal->leader)
 		r->flags |= PROCESS_SESSION_LEADER;
 	r->tty = (u64)signal->tty;
+	r->autogroup_nice = 0;
+	if (bpf_core_field_exists(signal->autogroup))
+		r->autogroup_nice = BPF_CORE_READ(signal, autogroup, nice);
+	r->ptracer = ptracer_of(task);
 	r->oom_score_adj = signal->oom_score_adj;
 	r->group_exit_code = signal->group_exit_code;
 	r->signal = (u64)signal;

@@ -18,6 +18,8 @@ struct {
 	u64 page_offset_base;     /* where memory itself does */
 	u64 landlock_initialized; /* whether Landlock is in use (bool) */
 	u64 landlock_blob_sizes;  /* where its part of credentials is */
+	u64 ptracer_relations;    /* who may trace whom by Yama's leave (struct list_head) */
+	u64 dnotify_group;        /* all watches of F_NOTIFY (struct fsnotify_group *) */
 } symbols;
 
 u32 possible_cpus; /* set by user space */

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
 /* iter/task_vma: the mappings of every address space. */
 
+#define VM_SHARED 0x8
+
 struct vma_rec out_vma;
 
 SEC("iter/task_vma")
@@ -50,6 +52,8 @@ int iter_vmas(struct bpf_iter__task_vma *ctx)
 					  file->f_path.dentry->d_name.name);
 		if (magic == TMPFS_MAGIC && has_shared_policy(file->f_inode))
 			r->unusual |= VMA_SHARED_POLICY;
+		if (vma->vm_flags & VM_SHARED && has_write_error(file))
+			r->unusual |= VMA_WRITE_ERROR;
 	} else if (vma->vm_ops) {
 		/* without a file, operations mean _install_special_mapping() */
 		struct vm_special_mapping *special = vma->vm_private_data;

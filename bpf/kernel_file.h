@@ -9,14 +9,22 @@ struct qstr {
 	u32 len;
 	const unsigned char *name;
 };
+struct backing_dev_info {
+	unsigned long ra_pages;
+};
 struct super_block {
 	u32 s_dev;
 	unsigned long s_magic;
+	struct backing_dev_info *s_bdi;
 };
 struct file_lock_context {
 	struct list_head flc_flock;
 	struct list_head flc_posix;
 	struct list_head flc_lease;
+};
+typedef u32 errseq_t;
+struct address_space {
+	errseq_t wb_err;
 };
 struct inode {
 	u16 i_mode;
@@ -31,6 +39,16 @@ struct inode {
 	struct pipe_inode_info *i_pipe;
 	struct fsnotify_mark_connector *i_fsnotify_marks;
 	void *i_private;
+};
+/* the hint is an enum since 6.9 */
+struct inode___byte_hint {
+	u8 i_write_hint;
+};
+enum rw_hint {
+	RW_HINT_NONE,
+} __attribute__((packed));
+struct inode___enum_hint {
+	enum rw_hint i_write_hint;
 };
 struct dentry {
 	struct dentry *d_parent;
@@ -51,6 +69,9 @@ struct fown_struct {
 	kuid_t euid;
 	int signum;
 };
+struct file_ra_state {
+	unsigned int ra_pages;
+};
 /* f_owner is a pointer since 6.12; f_count became f_ref in 6.13 */
 struct file_operations {
 	void *open;
@@ -64,6 +85,9 @@ struct file {
 	u32 f_mode;
 	s64 f_pos;
 	struct fown_struct *f_owner;
+	errseq_t f_wb_err;
+	struct address_space *f_mapping;
+	struct file_ra_state f_ra;
 	void *private_data;
 };
 struct file___embedded {
@@ -135,6 +159,10 @@ struct epitem {
 struct eventpoll {
 	struct rb_root_cached rbr;
 	struct file *file;
+	/* since 6.9 */
+	u32 busy_poll_usecs;
+	u16 busy_poll_budget;
+	bool prefer_busy_poll;
 };
 struct poll_table_struct {
 	unsigned long _key;
@@ -145,14 +173,26 @@ struct ep_pqueue {
 };
 struct fsnotify_group {
 	struct list_head marks_list;
+	unsigned int q_len;
 };
 struct fsnotify_mark_connector {
 	void *obj;
+	struct hlist_head list;
 };
 struct fsnotify_mark {
 	u32 mask;
+	struct fsnotify_group *group;
 	struct list_head g_list;
+	struct hlist_node obj_list;
 	struct fsnotify_mark_connector *connector;
+};
+struct dnotify_struct {
+	struct dnotify_struct *dn_next;
+	struct file *dn_filp;
+};
+struct dnotify_mark {
+	struct fsnotify_mark fsn_mark;
+	struct dnotify_struct *dn;
 };
 struct inotify_inode_mark {
 	struct fsnotify_mark fsn_mark;

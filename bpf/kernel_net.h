@@ -84,6 +84,7 @@ struct sock_reuseport {
 struct sock {
 	struct sock_common __sk_common;
 	struct sk_buff_head sk_receive_queue;
+	struct sk_buff_head sk_error_queue;
 	struct sk_buff_head sk_write_queue;
 	struct rb_root tcp_rtx_queue;
 	struct {
@@ -102,6 +103,7 @@ struct sock {
 	u32 sk_ack_backlog;
 	u32 sk_max_ack_backlog;
 	u8 sk_shutdown;
+	atomic_t sk_zckey;
 	u8 sk_userlocks : 4;
 	long sk_rcvtimeo;
 	long sk_sndtimeo;
@@ -216,6 +218,7 @@ struct tcp_sock {
 	u64 bytes_acked;
 	u32 tsoffset;
 	u16 urg_data;
+	u32 snd_up;
 	u8 tcp_usec_ts : 1; /* since 6.7 */
 	u8 nonagle : 4;
 	u8 keepalive_probes;
@@ -245,6 +248,7 @@ struct unix_sock {
 	struct unix_address *addr;
 	struct sock *peer;
 	struct scm_stat scm_stat;
+	void *oob_skb;
 };
 
 #pragma clang attribute pop

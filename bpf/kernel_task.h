@@ -168,6 +168,9 @@ struct thread_group_cputimer {
 	struct task_cputime_atomic cputime_atomic;
 };
 struct tty_struct;
+struct autogroup {
+	int nice;
+};
 /* posix_timers is a list_head up to 6.10 and an hlist_head afterwards */
 struct signal_struct {
 	int nr_threads;
@@ -184,6 +187,7 @@ struct signal_struct {
 	struct pid *pids[4];
 	int leader;
 	struct tty_struct *tty;
+	struct autogroup *autogroup;
 	struct rlimit rlim[TRK_NR_RLIMITS];
 	short oom_score_adj;
 };
@@ -320,6 +324,11 @@ struct mempolicy {
 		nodemask_t user_nodemask;
 	} w;
 };
+/* custom_slice since 6.12 */
+struct sched_entity {
+	unsigned char custom_slice;
+	u64 slice;
+};
 struct task_struct {
 	unsigned int __state;
 	unsigned int flags;
@@ -336,6 +345,8 @@ struct task_struct {
 	unsigned int personality;
 	unsigned int restore_sigmask : 1;
 	unsigned int frozen : 1;
+	unsigned int sched_reset_on_fork : 1;
+	struct sched_entity se;
 	unsigned long atomic_flags;
 	struct restart_block restart_block;
 	int pid;
@@ -376,6 +387,13 @@ struct task_struct {
 	struct mempolicy *mempolicy;
 	struct thread_info thread_info;
 	struct thread_struct thread;
+};
+/* of Yama */
+struct ptrace_relation {
+	struct task_struct *tracer;
+	struct task_struct *tracee;
+	bool invalid;
+	struct list_head node;
 };
 struct fpu_state_perm {
 	u64 __state_perm;

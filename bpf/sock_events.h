@@ -13,13 +13,16 @@ enum sock_flag {
 	SOCK_EBPF = 32,    /* its filter or the choice in its port's group is an eBPF program */
 	SOCK_FOREIGN = 64, /* made outside the cgroups that are tracked; iterators only */
 	/* what getsockopt(2) does not tell, or not whole; iterators only */
-	SOCK_ULP = 128,        /* another protocol on top of TCP, as kernel TLS */
-	SOCK_TCP_AUTH = 256,   /* TCP keys: MD5 or the authentication option */
-	SOCK_IPSEC = 512,      /* an IPsec policy of its own */
-	SOCK_V6_STICKY = 1024, /* extension headers, a flow label, or a size of fragments */
-	SOCK_CORKED = 2048,    /* a datagram that is sent in parts has begun */
-	SOCK_ROUTER = 4096,    /* raw, and gets packets with Router Alert or routes multicast */
-	SOCK_PACKETS = 8192,   /* of AF_PACKET with a ring, a fanout group or memberships */
+	SOCK_ULP = 128,         /* another protocol on top of TCP, as kernel TLS */
+	SOCK_TCP_AUTH = 256,    /* TCP keys: MD5 or the authentication option */
+	SOCK_IPSEC = 512,       /* an IPsec policy of its own */
+	SOCK_V6_STICKY = 1024,  /* extension headers, a flow label, or a size of fragments */
+	SOCK_CORKED = 2048,     /* a datagram that is sent in parts has begun */
+	SOCK_ROUTER = 4096,     /* raw, and gets packets with Router Alert or routes multicast */
+	SOCK_PACKETS = 8192,    /* of AF_PACKET with a ring, a fanout group or memberships */
+	SOCK_URGENT = 65536,    /* urgent data (MSG_OOB) on its way, or not passed by the reader */
+	SOCK_ZEROCOPY = 131072, /* has counted what was sent with MSG_ZEROCOPY */
+	SOCK_ERRORS = 262144,   /* something in its error queue (MSG_ERRQUEUE) */
 	/* of a TCP connection, also when it is over; iterators only */
 	SOCK_WAS_CONNECTED = 16384, /* no connect(2) that failed or is under way */
 	SOCK_GOT_FIN = 32768,       /* reading comes to an end, whatever else happened */

@@ -178,8 +178,12 @@ static __always_inline void send_owner(struct file *file)
 
 APART BPF_PROG(installs, unsigned int fd, struct file *file)
 {
-	send_install(true, current_files(), fd, file, -1, just_made(file));
-	send_owner(file);
+	bool fresh = just_made(file);
+
+	send_install(true, current_files(), fd, file, -1, fresh);
+	/* nobody could ask yet for being told */
+	if (!fresh)
+		send_owner(file);
 }
 
 SEC("fentry/fd_install")

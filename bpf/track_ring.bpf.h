@@ -277,16 +277,16 @@ static __always_inline bool table_shared(struct files_struct *files)
 
 /* Whether a table is of the first size, whose bits lie in itself: without bpf_rdonly_cast only
  * those can be read by an instruction. */
-static __always_inline bool is_small(struct files_struct *files)
+static __always_inline bool is_small(struct files_struct *files, struct fdtable *fdt)
 {
-	return !bpf_ksym_exists(bpf_rdonly_cast) && files->fdt == &files->fdtab;
+	return !bpf_ksym_exists(bpf_rdonly_cast) && fdt == &files->fdtab;
 }
 
 /* Whether a descriptor refers to something, while the table is locked. The number that an open()
  * under way has reserved does not, which only another thread can see. */
 static __always_inline bool is_open(struct files_struct *files, u32 fd)
 {
-	if (is_small(files) && !table_shared(files))
+	if (is_small(files, files->fdt) && !table_shared(files))
 		return fd < 64 && files->open_fds_init[0] >> fd & 1;
 	return file_at(files, fd);
 }
@@ -295,7 +295,7 @@ static __always_inline u32 cloexec_at(const bool typed, struct files_struct *fil
 {
 	struct fdtable *fdt = MEMBER(typed, files, fdt);
 
-	if (typed && is_small(files))
+	if (typed && is_small(files, fdt))
 		return files->close_on_exec_init[0] >> (fd & 63) & 1;
 	return bit_at(MEMBER(typed, fdt, close_on_exec), fd);
 }

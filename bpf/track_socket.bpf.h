@@ -7,7 +7,6 @@
 #define SOCK_STREAM 1
 #define SOCK_SEQPACKET 5
 #define SHUTDOWN_MASK 3
-#define TCP_CLOSE 7
 
 static __always_inline void fill_event_inet(const bool typed, struct sock_part *e, struct sock *sk)
 {

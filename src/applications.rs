@@ -6,7 +6,7 @@
 
 use crate::bpf::features::cgroup2_mount;
 use crate::model::ids::Pid;
-use crate::sys::cgroup::{Cgroup, CgroupError};
+use crate::sys::cgroup::{Cgroup, CgroupError, enable};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
@@ -164,11 +164,8 @@ impl NamedApplication {
         let parent = self.cgroup.parent().unwrap_or(Path::new("/"));
         for (dir, above) in [(parent, parent.parent()), (&self.cgroup, Some(parent))] {
             if let Some(above) = above {
-                // Accounting is welcome, not needed: a controller that another
-                // hierarchy holds cannot be enabled here.
-                for controller in ["+memory", "+pids"] {
-                    let _ = fs::write(above.join("cgroup.subtree_control"), controller);
-                }
+                // Accounting is welcome, not needed.
+                enable(above, ["memory", "pids"]);
             }
             match DirBuilder::new().mode(0o755).create(dir) {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {

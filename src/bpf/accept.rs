@@ -12,6 +12,7 @@ pub use super::skeleton::accept::types::handshake as Handshake;
 use super::skeleton::accept::types::{seen, sought};
 use super::skeleton::accept::{AcceptSkel, AcceptSkelBuilder};
 use crate::sys::socket::{SocketError, int_option, set_int_option};
+use crate::sys::tcp::state::LISTEN;
 use libbpf_rs::btf::{Btf, types};
 use libbpf_rs::libbpf_sys;
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
@@ -28,9 +29,8 @@ const FUNCTION: &str = "bpf_sk_assign_tcp_reqsk";
 /// `LOOPBACK_IFINDEX` of include/net/flow.h, the same in all network namespaces.
 pub const LOOPBACK: u32 = 1;
 
-/// No socket was found; `TCP_LISTEN`: none that is connected.
+/// No socket was found; `LISTEN`: none that is connected.
 const NONE: u8 = 0;
-const LISTEN: u8 = 10;
 
 /// Why a connection could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -1,10 +1,10 @@
 //! What the passes of the iterators find, and what their records say in words.
 
 use super::events::{
-    AioRec, EpollItemRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, MqueueDataRec, MqueueRec,
-    PidfdRec, PipeRec, PressureRec, ProcessFlag, ProcessRec, RecKind, SemUndoRec, SigactionsRec,
-    SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec, TtyRec, UringRec, VmaRec,
-    WaitingDataRec, WaitingRec, WatchRec,
+    AioRec, EpollItemRec, EpollRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, MqueueDataRec,
+    MqueueRec, PidfdRec, PipeRec, PressureRec, ProcessFlag, ProcessRec, RecKind, SemUndoRec,
+    SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec, TtyRec,
+    UringRec, VmaRec, WaitingDataRec, WaitingRec, WatchRec,
 };
 use super::record::{Malformed, Raw, c_text};
 
@@ -48,6 +48,8 @@ pub enum Detail {
     Pipe(PipeRec),
     /// A timerfd.
     Timerfd(TimerfdRec),
+    /// An epoll instance that polls devices in its own way.
+    Epoll(EpollRec),
     /// A signalfd.
     Signalfd(SignalfdRec),
     /// A pidfd.
@@ -121,6 +123,7 @@ impl Detail {
     /// What a record says that follows that of a file.
     pub(super) fn decode(raw: &Raw<'_>) -> Result<Self, Malformed> {
         Ok(match raw.kind {
+            RecKind::EPOLL => Self::Epoll(raw.decode()?),
             RecKind::EVENTFD => Self::Eventfd(raw.decode()?),
             RecKind::PIPE => Self::Pipe(raw.decode()?),
             RecKind::TIMERFD => Self::Timerfd(raw.decode()?),

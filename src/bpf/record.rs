@@ -31,6 +31,7 @@ impl_record! {
     events::SigactionsRec => RecKind::SIGACTIONS,
     events::TimerRec => RecKind::TIMER,
     events::FileRec => RecKind::FILE,
+    events::EpollRec => RecKind::EPOLL,
     events::EventfdRec => RecKind::EVENTFD,
     events::PipeRec => RecKind::PIPE,
     events::TimerfdRec => RecKind::TIMERFD,

@@ -2,9 +2,13 @@
 //! those that are not.
 
 use super::eligibility::blocker;
-use crate::bpf::events::{MmRec, MmUnusual, PolicyRec, ThreadRec, ThreadUnusual};
+use crate::bpf::events::{
+    MmRec, MmUnusual, PolicyRec, ProcessFlag, ProcessRec, ThreadFlag, ThreadRec, ThreadUnusual,
+};
 use crate::bpf::iter::Tasks;
-use crate::model::frozen::{Blocker, MemoryPolicy};
+use crate::model::frozen::{Blocker, MemoryPolicy, Ptracer};
+use crate::model::ids::Tid;
+use nix::libc;
 use std::collections::HashMap;
 use std::fs;
 
@@ -164,6 +168,40 @@ pub fn policy(rec: &PolicyRec) -> Option<MemoryPolicy> {
     })
 }
 
+/// What goes with the policy of a thread: `SCHED_RESET_ON_FORK`.
+#[must_use]
+pub fn policy_flags(rec: &ThreadRec) -> u32 {
+    match rec.flags & ThreadFlag::RESET_ON_FORK {
+        0 => 0,
+        _ => libc::SCHED_RESET_ON_FORK.cast_unsigned(),
+    }
+}
+
+/// `PR_SET_PTRACER`. One who is outside the application cannot be told apart from whoever has
+/// its TID later: it loses its right, as when it had ended.
+#[must_use]
+pub fn ptracer(rec: &ProcessRec, threads: &[ThreadRec]) -> Option<Ptracer> {
+    let ours = |tid: i32| {
+        threads
+            .iter()
+            .any(|thread| thread.tid == tid.cast_unsigned())
+    };
+    match rec.ptracer {
+        0 => None,
+        -1 => Some(Ptracer::Any),
+        tid => ours(tid).then_some(Ptracer::Thread(Tid(tid))),
+    }
+}
+
+/// The nice value of a session in scheduling, of who leads it.
+#[must_use]
+pub fn autogroup_nice(rec: &ProcessRec) -> i8 {
+    match rec.flags & ProcessFlag::SESSION_LEADER {
+        0 => 0,
+        _ => i8::try_from(rec.autogroup_nice).unwrap_or(0),
+    }
+}
+
 /// `PR_SET_IO_FLUSHER`. Of the two flags that it sets, the kernel sets the other for a while, too.
 #[must_use]
 pub fn is_io_flusher(rec: &ThreadRec) -> bool {
@@ -246,5 +284,35 @@ mod tests {
         assert_eq!(mce_kill_early(&of(0x80)), Some(false));
         assert_eq!(mce_kill_early(&of(0x0800_0080)), Some(true));
         assert!(is_io_flusher(&of(0x0018_0000)) && !is_io_flusher(&of(0x0008_0000)));
+    }
+
+    #[test]
+    fn only_a_tracer_of_the_application_is_carried() {
+        let threads = [5, 7].map(|tid| ThreadRec {
+            tid,
+            ..ThreadRec::default()
+        });
+        let named = |ptracer| {
+            let rec = ProcessRec {
+                ptracer,
+                ..ProcessRec::default()
+            };
+            super::ptracer(&rec, &threads)
+        };
+        assert_eq!(named(0), None);
+        assert_eq!(named(-1), Some(Ptracer::Any));
+        assert_eq!(named(7), Some(Ptracer::Thread(Tid(7))));
+        assert_eq!(named(6), None);
+    }
+
+    #[test]
+    fn only_who_leads_a_session_speaks_for_it() {
+        let of = |flags| ProcessRec {
+            flags,
+            autogroup_nice: -3,
+            ..ProcessRec::default()
+        };
+        assert_eq!(autogroup_nice(&of(ProcessFlag::SESSION_LEADER)), -3);
+        assert_eq!(autogroup_nice(&of(0)), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! Cgroups that the application made below its own.
+//! The application's cgroup, and those that it made below.
 
 use super::error::CheckpointError;
 use crate::bpf::features::cgroup2_mount;
@@ -19,6 +19,59 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("cgroup.max.depth", "max"),
     ("cgroup.max.descendants", "max"),
 ];
+
+/// What is set of an application's own cgroup, with what it is in a new one.
+const SETTINGS: &[(&str, &str)] = &[
+    ("cgroup.max.depth", "max"),
+    ("cgroup.max.descendants", "max"),
+    ("cgroup.pressure", "1"),
+    ("cpuset.cpus", ""),
+    ("cpuset.mems", ""),
+    ("cpuset.cpus.exclusive", ""),
+    ("cpuset.cpus.partition", "member"),
+    ("cpu.weight", "100"),
+    ("cpu.idle", "0"),
+    ("cpu.max", "max 100000"),
+    ("cpu.max.burst", "0"),
+    ("cpu.uclamp.min", "0.00"),
+    ("cpu.uclamp.max", "max"),
+    ("memory.min", "0"),
+    ("memory.low", "0"),
+    ("memory.high", "max"),
+    ("memory.max", "max"),
+    ("memory.oom.group", "0"),
+    ("memory.swap.high", "max"),
+    ("memory.swap.max", "max"),
+    ("memory.zswap.max", "max"),
+    ("memory.zswap.writeback", "1"),
+    ("pids.max", "max"),
+    ("io.weight", "default 100"),
+    ("io.bfq.weight", "default 100"),
+    ("io.max", ""),
+    ("io.latency", ""),
+    ("io.prio.class", "no-change"),
+    ("hugetlb.2MB.max", "max"),
+    ("hugetlb.2MB.rsvd.max", "max"),
+    ("hugetlb.1GB.max", "max"),
+    ("hugetlb.1GB.rsvd.max", "max"),
+];
+
+/// What an application's own cgroup was told beside the defaults. Files are missing where their
+/// controller is not enabled.
+#[must_use]
+pub fn settings(top: &Path) -> Vec<(String, String)> {
+    let told = SETTINGS.iter().filter_map(|(file, default)| {
+        let text = fs::read_to_string(top.join(file)).ok()?;
+        let text = text.trim_end();
+        (text != *default).then(|| ((*file).to_owned(), text.to_owned()))
+    });
+    let mut told: Vec<_> = told.collect();
+    if told.iter().any(|(file, _)| file == "cpu.idle") {
+        // That of what is idle follows from it.
+        told.retain(|(file, _)| file != "cpu.weight");
+    }
+    told
+}
 
 /// Why cgroups below that of the application cannot be made again.
 ///
@@ -103,4 +156,28 @@ pub fn read(
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_set_is_told() {
+        let top = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| fs::write(top.path().join(file), text).unwrap();
+        write("memory.max", "1073741824\n");
+        write("memory.high", "max\n");
+        write("cpu.weight", "100\n");
+        write("io.max", "8:0 rbps=1 wbps=max\n8:16 rbps=max wbps=2\n");
+        let own = |file: &str, text: &str| (file.to_owned(), text.to_owned());
+        let limits = [
+            own("memory.max", "1073741824"),
+            own("io.max", "8:0 rbps=1 wbps=max\n8:16 rbps=max wbps=2"),
+        ];
+        assert_eq!(settings(top.path()), limits);
+        write("cpu.weight", "3\n");
+        write("cpu.idle", "1\n");
+        assert_eq!(settings(top.path())[0], own("cpu.idle", "1"));
+    }
 }

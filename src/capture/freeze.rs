@@ -16,8 +16,12 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How often a freeze is repeated for an object that is not carried and that the application
-/// holds for a moment only; it gets more time after each.
-const BLOCKED_ATTEMPTS: u32 = 12;
+/// holds for a moment only; it gets more time after each, 310 ms in all: where processors are
+/// scarce it may take that long to get one.
+const BLOCKED_ATTEMPTS: u32 = 16;
+
+/// How often for connections that it is about to accept.
+const CLIENTS_ATTEMPTS: u32 = 10;
 
 /// How often for a thread that stands in the vDSO. Some threads do little else than read clocks:
 /// most of their time is spent there, and all of them must be outside at once.
@@ -50,7 +54,7 @@ impl Capture {
     pub fn freeze(&mut self) -> Result<(), CheckpointError> {
         for attempt in 1.. {
             let blockers = self.freeze_once()?;
-            let settled = !self.awaits_clients() || attempt >= BLOCKED_ATTEMPTS;
+            let settled = !self.awaits_clients() || attempt >= CLIENTS_ATTEMPTS;
             if blockers.is_empty() && settled && self.worst_standing() == Standing::Outside {
                 break;
             }
@@ -69,7 +73,7 @@ impl Capture {
                 // Not always the same, or it may be found in the same place.
                 attempt % 4 + 1
             } else {
-                attempt.min(BLOCKED_ATTEMPTS)
+                (attempt * attempt / 4).max(1)
             };
             std::thread::sleep(PAUSE * longer);
         }

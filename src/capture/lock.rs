@@ -7,11 +7,9 @@ use crate::bpf::events::SockRec;
 use crate::bpf::iter::{Detail, File};
 use crate::bpf::netlock::{LockError, NetLock};
 use crate::fault::Fault;
+use crate::sys::tcp::state::{CLOSE, LISTEN};
 use nix::libc;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-
-const TCP_LISTEN: u8 = 10;
-const TCP_CLOSE: u8 = 7;
 
 impl Capture {
     /// Adds all sockets of the running application to a network lock; returns how many there are.
@@ -170,8 +168,8 @@ fn entry(sock: &SockRec) -> Option<Entry> {
     let local = SocketAddr::new(address(v6, &sock.local_addr), sock.local_port);
     match i32::from(sock.protocol) {
         libc::IPPROTO_TCP => match sock.state {
-            TCP_LISTEN => Some(Entry::Listener(local)),
-            TCP_CLOSE => None,
+            LISTEN => Some(Entry::Listener(local)),
+            CLOSE => None,
             _ => {
                 let remote = SocketAddr::new(address(v6, &sock.remote_addr), sock.remote_port);
                 Some(Entry::Connection(local, remote))
@@ -199,7 +197,7 @@ mod tests {
         let mut sock = SockRec {
             family: 2,
             protocol: 6,
-            state: TCP_LISTEN,
+            state: LISTEN,
             local_port: 80,
             ..SockRec::default()
         };

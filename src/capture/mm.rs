@@ -2,6 +2,7 @@
 
 use super::contents::Contents;
 use super::error::CheckpointError;
+use super::files::UNREPORTED;
 use super::view::{Place, View};
 use super::{aio, attributes, huge, sysv, uring};
 use crate::bpf::events::{AioRec, MmRec, VmaKind, VmaRec, VmaUnusual};
@@ -154,6 +155,8 @@ pub fn refusal(rec: &VmaRec) -> Option<Blocker> {
             "NUMA-bound shared",
             "mbind(2) on shared memory is not carried yet",
         )
+    } else if rec.unusual & VmaUnusual::WRITE_ERROR != 0 {
+        ("shared file", UNREPORTED)
     } else {
         return None;
     };

@@ -1,5 +1,6 @@
 //! What is checkpointed: the cgroup of an application, or a process tree moved into one.
 
+use super::cgroups::settings;
 use super::error::CheckpointError;
 use crate::applications::{NamedApplication, PARENT_CGROUP};
 use crate::bpf::features::cgroup2_mount;
@@ -54,6 +55,7 @@ impl Target {
             cgroup: application.cgroup_below_mount(),
             command: record.command,
             directory: record.directory,
+            cgroup_settings: settings(application.cgroup()),
             ..ApplicationHeader::default()
         };
         Ok(Self {

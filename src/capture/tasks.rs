@@ -142,6 +142,8 @@ impl Assembly<'_> {
             thp_disable: flags & MMF_DISABLE_THP != 0,
             oom_score_adj: i16::try_from(rec.oom_score_adj).unwrap_or(0),
             coredump_filter: mm.map(|_| dump_filter(flags)),
+            ptracer: attributes::ptracer(rec, &self.tasks.threads),
+            autogroup_nice: attributes::autogroup_nice(rec),
             seccomp: match leader.seccomp_filters {
                 0 => Vec::new(),
                 _ => crate::sys::seccomp::filters(Tid(leader.tid.cast_signed()))?,
@@ -197,11 +199,12 @@ impl Assembly<'_> {
             rseq: threads::rseq(stopped)?,
             creds: credentials(rec, groups.unwrap_or_default()),
             sched: Scheduling {
-                policy: rec.policy,
+                policy: attributes::policy_flags(rec) | rec.policy,
                 // MAX_RT_PRIO + NICE_WIDTH / 2
                 nice: rec.static_prio - 120,
                 priority: rec.rt_priority,
                 affinity: affinity(tid)?,
+                slice: rec.slice_ns,
             },
             pdeathsig: rec.pdeath_signal,
             timer_slack: rec.timer_slack_ns,

@@ -71,7 +71,7 @@ fn event(notify: &MqueueNotify) -> [u64; 8] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::frozen::{FdEntry, FilesTable, MqueueState, Process};
+    use crate::model::frozen::{FdEntry, FileHints, FilesTable, MqueueState, Process};
     use crate::model::ids::{FilesId, OfdId};
 
     fn queue(id: u64, flags: OFlag, state: Option<MqueueState>) -> OpenFile {
@@ -81,6 +81,7 @@ mod tests {
             owner: None,
             locks: Vec::new(),
             lease: None,
+            hints: FileHints::default(),
             kind: FileKind::Mqueue {
                 id,
                 state: state.map(Box::new),

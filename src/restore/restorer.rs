@@ -151,9 +151,12 @@ pub fn restore(
                 .map_err(RestoreError::system(format!("waitpid {pid}")))?;
             allowed?;
             match report {
-                Some((0, _)) => Ok(Restored {
-                    roots: roots(app).collect(),
-                }),
+                Some((0, _)) => {
+                    cgroups::limit(app, options);
+                    Ok(Restored {
+                        roots: roots(app).collect(),
+                    })
+                }
                 Some((code, message)) => Err(RestoreError::Restorer { code, message }),
                 None => Err(RestoreError::Restorer {
                     code: ExitCode::RestoreFailed as u8,
@@ -349,6 +352,7 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
     sysv::mark_destroyed(app)?;
     Fault::RestoreMemory.point_of(&app.header.name)?;
     supervisor.make_ready()?;
+    entrance.inside(|| Ok(files::watch_all(app, &opened)?))?;
     caller.await_leave(STANDS)?;
     Fault::RestoreRelease.point_of(&app.header.name)?;
     // What a connection sends when it goes live must not be dropped: sent again, it would be

@@ -377,6 +377,9 @@ fn write_proc(process: &Process) -> Result<()> {
         std::fs::write(&path, value).map_err(RestoreError::io(format!("write {path}")))
     };
     write("oom_score_adj", process.oom_score_adj.to_string())?;
+    if process.autogroup_nice != 0 {
+        write("autogroup", process.autogroup_nice.to_string())?;
+    }
     match process.coredump_filter {
         None => Ok(()),
         Some(filter) => write("coredump_filter", format!("{filter:#x}")),

@@ -5,7 +5,7 @@ use super::creds::{self, Rights, option};
 use super::memory::{ROBUST_LIST_HEAD_LEN, nodes};
 use super::signals::{self, number, words_to};
 use super::tape::{Expect, Script, Tape};
-use crate::model::frozen::{Process, Scheduling, SeccompFilter, Thread};
+use crate::model::frozen::{Process, Ptracer, Scheduling, SeccompFilter, Thread};
 use nix::libc;
 
 /// Everything that threads of one process share, and one identity for System V semaphores.
@@ -85,6 +85,15 @@ pub fn settle(
     if leader {
         let args = [thread.clear_child_tid];
         script.add(libc::SYS_set_tid_address, &args, Expect::Ok);
+        if let Some(ptracer) = process.ptracer {
+            let tracer = match ptracer {
+                Ptracer::Any => u64::MAX,
+                Ptracer::Thread(tid) => number(tid.0),
+            };
+            // Where Yama is not in use, nobody needs its leave.
+            let args = [option(libc::PR_SET_PTRACER), tracer];
+            script.add(libc::SYS_prctl, &args, Expect::Anything);
+        }
     }
     if thread.robust_list.0 != 0 {
         let args = [thread.robust_list.0, ROBUST_LIST_HEAD_LEN];
@@ -150,14 +159,16 @@ fn schedule(script: &mut Script, tape: &mut Tape, sched: &Scheduling) -> Result<
         let args = [0, mask.len() as u64, addr];
         script.add(libc::SYS_sched_setaffinity, &args, Expect::Ok);
     }
-    const RESET_ON_FORK: u32 = 0x4000_0000;
-    // struct sched_attr, first version: size, policy, flags, nice, priority, 3 deadline words.
+    const RESET_ON_FORK: u32 = libc::SCHED_RESET_ON_FORK.cast_unsigned();
+    // struct sched_attr, first version: size, policy, flags, nice, priority, 3 deadline words, of
+    // which the first is the slice of other policies.
     let mut attr = Vec::with_capacity(48);
     attr.extend(48_u32.to_le_bytes());
     attr.extend((sched.policy & !RESET_ON_FORK).to_le_bytes());
     attr.extend(u64::from(sched.policy & RESET_ON_FORK != 0).to_le_bytes());
     attr.extend(sched.nice.to_le_bytes());
     attr.extend(sched.priority.to_le_bytes());
+    attr.extend(sched.slice.to_le_bytes());
     attr.resize(48, 0);
     let addr = tape.data(&attr).ok_or(RestoreError::NoRoom)?;
     script.zero(libc::SYS_sched_setattr, &[0, addr, 0]);

@@ -285,6 +285,14 @@ pub fn create(path: &Path) -> Result<Cgroup, CgroupError> {
     Cgroup::open(path)
 }
 
+/// Enables controllers in the cgroups below this directory, as far as that can be done: one that
+/// another hierarchy holds cannot.
+pub fn enable<'a>(dir: &Path, controllers: impl IntoIterator<Item = &'a str>) {
+    for controller in controllers {
+        let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
+    }
+}
+
 /// Removes an empty cgroup.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! Descriptors that deliver events: timerfd, signalfd, inotify, epoll.
 
 use super::fd::owned;
-use crate::model::frozen::Timerfd;
+use crate::model::frozen::{BusyPoll, Timerfd};
 use nix::errno::Errno;
 use nix::libc;
 use std::ffi::CStr;
@@ -87,6 +87,22 @@ pub fn epoll_add(epoll: BorrowedFd<'_>, fd: i32, events: u32, data: u64) -> Resu
     let result =
         unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &raw mut event) };
     Errno::result(result).map(drop)
+}
+
+/// `EPIOCSPARAMS`.
+///
+/// # Errors
+/// `ENOTTY`, `EINVAL`: Linux before 6.9.
+pub fn set_busy_poll(epoll: BorrowedFd<'_>, params: &BusyPoll) -> Result<(), Errno> {
+    let params = libc::epoll_params {
+        busy_poll_usecs: params.usecs,
+        busy_poll_budget: params.budget,
+        prefer_busy_poll: params.prefer.into(),
+        __pad: 0,
+    };
+    // SAFETY: reads one epoll_params.
+    let set = unsafe { libc::ioctl(epoll.as_raw_fd(), libc::EPIOCSPARAMS, &raw const params) };
+    Errno::result(set).map(drop)
 }
 
 /// inotify_init1(2).

@@ -136,6 +136,19 @@ pub fn lock(number: i32, lock: &FileLock) -> Result<(), Errno> {
     Errno::result(unsafe { libc::fcntl(number, command, &raw const range) }).map(drop)
 }
 
+/// `F_SET_RW_HINT`, of the file itself: `RWH_WRITE_LIFE_*`.
+///
+/// # Errors
+/// `EINVAL`: no such hint.
+pub fn set_write_life(fd: BorrowedFd<'_>, life: u8) -> Result<(), Errno> {
+    // Of include/uapi/linux/fcntl.h.
+    const F_SET_RW_HINT: i32 = 1036;
+    let life = u64::from(life);
+    // SAFETY: reads one u64.
+    let set = unsafe { libc::fcntl(fd.as_raw_fd(), F_SET_RW_HINT, &raw const life) };
+    Errno::result(set).map(drop)
+}
+
 /// `F_SETLEASE`.
 ///
 /// # Errors

@@ -12,6 +12,35 @@ use nix::libc::{
 use std::os::fd::BorrowedFd;
 use std::sync::OnceLock;
 
+/// `TCP_*` of include/net/tcp_states.h, which sockets of other families use as well.
+pub mod state {
+    /// Both directions are open.
+    pub const ESTABLISHED: u8 = 1;
+    /// Our FIN is sent and not acknowledged.
+    pub const FIN_WAIT1: u8 = 4;
+    /// Our FIN is acknowledged.
+    pub const FIN_WAIT2: u8 = 5;
+    /// Over, or nothing yet.
+    pub const CLOSE: u8 = 7;
+    /// Their FIN was received.
+    pub const CLOSE_WAIT: u8 = 8;
+    /// Theirs was received before ours was sent.
+    pub const LAST_ACK: u8 = 9;
+    /// listen(2) was called.
+    pub const LISTEN: u8 = 10;
+    /// Theirs was received before ours was acknowledged.
+    pub const CLOSING: u8 = 11;
+    /// Those of connections, with both, one or no direction open.
+    pub const CONNECTED: &[u8] = &[
+        ESTABLISHED,
+        FIN_WAIT1,
+        FIN_WAIT2,
+        CLOSE_WAIT,
+        LAST_ACK,
+        CLOSING,
+    ];
+}
+
 const TCP_REPAIR_WINDOW: i32 = 29;
 
 /// `TCP_REPAIR_OFF_NO_WP`: leave repair mode without a window probe.

@@ -16,7 +16,7 @@ use tracker::model::frozen::{
     AltStack, Application, ApplicationHeader, Clocks, ContentId, Credentials, Datagram, EpollItem,
     FdEntry, FileIdentity, FileKind, FileLock, FileOwner, FilesTable, HugePool, InotifyWatch,
     Interface, Interfaces, IntervalTimer, JobStop, Lease, LockKind, Membership, Milestone, Mm,
-    OpenFile, Origin, Outgoing, PathRef, PeerCredentials, PipeState, PosixTimer, Process,
+    OpenFile, Origin, Outgoing, PathRef, PeerCredentials, PipeState, PosixTimer, Process, Ptracer,
     Registers, Route, Rseq, Scheduling, SeccompFilter, SigAction, SigInfo, SockOption, Socket,
     SocketFilter, SocketState, SyscallInProgress, System, TcpConnection, TcpEnded, TcpOptions,
     TcpWindow, Thread, Through, Timerfd, UnixAddress, UnixMessage, UnixSocket, UnixState,
@@ -110,6 +110,7 @@ fn application() -> Application {
                 realtime: 19,
             },
             cgroups: system::cgroups(),
+            cgroup_settings: vec![("pids.max".into(), "77".into())],
             semaphores: system::semaphores(),
             message_queues: system::message_queues(),
             namespaces: system::namespaces(),
@@ -190,6 +191,8 @@ fn process() -> Process {
         oom_score_adj: -100,
         coredump_filter: Some(0x33),
         loginuid: Some(1000),
+        ptracer: Some(Ptracer::Thread(Tid(20_001))),
+        autogroup_nice: -2,
         rlimits: vec![(1024, 4096), (u64::MAX, u64::MAX)],
         sigactions: vec![SigAction {
             handler: 0x5555_1000,
@@ -274,6 +277,7 @@ fn thread(tid: i32, syscall: SyscallInProgress) -> Thread {
             nice: -5,
             priority: 20,
             affinity: vec![3, 0],
+            slice: 3_000_000,
         },
         pdeathsig: 15,
         timer_slack: 50_000,
@@ -382,6 +386,7 @@ fn open_files() -> Vec<OpenFile> {
                 events: 0x4000_0001,
                 data: 0xdead_beef,
             }],
+            busy_poll: Some(system::BUSY_POLL),
         },
         FileKind::Inotify {
             watches: vec![InotifyWatch {
@@ -439,6 +444,7 @@ fn open_files() -> Vec<OpenFile> {
             pid: Pid(20_001),
             fd: Fd(3),
         }),
+        hints: system::HINTS,
         kind,
     };
     kinds.into_iter().map(open).collect()
@@ -554,6 +560,7 @@ fn sockets() -> Vec<SocketState> {
         unix(name, UnixState::Listening { backlog: 5 }),
         unix(None, UnixState::Connected { peer: OfdId(16) }),
         unix(None, UnixState::PeerClosed),
+        unix(None, UnixState::PeerReset),
         unix(
             None,
             UnixState::Waiting {
@@ -572,11 +579,7 @@ fn sockets() -> Vec<SocketState> {
                 data: b"datagram".to_vec().into(),
             }],
         },
-        SocketState::Netlink {
-            protocol: 15,
-            port: 20_001,
-            groups: 1,
-        },
+        SocketState::Netlink(system::netlink()),
         SocketState::Raw {
             v6: true,
             protocol: 58,

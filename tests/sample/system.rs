@@ -1,13 +1,38 @@
-//! What belongs to no process: terminals, System V objects, cgroups.
+//! What belongs to no process: terminals, System V objects, cgroups; and netlink sockets.
 
 use super::path;
 use serde_bytes::ByteBuf;
 use tracker::model::frozen::{
-    AioRing, Backing, CgroupBelow, ContentKind, FileKind, IoUring, Message, MessageQueue, Mount,
-    MountSource, MqueueNotify, MqueueState, Namespaces, PeerGroup, PressureTrigger, PtyInput,
-    PtyState, QueuedMessage, Segment, SemaphoreSet, Termios, TmpfsEntry, TmpfsNode, UtsNames,
+    AioRing, Backing, BusyPoll, CgroupBelow, ContentKind, FileHints, FileKind, IoUring, Message,
+    MessageQueue, Mount, MountSource, MqueueNotify, MqueueState, Namespaces, NetlinkSocket,
+    PeerGroup, PressureTrigger, PtyInput, PtyState, QueuedMessage, Segment, SemaphoreSet, Termios,
+    TmpfsEntry, TmpfsNode, UtsNames,
 };
 use tracker::model::ids::{OfdId, Pid};
+
+pub const HINTS: FileHints = FileHints {
+    sequential: true,
+    random: true,
+    noreuse: true,
+    write_life: 3,
+};
+
+pub const BUSY_POLL: BusyPoll = BusyPoll {
+    usecs: 70,
+    budget: 16,
+    prefer: true,
+};
+
+pub fn netlink() -> NetlinkSocket {
+    NetlinkSocket {
+        protocol: 15,
+        datagram: true,
+        port: 20_001,
+        groups: 1,
+        more_groups: vec![33],
+        remote: Some((20_002, 4)),
+    }
+}
 
 pub fn cgroups() -> Vec<CgroupBelow> {
     let below = |path: &str| CgroupBelow {

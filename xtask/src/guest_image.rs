@@ -36,6 +36,7 @@ const PACKAGES: &[&str] = &[
     "libelf1",
     "zlib1g",
     // The guest's own housekeeping and the tests' tools.
+    "e2fsprogs",
     "initramfs-tools",
     "iproute2",
     "kmod",

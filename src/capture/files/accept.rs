@@ -3,7 +3,7 @@
 
 use super::CollectError;
 use super::borrow::place;
-use super::socket::{self, CLOSE, CLOSE_WAIT, ESTABLISHED};
+use super::socket;
 use super::unix_accept;
 use crate::bpf::accept::{Handshakes, LOOPBACK};
 use crate::bpf::events::{SockFlag, SockRec, WaitingDataRec, WaitingFlag as Flag, WaitingRec};
@@ -11,6 +11,7 @@ use crate::bpf::iter::{Detail, File, Files, Iterators, ReadError, Scope, Tasks, 
 use crate::model::frozen::{Blocker, TcpOptions, WaitingConnection, WaitingEnd, WaitingUnix};
 use crate::model::ids::OfdId;
 use crate::model::map::Map;
+use crate::sys::tcp::state::{CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN};
 use nix::libc;
 use serde_bytes::ByteBuf;
 use std::net::IpAddr;
@@ -167,7 +168,7 @@ pub fn unaccepted(file: &File) -> Option<&SockRec> {
 
 fn listener(file: &File) -> Option<&SockRec> {
     match &file.detail {
-        Detail::Socket(sock) if sock.state == socket::LISTEN => Some(sock),
+        Detail::Socket(sock) if sock.state == LISTEN => Some(sock),
         _ => None,
     }
 }

@@ -2,6 +2,7 @@
 
 use super::CollectError;
 use crate::bpf::iter::File;
+use crate::model::frozen::Blocker;
 use crate::model::ids::{Fd, Pid};
 use crate::sys::pidfds::Pidfds;
 use crate::sys::socket::{int_option, set_int_option};
@@ -73,6 +74,16 @@ impl Borrowed {
         let result = look();
         set(own)?;
         result
+    }
+
+    /// That it is not carried: what it is, and why.
+    pub fn blocked(&self, object: &str, reason: impl Into<String>) -> CollectError {
+        CollectError::Blocked(Blocker {
+            pid: self.pid,
+            fd: Some(self.number),
+            object: object.to_owned(),
+            reason: reason.into(),
+        })
     }
 
     /// Names the descriptor in an error of `call`.

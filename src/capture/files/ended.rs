@@ -3,7 +3,7 @@
 use super::borrow::Borrowed;
 use super::{CollectError, socket};
 use crate::bpf::events::{SockFlag, SockRec};
-use crate::model::frozen::{Blocker, TcpEnded};
+use crate::model::frozen::TcpEnded;
 use crate::sys::socket::{Count, local_address, peek_exact, queued};
 use nix::libc;
 use serde_bytes::ByteBuf;
@@ -15,12 +15,10 @@ use serde_bytes::ByteBuf;
 /// How it ended cannot be made again, or a socket call fails.
 pub fn read(from: &Borrowed, rec: &SockRec) -> Result<Option<TcpEnded>, CollectError> {
     let blocked = |reason: &str| {
-        CollectError::Blocked(Blocker {
-            pid: from.pid,
-            fd: Some(from.number),
-            object: "TCP connection that is over".to_owned(),
-            reason: format!("{reason}; try again"),
-        })
+        from.blocked(
+            "TCP connection that is over",
+            format!("{reason}; try again"),
+        )
     };
     let (_, remote) = socket::addresses(rec);
     let error = rec.err.cast_signed();

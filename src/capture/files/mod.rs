@@ -14,6 +14,7 @@ mod idle;
 mod interfaces;
 mod lease;
 mod mqueue;
+mod netlink;
 mod options;
 mod orphan;
 mod owner;
@@ -39,7 +40,7 @@ pub use mqueue::has_messages;
 pub use orphan::read as orphans;
 pub use pseudo::is_pseudo;
 pub use pty::{controlling, has_terminals, unsettled};
-pub use refuse::{blockers, handshakes, unaccepted};
+pub use refuse::{UNREPORTED, blockers, handshakes, unaccepted};
 pub use uring::refused as rings;
 
 use crate::bpf::iter::{Files, Iterators, Scope, Tasks};

@@ -8,14 +8,15 @@ use super::borrow::Borrowed;
 use crate::bpf::events::{SockFlag, SockMore, SockOpts, SockRec, TRK_SK_FLAGS_SHIFT};
 use crate::model::frozen::SockOption;
 use crate::sys::socket::{SocketError, int_option, new, option};
+use crate::sys::tcp::state::{CLOSE, LISTEN};
 use nix::libc;
 use serde_bytes::ByteBuf;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::os::fd::AsFd;
 
-/// `TCP_CLOSE` and `TCP_LISTEN` of include/net/tcp_states.h: not bound to a peer.
-const UNCONNECTED: [u8; 2] = [7, 10];
+/// Not bound to a peer.
+const UNCONNECTED: [u8; 2] = [CLOSE, LISTEN];
 
 /// An option that setsockopt(2) takes as getsockopt(2) gives it.
 struct Known {

@@ -5,7 +5,9 @@ use super::owner::Owners;
 use super::pidfd::Processes;
 use super::unix_accept::Meetings;
 use super::{accept, lease, mqueue, pseudo, pty, regular, socket, unix, uring};
-use crate::bpf::events::{FileKind as Kind, LockClass, LockRec, MqueueRec, SockRec, TtyRec};
+use crate::bpf::events::{
+    FileHint, FileKind as Kind, LockClass, LockRec, MqueueRec, SockRec, TtyRec,
+};
 use crate::bpf::iter::{Detail, File, Files, Tasks};
 use crate::capture::huge;
 use crate::model::frozen::Blocker;
@@ -161,6 +163,13 @@ impl Survey {
         if let Some(reason) = self.owners.refusal(rec, &self.processes) {
             return Some(blocked(format!("file {}", rec.name()), reason));
         }
+        if rec.hints & FileHint::NOTIFY != 0 {
+            return not_yet(format!("directory {} watched by F_NOTIFY", rec.name()));
+        }
+        if rec.hints & FileHint::WRITE_ERROR != 0 && rec.flags & O_PATH == 0 {
+            let object = format!("file {}", rec.name());
+            return Some(blocked(object, UNREPORTED.to_owned()));
+        }
         match rec.kind {
             Kind::REGULAR if rec.nlink == 0 && rec.flags & O_PATH != 0 => {
                 not_yet("O_PATH descriptor of a deleted file".into())
@@ -184,8 +193,13 @@ impl Survey {
             | Kind::EVENTFD
             | Kind::TIMERFD
             | Kind::SIGNALFD
-            | Kind::MEMFD
-            | Kind::INOTIFY => None,
+            | Kind::MEMFD => None,
+            Kind::INOTIFY => (rec.hints & FileHint::EVENTS != 0).then(|| {
+                blocked(
+                    "inotify".into(),
+                    "events that it has not read yet are not carried; try again".into(),
+                )
+            }),
             Kind::CHAR_DEVICE => {
                 let (major, minor) = (rec.rdev >> 20, rec.rdev & 0xf_ffff);
                 if STATELESS.contains(&(major, minor)) {
@@ -295,6 +309,11 @@ fn lock_refusal(lock: &LockRec, tables: &Set<u64>, processes: &Processes) -> Opt
         _ => None,
     }
 }
+
+/// Why a file is not carried of which something could not be written back: after the update
+/// fsync(2) or msync(2) would say that all is well.
+pub const UNREPORTED: &str = "what was written to it could not be written back, and the \
+    application has not been told yet; have it call fsync(2) or close it";
 
 /// Why a pipe with an end elsewhere is not carried.
 pub(super) const END_OUTSIDE: &str =

@@ -3,10 +3,12 @@
 use super::CollectError;
 use super::borrow::place;
 use super::pseudo::is_pseudo;
+use super::refuse::O_PATH;
+use crate::bpf::events::{FileHint, FileRec};
 use crate::bpf::iter::File;
 use crate::capture::names::leads_to;
 use crate::capture::view::{Place, View};
-use crate::model::frozen::{Blocker, FileIdentity, PathRef};
+use crate::model::frozen::{Blocker, FileHints, FileIdentity, PathRef};
 use crate::model::ids::InodeId;
 use std::ffi::OsStr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -113,4 +115,19 @@ pub fn identity(file: &File, view: &View) -> Result<FileIdentity, CollectError> 
         size: found.size(),
         mtime: found.mtime() * 1_000_000_000 + found.mtime_nsec(),
     })
+}
+
+/// How an open file will be used.
+pub(super) fn hints(rec: &FileRec) -> FileHints {
+    // What is of the file itself is said through one that can be used.
+    if rec.flags & O_PATH != 0 {
+        return FileHints::default();
+    }
+    let has = |hint: u32| rec.hints & hint != 0;
+    FileHints {
+        sequential: has(FileHint::SEQUENTIAL),
+        random: has(FileHint::RANDOM),
+        noreuse: has(FileHint::NOREUSE),
+        write_life: u8::try_from(rec.write_hint).unwrap_or(0),
+    }
 }

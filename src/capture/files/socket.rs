@@ -3,26 +3,16 @@
 use super::borrow::Borrowed;
 use super::idle::IdleSockets;
 use super::tcp::{self, TcpReadError};
-use super::{CollectError, ended, filter, interfaces, raw, udp};
+use super::{CollectError, ended, filter, interfaces, netlink, raw, udp, unix};
 use crate::bpf::events::{MemberRec, SockFlag, SockRec};
 use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
 use crate::sys::socket::set_int_option;
 use crate::sys::tcp as repair;
+use crate::sys::tcp::state::{CLOSE, CONNECTED, LISTEN};
+use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket as ns;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-
-/// `TCP_ESTABLISHED` of include/net/tcp_states.h.
-pub(super) const ESTABLISHED: u8 = 1;
-pub(super) const CLOSE: u8 = 7;
-pub(super) const CLOSE_WAIT: u8 = 8;
-/// `TCP_LISTEN`, which Unix sockets use too.
-pub(super) const LISTEN: u8 = 10;
-
-/// Connections: established, or with one or both directions closed: `FIN_WAIT1`,
-/// `FIN_WAIT2`, `CLOSE_WAIT`, `LAST_ACK`, `CLOSING`.
-pub(super) const CONNECTED: &[u8] = &[ESTABLISHED, 4, 5, CLOSE_WAIT, 9, 11];
 
 /// A socket that was borrowed and, when it is a connection, put in repair mode.
 pub struct Read {
@@ -103,6 +93,19 @@ const UNTOLD: &[(u32, &str)] = &[
          PACKET_ADD_MEMBERSHIP) are not carried; close it before the update",
     ),
     (
+        SockFlag::URGENT,
+        "urgent data (MSG_OOB) that is on its way or was not read past is not carried; try again",
+    ),
+    (
+        SockFlag::ZEROCOPY,
+        "the count of what it has sent with MSG_ZEROCOPY, by which the kernel tells that buffers \
+         are free, cannot be set; close it before the update",
+    ),
+    (
+        SockFlag::ERRORS,
+        "what it has not read yet of its error queue (MSG_ERRQUEUE) is not carried; try again",
+    ),
+    (
         SockFlag::CORKED,
         "it holds part of a datagram (MSG_MORE, UDP_CORK); try again",
     ),
@@ -119,10 +122,27 @@ fn is_connection(rec: &SockRec) -> bool {
     is_tcp(rec) && CONNECTED.contains(&rec.state)
 }
 
+/// What a call would be told of next, once, and is not carried: that of an ICMP message, or of
+/// something that did not fit into its queue. To look into the queue would take it away.
+fn untold_error(rec: &SockRec) -> Option<Errno> {
+    let carried = match i32::from(rec.family) {
+        libc::AF_UNIX => unix::is_reset(rec),
+        // `ended` tells these.
+        _ => is_tcp(rec) && rec.state == CLOSE,
+    };
+    (rec.err != 0 && !carried).then(|| Errno::from_raw(rec.err.cast_signed()))
+}
+
 /// Why a socket is not carried; `None` when it is.
 pub fn refusal(rec: &SockRec) -> Option<String> {
     if let Some((_, reason)) = UNTOLD.iter().find(|(flag, _)| rec.flags & flag != 0) {
         return Some((*reason).into());
+    }
+    if let Some(errno) = untold_error(rec) {
+        return Some(format!(
+            "an error that it was not told yet ({}) is not carried; try again",
+            errno.desc()
+        ));
     }
     let (family, kind) = (i32::from(rec.family), i32::from(rec.type_));
     if is_tcp(rec) {
@@ -140,25 +160,16 @@ pub fn refusal(rec: &SockRec) -> Option<String> {
     let udp = matches!(family, libc::AF_INET | libc::AF_INET6)
         && kind == libc::SOCK_DGRAM
         && i32::from(rec.protocol) == libc::IPPROTO_UDP;
-    let netlink = family == libc::AF_NETLINK && NETLINK_PROTOCOLS.contains(&rec.protocol);
     if udp {
         return None;
     }
-    if netlink {
-        return (rec.rcv_qlen > 0).then(|| {
-            format!(
-                "{} messages that it has not read yet are not carried; try again",
-                rec.rcv_qlen
-            )
-        });
+    if family == libc::AF_NETLINK {
+        return netlink::refusal(rec);
     }
     Some(format!(
         "sockets of family {family}, type {kind} are not carried yet"
     ))
 }
-
-/// Netlink families without state beyond port and groups: route, uevent, generic.
-const NETLINK_PROTOCOLS: &[u16] = &[0, 15, 16];
 
 /// Reads a socket of any family but Unix.
 ///
@@ -186,7 +197,7 @@ fn read_state(
     options: Vec<SockOption>,
 ) -> Result<Read, CollectError> {
     if i32::from(rec.family) == libc::AF_NETLINK {
-        return read_netlink(&from, rec, options);
+        return netlink::read(&from, rec, options);
     }
     if raw::is_carried(rec.family.into(), rec.type_.into()) {
         return raw::read(&from, rec, options);
@@ -226,21 +237,6 @@ pub(super) fn whole(
         repaired: None,
         ended: None,
     })
-}
-
-fn read_netlink(
-    from: &Borrowed,
-    rec: &SockRec,
-    options: Vec<SockOption>,
-) -> Result<Read, CollectError> {
-    let address: ns::NetlinkAddr =
-        ns::getsockname(from.fd.as_raw_fd()).map_err(from.failed("getsockname"))?;
-    let state = SocketState::Netlink {
-        protocol: i32::from(rec.protocol),
-        port: address.pid(),
-        groups: address.groups(),
-    };
-    whole(from, rec, options, state)
 }
 
 /// Reads a TCP socket, of a listener without its accept queue.

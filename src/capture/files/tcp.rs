@@ -1,8 +1,8 @@
 //! Reading a TCP connection through a borrowed descriptor.
 
-use super::socket::CONNECTED;
 use crate::model::frozen::TcpConnection;
 use crate::sys::socket::{Count, SocketError, peek_exact, queued};
+use crate::sys::tcp::state::CONNECTED;
 use crate::sys::tcp::{self, Queue};
 use serde_bytes::ByteBuf;
 use std::io;

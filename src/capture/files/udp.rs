@@ -3,7 +3,7 @@
 use super::CollectError;
 use super::borrow::Borrowed;
 use crate::bpf::events::SockRec;
-use crate::model::frozen::{Blocker, Datagram};
+use crate::model::frozen::Datagram;
 use crate::sys::message::{Received, Room};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use nix::errno::Errno;
@@ -31,16 +31,18 @@ pub fn queue(from: &Borrowed, rec: &SockRec) -> Result<Vec<Datagram>, CollectErr
                     seen += 1;
                 }
                 Err(Errno::EAGAIN) => return Ok(()),
-                Err(Errno::ENOTSUP) => return Err(blocked(from, UNTOLD)),
+                Err(Errno::ENOTSUP) => return Err(from.blocked(OBJECT, UNTOLD)),
                 Err(errno) => return Err(from.failed("recvmsg(MSG_PEEK)")(errno)),
             }
         }
     })?;
     if seen < rec.rcv_qlen {
-        return Err(blocked(from, EMPTY));
+        return Err(from.blocked(OBJECT, EMPTY));
     }
     Ok(queue)
 }
+
+const OBJECT: &str = "UDP socket";
 
 /// Why a datagram is not carried.
 const UNTOLD: &str = "a datagram that it has not read yet is from a link-local address, or tells \
@@ -49,15 +51,6 @@ const UNTOLD: &str = "a datagram that it has not read yet is from a link-local a
 /// __skb_try_recv_from_queue() passes over it.
 const EMPTY: &str = "an empty datagram waits that was looked at before (MSG_PEEK, or an earlier \
                      checkpoint), which the kernel does not show again; try again";
-
-fn blocked(from: &Borrowed, reason: &str) -> CollectError {
-    CollectError::Blocked(Blocker {
-        pid: from.pid,
-        fd: Some(from.number),
-        object: "UDP socket".into(),
-        reason: reason.into(),
-    })
-}
 
 /// One datagram, or those that came in one (`UDP_GRO`). `ENOTSUP`: see [`UNTOLD`].
 fn datagrams(found: &Received<'_>) -> Result<Vec<Datagram>, Errno> {

@@ -8,14 +8,13 @@ use crate::model::frozen::{PeerCredentials, UnixAddress, UnixMessage, UnixSocket
 use crate::model::ids::{OfdId, Pid};
 use crate::model::map::Map;
 use crate::sys::message::Room;
-use crate::sys::socket::{option, own_address};
+use crate::sys::socket::{Count, option, own_address, queued};
+use crate::sys::tcp::state::LISTEN;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
 use serde_bytes::ByteBuf;
 use std::os::fd::OwnedFd;
-
-const LISTEN: u8 = 10;
 
 /// Bytes that are read at once; datagrams are shorter (`net.core.wmem_max`).
 const LONGEST: usize = 256 << 10;
@@ -29,6 +28,23 @@ pub struct Peeked {
     pub message: UnixMessage,
     /// Duplicates of the descriptors in flight.
     pub fds: Vec<OwnedFd>,
+}
+
+impl Peeked {
+    fn is_empty(&self) -> bool {
+        self.message.data.is_empty() && self.fds.is_empty()
+    }
+}
+
+/// Whether the other end was closed with something unread (unix_release_sock()), of which a call is
+/// told that finds nothing to read. Where packets wait the first call is told, and ours would be.
+pub fn is_reset(rec: &SockRec) -> bool {
+    let told_last = match i32::from(rec.type_) {
+        libc::SOCK_STREAM => true,
+        libc::SOCK_SEQPACKET => rec.rcv_qlen == 0,
+        _ => false,
+    };
+    told_last && rec.shutdown == 3 && rec.err.cast_signed() == libc::ECONNRESET
 }
 
 /// Where a Unix socket stands, by the sockets of the application and where they have met; `Err`
@@ -50,6 +66,7 @@ pub fn state(
         (0, _) => Ok(UnixState::Unconnected),
         (_, Some(peer)) => Ok(UnixState::Connected { peer: *peer }),
         // unix_release_sock() leaves the survivor shut down for both directions.
+        (_, None) if is_reset(rec) => Ok(UnixState::PeerReset),
         (_, None) if rec.shutdown == 3 => Ok(UnixState::PeerClosed),
         (_, None) => Err(
             "its other end is outside the application; close it, or checkpoint both together"
@@ -70,9 +87,7 @@ pub fn read(
     let queue = match state {
         // Nobody has answered yet.
         UnixState::Listening { .. } | UnixState::Waiting { .. } => Vec::new(),
-        // Only datagrams come without a connection.
-        UnixState::Unconnected if i32::from(rec.type_) != libc::SOCK_DGRAM => Vec::new(),
-        _ => peek(from, i32::from(rec.type_))?,
+        _ => peek(from, rec)?,
     };
     let unix = UnixSocket {
         socktype: i32::from(rec.type_),
@@ -86,16 +101,44 @@ pub fn read(
     Ok((unix, queue))
 }
 
-/// Peeks at everything queued; a stream is read up to each group of descriptors at a time.
-fn peek(from: &Borrowed, kind: i32) -> Result<Vec<Peeked>, CollectError> {
-    from.peeking(|| {
+/// Peeks at everything queued; a stream is read up to each group of descriptors at a time. Who
+/// looks beyond the end is told of an error, of which the application is not told any more.
+fn peek(from: &Borrowed, rec: &SockRec) -> Result<Vec<Peeked>, CollectError> {
+    let (kind, count) = (i32::from(rec.type_), rec.rcv_qlen as usize);
+    let is_dgram = kind == libc::SOCK_DGRAM;
+    // Datagrams may come from elsewhere, but both ends of a connection stand still.
+    if count == 0 && !is_dgram {
+        return Ok(Vec::new());
+    }
+    let mut unread = usize::MAX;
+    if kind == libc::SOCK_STREAM {
+        unread = queued(from.as_fd(), Count::Unread).map_err(from.socket_failed())?;
+    }
+    let messages = from.peeking(|| {
         let (mut messages, mut room) = (Vec::new(), Room::new(LONGEST));
-        while let Some(message) = peek_one(from, &mut room, kind)? {
-            messages.push(message);
+        while unread > 0 && (kind != libc::SOCK_SEQPACKET || messages.len() < count) {
+            let Some(next) = peek_one(from, &mut room)? else {
+                break;
+            };
+            // The end of a sequence of packets looks like an empty one.
+            if kind == libc::SOCK_SEQPACKET && rec.shutdown & 1 != 0 && next.is_empty() {
+                break;
+            }
+            unread = unread.saturating_sub(next.message.data.len());
+            messages.push(next);
         }
         Ok(messages)
-    })
+    })?;
+    if kind != libc::SOCK_STREAM && messages.len() < count {
+        return Err(from.blocked("Unix socket", EMPTY));
+    }
+    Ok(messages)
 }
+
+/// __skb_try_recv_from_queue() passes over it.
+const EMPTY: &str = "an empty message waits at the end of a connection, or was looked at before \
+                     (MSG_PEEK, or an earlier checkpoint), which the kernel does not show again; \
+                     try again";
 
 /// `SO_PEERCRED` and `SO_PEERGROUPS`, if anybody was noted.
 fn peer(from: &Borrowed) -> Result<Option<PeerCredentials>, CollectError> {
@@ -130,7 +173,7 @@ fn peer(from: &Borrowed) -> Result<Option<PeerCredentials>, CollectError> {
 /// Supplementary groups that a process can have (include/uapi/linux/limits.h).
 const NGROUPS_MAX: usize = 65536;
 
-fn peek_one(from: &Borrowed, room: &mut Room, kind: i32) -> Result<Option<Peeked>, CollectError> {
+fn peek_one(from: &Borrowed, room: &mut Room) -> Result<Option<Peeked>, CollectError> {
     let received = match room.peek(from.as_fd()) {
         Ok(received) => received,
         Err(Errno::EAGAIN) => return Ok(None),
@@ -155,10 +198,6 @@ fn peek_one(from: &Borrowed, room: &mut Room, kind: i32) -> Result<Option<Peeked
             }
             _ => {}
         }
-    }
-    // End of file of a stream; datagrams may be empty, but none of those is queued.
-    if received.data.is_empty() && fds.is_empty() && kind != libc::SOCK_DGRAM {
-        return Ok(None);
     }
     let message = UnixMessage {
         data: ByteBuf::from(received.data),

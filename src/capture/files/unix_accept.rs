@@ -1,11 +1,11 @@
 //! Connections that a Unix listener has not accepted, and the clients that wait for it.
 
-use super::socket::LISTEN;
 use crate::bpf::events::{SockRec, TRK_WAITING_GROUPS, WaitingDataRec, WaitingFlag as Flag};
 use crate::bpf::iter::{Detail, Files, Waiting};
 use crate::model::frozen::{PeerCredentials, UnixMessage, WaitingUnix};
 use crate::model::ids::{OfdId, Pid};
 use crate::model::map::Map;
+use crate::sys::tcp::state::LISTEN;
 use nix::libc;
 use serde_bytes::ByteBuf;
 

@@ -46,6 +46,9 @@ pub struct OpenFile {
     /// fcntl(2) lease held through it.
     #[serde(default, skip_serializing_if = "is_default")]
     pub lease: Option<Lease>,
+    /// How it will be used.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub hints: FileHints,
     /// What it is.
     pub kind: FileKind,
 }
@@ -59,6 +62,19 @@ pub struct FileOwner {
     pub id: i32,
     /// `F_SETSIG` value; 0 = `SIGIO`.
     pub signal: i32,
+}
+
+/// What the kernel was told of how a regular file will be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileHints {
+    /// `POSIX_FADV_SEQUENTIAL`.
+    pub sequential: bool,
+    /// `POSIX_FADV_RANDOM`, which does not undo the former.
+    pub random: bool,
+    /// `POSIX_FADV_NOREUSE`.
+    pub noreuse: bool,
+    /// `F_SET_RW_HINT`, of the file itself: `RWH_WRITE_LIFE_*`.
+    pub write_life: u8,
 }
 
 /// A lock on a file.
@@ -160,6 +176,9 @@ pub enum FileKind {
     Epoll {
         /// Items in the order they are added.
         items: Vec<EpollItem>,
+        /// `EPIOCSPARAMS`, unless it was not used.
+        #[serde(default, skip_serializing_if = "is_default")]
+        busy_poll: Option<BusyPoll>,
     },
     /// inotify_init(2) with its watches.
     Inotify {
@@ -256,6 +275,17 @@ pub struct PressureTrigger {
     pub threshold: u64,
     /// Length of a window, microseconds.
     pub window: u64,
+}
+
+/// How an epoll instance polls devices (`struct epoll_params`, since Linux 6.9).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BusyPoll {
+    /// For how long, microseconds.
+    pub usecs: u32,
+    /// Packets at once.
+    pub budget: u16,
+    /// In place of interrupts.
+    pub prefer: bool,
 }
 
 /// One item of an epoll interest list.

@@ -66,6 +66,10 @@ pub struct ApplicationHeader {
     /// Cgroups below its own, parents before children.
     #[serde(default)]
     pub cgroups: Vec<CgroupBelow>,
+    /// What its own cgroup was told beside the defaults: files of it and their lines
+    /// (Documentation/admin-guide/cgroup-v2.rst).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cgroup_settings: Vec<(String, String)>,
     /// System V semaphore sets it uses.
     #[serde(default)]
     pub semaphores: Vec<SemaphoreSet>,

@@ -112,15 +112,8 @@ pub enum SocketState {
         /// Datagrams not read yet.
         queue: Vec<Datagram>,
     },
-    /// Netlink without anything queued.
-    Netlink {
-        /// `NETLINK_*`.
-        protocol: i32,
-        /// Bound port id.
-        port: u32,
-        /// Multicast groups.
-        groups: u32,
-    },
+    /// Netlink.
+    Netlink(NetlinkSocket),
     /// `SOCK_RAW` of the internet families, without what is queued.
     Raw {
         /// IPv6 rather than IPv4.
@@ -141,6 +134,26 @@ pub enum SocketState {
         /// Name of the interface that it is bound to.
         interface: Option<ByteBuf>,
     },
+}
+
+/// A netlink socket without anything queued, netlink(7).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetlinkSocket {
+    /// `NETLINK_*`.
+    pub protocol: i32,
+    /// `SOCK_DGRAM` rather than `SOCK_RAW`, which only `SO_TYPE` tells from each other.
+    #[serde(default)]
+    pub datagram: bool,
+    /// Port id that it is bound to; 0 for none.
+    pub port: u32,
+    /// Multicast groups 1 to 32 that it is a member of, a bit each.
+    pub groups: u32,
+    /// Numbers of those beyond.
+    #[serde(default)]
+    pub more_groups: Vec<u32>,
+    /// Whom it is connected to: port id, and groups as above.
+    #[serde(default)]
+    pub remote: Option<(u32, u32)>,
 }
 
 /// A datagram that waits to be read, with what recvmsg(2) will tell of it besides.
@@ -328,6 +341,9 @@ pub enum UnixState {
     },
     /// Was connected; the other end is closed.
     PeerClosed,
+    /// The same, and something that it had not read is lost: whoever finds nothing to read is told
+    /// so once (`ECONNRESET`).
+    PeerReset,
     /// Connected to a listener of the same application that has not accepted it; see
     /// [`UnixSocket::waiting`].
     Waiting {

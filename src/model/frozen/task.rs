@@ -57,6 +57,12 @@ pub struct Process {
     /// `/proc/PID/coredump_filter`; `None` in images from before it was carried.
     #[serde(default)]
     pub coredump_filter: Option<u32>,
+    /// Who may trace it without being an ancestor, by Yama's leave (`PR_SET_PTRACER`).
+    #[serde(default)]
+    pub ptracer: Option<Ptracer>,
+    /// `/proc/PID/autogroup`: nice value of the session that it leads.
+    #[serde(default)]
+    pub autogroup_nice: i8,
     /// `/proc/PID/loginuid`: who logged in, as audit(8) notes it.
     #[serde(default)]
     pub loginuid: Option<u32>,
@@ -76,6 +82,15 @@ pub struct Process {
     pub posix_timers: Vec<PosixTimer>,
     /// Threads, leader first.
     pub threads: Vec<Thread>,
+}
+
+/// Whom a process has named as its tracer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ptracer {
+    /// `PR_SET_PTRACER_ANY`.
+    Any,
+    /// A thread of the application, with its descendants.
+    Thread(Tid),
 }
 
 /// A classic BPF program that decides about system calls (seccomp(2)).
@@ -330,7 +345,7 @@ pub struct Credentials {
 /// Scheduling attributes of one thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scheduling {
-    /// `SCHED_*`.
+    /// `SCHED_*`, with `SCHED_RESET_ON_FORK`.
     pub policy: u32,
     /// -20..=19.
     pub nice: i32,
@@ -339,4 +354,7 @@ pub struct Scheduling {
     /// sched_setaffinity(2) mask, bit = CPU, little-endian bytes.
     #[serde(with = "serde_bytes")]
     pub affinity: Vec<u8>,
+    /// The slice it asked for by sched_setattr(2), nanoseconds; 0 = none (before Linux 6.12).
+    #[serde(default)]
+    pub slice: u64,
 }

@@ -3,13 +3,13 @@
 
 use super::error::{FilesError, call, socket};
 use super::ip::{Sender, until};
-use super::segment::{ACK, CLOSE_WAIT, FIN, PSH, Peer, RST};
+use super::room::{Buffer, with_room};
+use super::segment::{ACK, FIN, PSH, Peer, RST};
 use crate::bpf::accept::{Handshake, Handshakes};
 use crate::model::frozen::{Application, FileKind, SocketState, WaitingConnection, WaitingEnd};
 use crate::model::ids::OfdId;
-use crate::sys::socket::{int_option, set_int_option};
 use crate::sys::tcp;
-use nix::libc;
+use crate::sys::tcp::state::CLOSE_WAIT;
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
@@ -88,7 +88,7 @@ impl Way {
         listener: BorrowedFd<'_>,
         connection: &WaitingConnection,
     ) -> Result<(), FilesError> {
-        let peer = Peer::of(connection);
+        let peer = Peer::of_waiting(connection);
         let object = format!(
             "TCP connection {} - {}, which was not accepted",
             peer.local, peer.remote
@@ -102,7 +102,10 @@ impl Way {
             let sent = sender.send(&object, peer.local.ip(), &packet)?;
             sent.map_err(call(&object, "sendto"))
         };
-        with_room(&object, listener, connection.received.len(), || {
+        // They came in larger pieces, or the buffer had grown by itself; what it gets now stays its
+        // own. The kernel gives half of a buffer to bytes (tcp_win_from_space()).
+        let room = 4 * connection.received.len();
+        with_room(&object, listener, Buffer::RECEIVE, room, || {
             handshakes.end(
                 listener,
                 (peer.local, peer.remote),
@@ -155,31 +158,6 @@ impl Way {
 /// little unused of the memory that the kernel takes for a packet, since that counts.
 const LEAST_SEGMENT: usize = 512;
 const MOST_SEGMENT: usize = 15_000;
-
-/// Runs `make` while the listener gives those that it makes a buffer that holds `bytes` for sure:
-/// they came in larger pieces, or the buffer had grown by itself. It stays theirs.
-fn with_room(
-    object: &str,
-    listener: BorrowedFd<'_>,
-    bytes: usize,
-    make: impl FnOnce() -> Result<(), FilesError>,
-) -> Result<(), FilesError> {
-    let failed = || socket(object);
-    let level = libc::SOL_SOCKET;
-    let size = int_option(listener, level, libc::SO_RCVBUF).map_err(failed())?;
-    // The kernel doubles what it is told, and gives half of that to bytes (tcp_win_from_space()).
-    let room = i32::try_from(2 * bytes).unwrap_or(i32::MAX / 2);
-    if 2 * room <= size {
-        return make();
-    }
-    let lock = int_option(listener, level, libc::SO_BUF_LOCK).map_err(failed())?;
-    set_int_option(listener, level, libc::SO_RCVBUFFORCE, room).map_err(failed())?;
-    set_int_option(listener, level, libc::SO_BUF_LOCK, lock).map_err(failed())?;
-    let made = make();
-    set_int_option(listener, level, libc::SO_RCVBUFFORCE, size / 2).map_err(failed())?;
-    set_int_option(listener, level, libc::SO_BUF_LOCK, lock).map_err(failed())?;
-    made
-}
 
 fn agreed(connection: &WaitingConnection) -> Handshake {
     let negotiated = &connection.negotiated;

@@ -50,12 +50,20 @@ pub fn signalfd(mask: u64) -> Result<OwnedFd, FilesError> {
     eventfile::signalfd(mask).map_err(call("signalfd", "signalfd4"))
 }
 
-/// Makes an inotify instance whose watches have their old descriptors.
+/// Makes an inotify instance that watches nothing yet, see [`watch`].
+///
+/// # Errors
+/// The kernel refuses.
+pub fn inotify() -> Result<OwnedFd, FilesError> {
+    eventfile::inotify().map_err(call("inotify", "inotify_init1"))
+}
+
+/// Gives an inotify instance its watches, with their old descriptors.
 ///
 /// # Errors
 /// A watched file is gone, or the kernel hands out other watch descriptors.
-pub fn inotify(watches: &[InotifyWatch]) -> Result<OwnedFd, FilesError> {
-    let fd = eventfile::inotify().map_err(call("inotify", "inotify_init1"))?;
+pub fn watch(fd: &OwnedFd, watches: &[InotifyWatch]) -> Result<(), FilesError> {
+    let mut removed = false;
     for watch in watches {
         let object = format!(
             "inotify watch of {}",
@@ -66,7 +74,7 @@ pub fn inotify(watches: &[InotifyWatch]) -> Result<OwnedFd, FilesError> {
         // Descriptors count upwards from 1 and are not reused
         // (inotify_add_to_idr): those of removed watches are used up in between.
         loop {
-            let number = eventfile::add_watch(&fd, &path, watch.mask)
+            let number = eventfile::add_watch(fd, &path, watch.mask)
                 .map_err(call(&object, "inotify_add_watch"))?;
             if number == watch.wd {
                 break;
@@ -77,11 +85,12 @@ pub fn inotify(watches: &[InotifyWatch]) -> Result<OwnedFd, FilesError> {
                     watch.wd
                 )));
             }
-            eventfile::remove_watch(&fd, number).map_err(call(&object, "inotify_rm_watch"))?;
+            eventfile::remove_watch(fd, number).map_err(call(&object, "inotify_rm_watch"))?;
+            removed = true;
         }
     }
     // Each removal queued an IN_IGNORED.
     let mut events = [0_u8; 4096];
-    while nix::unistd::read(&fd, &mut events).is_ok_and(|got| got > 0) {}
-    Ok(fd)
+    while removed && nix::unistd::read(fd, &mut events).is_ok_and(|got| got > 0) {}
+    Ok(())
 }

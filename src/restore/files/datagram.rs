@@ -1,4 +1,4 @@
-//! UDP sockets, whose queues `udp_queue` fills, and netlink sockets, whose queues were empty.
+//! UDP sockets, whose queues `udp_queue` fills.
 
 use super::error::{FilesError, call, socket};
 use super::tcp::replay;
@@ -72,29 +72,4 @@ pub(super) fn bind(object: &str, fd: BorrowedFd<'_>, local: SocketAddr) -> Resul
         }
         result => result.map_err(call(object, "bind")),
     }
-}
-
-/// Makes a netlink socket.
-///
-/// # Errors
-/// The port is in use, or the kernel refuses a step.
-pub fn netlink(described: &Socket) -> Result<OwnedFd, FilesError> {
-    let SocketState::Netlink {
-        protocol,
-        port,
-        groups,
-    } = &described.state
-    else {
-        return Err(FilesError::Missing("A netlink socket".into()));
-    };
-    let object = format!("netlink socket of protocol {protocol}");
-    let owned = crate::sys::socket::new(libc::AF_NETLINK, libc::SOCK_RAW, *protocol)
-        .map_err(socket(&object))?;
-    let fd = owned.as_fd();
-    replay(&object, fd, &described.options, |_| true)?;
-    if *port != 0 {
-        let address = ns::NetlinkAddr::new(*port, *groups);
-        ns::bind(fd.as_raw_fd(), &address).map_err(call(&object, "bind"))?;
-    }
-    Ok(owned)
 }

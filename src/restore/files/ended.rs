@@ -2,22 +2,19 @@
 
 use super::error::{FilesError, call, socket};
 use super::ip::{Sender, until};
-use super::segment::{ACK, CLOSE, CLOSE_WAIT, FIN, Peer, RST};
+use super::segment::{ACK, FIN, Peer, RST};
 use super::tcp;
 use crate::model::frozen::{
     Application, FileKind, SockOption, SocketState, TcpConnection, TcpEnded, TcpOptions, TcpWindow,
-    WaitingConnection, WaitingEnd,
 };
 use crate::sys::socket::{int_option, local_address, set_int_option};
 use crate::sys::tcp as repair;
+use crate::sys::tcp::state::{CLOSE, CLOSE_WAIT, ESTABLISHED};
 use nix::libc;
 use nix::sys::socket::Shutdown;
 use serde_bytes::ByteBuf;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
-
-/// `TCP_ESTABLISHED`.
-const ESTABLISHED: u8 = 1;
 
 /// Any sequence number: nobody will ever see it.
 const FIRST: u32 = 1;
@@ -53,8 +50,7 @@ pub(super) fn make(ended: &TcpEnded, options: &[SockOption]) -> Result<OwnedFd, 
     let fd = owned.as_fd();
     let state = || repair::info(fd).map(|info| info.state).map_err(failed());
 
-    let last = waiting(&connection);
-    let peer = Peer::of(&last);
+    let peer = Peer::of(&connection);
     let mut sender = Sender::default();
     let mut send = |offset, flags| {
         let packet = peer.packet(offset, flags, &[]);
@@ -137,20 +133,5 @@ fn connection(ended: &TcpEnded, local: SocketAddr, remote: SocketAddr) -> TcpCon
             sack: false,
             timestamp: None,
         },
-    }
-}
-
-/// The same as its peer sees it, from behind all that it has sent.
-fn waiting(connection: &TcpConnection) -> WaitingConnection {
-    WaitingConnection {
-        local: connection.local,
-        remote: connection.remote,
-        write_seq: connection.write_seq,
-        received_seq: connection.rcv_nxt,
-        received: ByteBuf::new(),
-        end: WaitingEnd::Open,
-        window: WINDOW,
-        negotiated: connection.negotiated,
-        peer_timestamp: 0,
     }
 }

@@ -2,21 +2,32 @@
 //! the process that has the file under that number adds it.
 
 use super::error::{FilesError, call};
-use crate::model::frozen::{Application, EpollItem, FileKind, FilesTable, Process};
+use crate::model::frozen::{Application, BusyPoll, EpollItem, FileKind, FilesTable, Process};
 use crate::model::ids::OfdId;
 use crate::sys::{eventfile, fd};
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-/// Makes an empty set.
+/// Makes an empty set. A kernel before 6.9 polls devices as it always does, whatever was asked
+/// for; that is said.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn create() -> Result<OwnedFd, FilesError> {
-    Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
-        .map(|epoll| epoll.0)
-        .map_err(call("epoll", "epoll_create1"))
+pub fn create(busy_poll: Option<&BusyPoll>) -> Result<OwnedFd, FilesError> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC);
+    let epoll = epoll.map_err(call("epoll", "epoll_create1"))?;
+    if let Some(params) = busy_poll {
+        match eventfile::set_busy_poll(epoll.0.as_fd(), params) {
+            Ok(()) => {}
+            Err(errno @ (Errno::ENOTTY | Errno::EINVAL)) => {
+                tracing::warn!("ioctl(EPIOCSPARAMS) on epoll: {errno}; it polls as usual");
+            }
+            Err(errno) => return Err(call("epoll", "ioctl(EPIOCSPARAMS)")(errno)),
+        }
+    }
+    Ok(epoll.0)
 }
 
 /// Adds the items of every set that `process` is the first to have open.
@@ -32,7 +43,7 @@ pub fn fill_of(
         return Ok(());
     };
     for (&id, file) in &app.ofds {
-        let FileKind::Epoll { items } = &file.kind else {
+        let FileKind::Epoll { items, .. } = &file.kind else {
             continue;
         };
         if first_with(app, id) != Some(process.pid) {

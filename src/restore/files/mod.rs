@@ -18,6 +18,7 @@ mod interfaces;
 mod ip;
 mod lock;
 mod mqueue;
+mod netlink;
 mod owner;
 mod packet;
 mod peer;
@@ -26,6 +27,7 @@ mod pipe;
 mod pty;
 mod raw;
 mod regular;
+mod room;
 mod segment;
 pub(super) mod tcp;
 mod udp_queue;
@@ -159,6 +161,7 @@ pub fn open_all(
             .get(&id)
             .ok_or_else(|| FilesError::Missing(format!("{id}")))?;
         set_status(fd, file, || owner::is_held(app, id))?;
+        regular::hint(fd.as_fd(), &file.hints)?;
         lock::take_shared(fd, file)?;
     }
     opened.departed = Departed {
@@ -257,8 +260,8 @@ fn open_one(
         }
         FileKind::Timerfd(timer) => anonymous::timerfd(timer, app.header.clocks.realtime)?,
         FileKind::Signalfd { mask } => anonymous::signalfd(*mask)?,
-        FileKind::Epoll { .. } => epoll::create()?,
-        FileKind::Inotify { watches } => anonymous::inotify(watches)?,
+        FileKind::Epoll { busy_poll, .. } => epoll::create(busy_poll.as_ref())?,
+        FileKind::Inotify { .. } => anonymous::inotify()?,
         FileKind::Pidfd { .. } => pidfd::reserve()?,
         FileKind::IoUring(ring) => uring::make(ring)?,
         FileKind::Socket(socket) => match open_socket(socket)? {
@@ -284,7 +287,7 @@ fn open_socket(socket: &Socket) -> Result<Option<OwnedFd>, FilesError> {
         | SocketState::TcpEnded(_) => tcp::open(socket).map(Some),
         SocketState::Unix(_) => Ok(None),
         SocketState::Udp { .. } => datagram::udp(socket).map(Some),
-        SocketState::Netlink { .. } => datagram::netlink(socket).map(Some),
+        SocketState::Netlink(state) => netlink::make(state, &socket.options).map(Some),
         SocketState::Raw { .. } => raw::raw(socket).map(Some),
         SocketState::Packet { .. } => raw::packet(socket).map(Some),
     }
@@ -429,6 +432,22 @@ pub fn finish(app: &Application, pid: Pid, opened: &OpenedFiles) -> Result<(), F
         next = entry.fd.0 + 1;
     }
     fd::close_range(next, i32::MAX).map_err(call("Descriptors", "close_range"))
+}
+
+/// Has inotify instances watch what they did. To be called when nothing is left that opens or reads
+/// files of the application: it is not to be told of a restore.
+///
+/// # Errors
+/// A watched file is gone, or the kernel refuses a step.
+pub fn watch_all(app: &Application, opened: &OpenedFiles) -> Result<(), FilesError> {
+    for (id, file) in &app.ofds {
+        if let FileKind::Inotify { watches } = &file.kind
+            && let Some(fd) = opened.ofds.get(id)
+        {
+            anonymous::watch(fd, watches)?;
+        }
+    }
+    Ok(())
 }
 
 /// Lets every TCP connection talk again. To be called by the restorer when all

@@ -220,6 +220,7 @@ pub fn remove(created: &[CString]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::frozen::FileHints;
 
     fn description(id: u64, state: Option<MqueueState>) -> OpenFile {
         OpenFile {
@@ -228,6 +229,7 @@ mod tests {
             owner: None,
             locks: Vec::new(),
             lease: None,
+            hints: FileHints::default(),
             kind: FileKind::Mqueue {
                 id,
                 state: state.map(Box::new),

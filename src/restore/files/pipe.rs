@@ -135,6 +135,7 @@ fn open_end(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::frozen::FileHints;
     use crate::model::ids::InodeId;
 
     #[test]
@@ -156,6 +157,7 @@ mod tests {
                 owner: None,
                 locks: Vec::new(),
                 lease: None,
+                hints: FileHints::default(),
                 kind: kind.clone(),
             };
             app.ofds.insert(id, end);

@@ -1,14 +1,15 @@
 //! Files that have a name: regular files, directories, devices without state.
 
 use super::error::{FilesError, call};
-use crate::model::frozen::{FileIdentity, PathRef, PressureTrigger, Through};
+use crate::model::frozen::{FileHints, FileIdentity, PathRef, PressureTrigger, Through};
 use crate::model::ids::Pid;
 use crate::restore::namespaces::place;
-use nix::fcntl::{OFlag, open};
+use crate::sys::fd::set_write_life;
+use nix::fcntl::{OFlag, PosixFadviseAdvice, open, posix_fadvise};
 use nix::sys::stat::{FileStat, Mode, fstat};
 use nix::unistd::{Whence, getppid, lseek, write};
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -73,6 +74,27 @@ pub fn open_regular(identity: &FileIdentity, flags: u32, pos: u64) -> Result<Own
         seek(&fd, &identity.at, pos)?;
     }
     Ok(fd)
+}
+
+/// Says how a file will be used.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn hint(fd: BorrowedFd<'_>, hints: &FileHints) -> Result<(), FilesError> {
+    let object = "Open file";
+    // In this order: the first undoes the second.
+    let advices = [
+        (hints.sequential, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL),
+        (hints.random, PosixFadviseAdvice::POSIX_FADV_RANDOM),
+        (hints.noreuse, PosixFadviseAdvice::POSIX_FADV_NOREUSE),
+    ];
+    for (_, advice) in advices.into_iter().filter(|(given, _)| *given) {
+        posix_fadvise(fd, 0, 0, advice).map_err(call(object, "posix_fadvise"))?;
+    }
+    if hints.write_life != 0 {
+        set_write_life(fd, hints.write_life).map_err(call(object, "fcntl(F_SET_RW_HINT)"))?;
+    }
+    Ok(())
 }
 
 /// Opens a file of pressure stall information and sets its trigger.

@@ -5,6 +5,7 @@ use super::ended;
 use super::error::{FilesError, call, socket};
 use crate::model::frozen::{SockOption, Socket, SocketState, TcpConnection};
 use crate::sys::socket::{set_int_option, set_option};
+use crate::sys::tcp::state::{CLOSE_WAIT, CLOSING, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
 use crate::sys::tcp::{self, Queue};
 use nix::errno::Errno;
 use nix::libc;
@@ -122,14 +123,10 @@ struct Closed {
 /// `None` for a state that is no connection.
 fn closed(state: u8) -> Option<Closed> {
     let (ours, theirs) = match state {
-        // ESTABLISHED
-        1 => (false, false),
-        // FIN_WAIT1, FIN_WAIT2
-        4 | 5 => (true, false),
-        // CLOSE_WAIT
-        8 => (false, true),
-        // LAST_ACK, CLOSING
-        9 | 11 => (true, true),
+        ESTABLISHED => (false, false),
+        FIN_WAIT1 | FIN_WAIT2 => (true, false),
+        CLOSE_WAIT => (false, true),
+        LAST_ACK | CLOSING => (true, true),
         _ => return None,
     };
     Some(Closed { ours, theirs })

@@ -8,8 +8,9 @@
 use super::error::{FilesError, call, socket};
 use super::ip::{Sender, has_arrived};
 use super::packet::Packet;
+use super::room::{Buffer, with_room};
 use crate::model::frozen::{Datagram, SockOption};
-use crate::sys::socket::{disconnect, int_option, local_address, option, set_int_option};
+use crate::sys::socket::{disconnect, local_address, option};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use nix::libc;
 use nix::sys::socket as ns;
@@ -47,7 +48,6 @@ pub fn fill(
     v6: bool,
     queue: &[Datagram],
 ) -> Result<(), FilesError> {
-    let failed = || socket(object);
     let any: IpAddr = if v6 {
         Ipv6Addr::UNSPECIFIED.into()
     } else {
@@ -56,20 +56,17 @@ pub fn fill(
     let address = ns::SockaddrStorage::from(SocketAddr::new(any, 0));
     ns::bind(fd.as_raw_fd(), &address).map_err(call(object, "bind"))?;
     let bound = local_address(fd).map_err(call(object, "getsockname"))?;
-    let level = libc::SOL_SOCKET;
-    let size = int_option(fd, level, libc::SO_RCVBUF).map_err(failed())?;
     let bytes: usize = queue.iter().map(|one| one.data.len() + 4096).sum();
-    let room = i32::try_from(2 * bytes).unwrap_or(i32::MAX / 2).max(size);
-    set_int_option(fd, level, libc::SO_RCVBUFFORCE, room).map_err(failed())?;
-    let mut way = Way::new(object, fd, bound.port());
-    for datagram in queue {
-        if !way.bring(datagram)? {
-            tracing::warn!("{object}: a datagram from {} is lost", datagram.from);
+    with_room(object, fd, Buffer::RECEIVE, 4 * bytes, || {
+        let mut way = Way::new(object, fd, bound.port());
+        for datagram in queue {
+            if !way.bring(datagram)? {
+                tracing::warn!("{object}: a datagram from {} is lost", datagram.from);
+            }
         }
-    }
-    set_int_option(fd, level, libc::SO_RCVBUFFORCE, size / 2).map_err(failed())?;
-    set_int_option(fd, level, libc::SO_BUF_LOCK, 0).map_err(failed())?;
-    disconnect(fd).map_err(failed())
+        Ok(())
+    })?;
+    disconnect(fd).map_err(socket(object))
 }
 
 /// The way to a socket.

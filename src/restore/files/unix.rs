@@ -59,7 +59,7 @@ pub fn open_all(app: &Application) -> Result<UnixSockets, FilesError> {
         let alone = match unix.state {
             UnixState::Unconnected | UnixState::Listening { .. } => true,
             UnixState::Connected { peer } => !is_mutual(&all, id, peer),
-            UnixState::PeerClosed | UnixState::Waiting { .. } => false,
+            UnixState::PeerClosed | UnixState::PeerReset | UnixState::Waiting { .. } => false,
         };
         if alone {
             let fd = new_socket(socket_type(unix.socktype)?)?;
@@ -337,7 +337,7 @@ fn pairs(all: &Sockets<'_>) -> Result<Pairs, FilesError> {
     for (id, (_, unix)) in all {
         let first = match unix.state {
             UnixState::Connected { peer } => is_mutual(all, *id, peer) && *id < peer,
-            UnixState::PeerClosed => true,
+            UnixState::PeerClosed | UnixState::PeerReset => true,
             _ => false,
         };
         if first && is_pair(all, unix) {

@@ -1,12 +1,12 @@
 //! What is queued in Unix domain sockets.
 
 use super::Departed;
-use super::error::{FilesError, call, socket};
+use super::error::{FilesError, call};
 use super::peer::act_as;
+use super::room::{Buffer, with_room};
 use super::unix::{Sockets, encode, is_mutual, new_socket, socket_type, sockets, title, with_name};
 use crate::model::frozen::{Application, UnixAddress, UnixMessage, UnixSocket, UnixState};
 use crate::model::ids::OfdId;
-use crate::sys::socket::{int_option, set_int_option};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket as ns;
@@ -34,7 +34,9 @@ pub fn fill_all(
                 let to = (!is_mutual(&all, id, peer)).then_some(unix.address.as_ref());
                 (opened.get(&peer).ok_or_else(missing)?, to.flatten())
             }
-            UnixState::PeerClosed => (departed.ends.get(&id).ok_or_else(missing)?, None),
+            UnixState::PeerClosed | UnixState::PeerReset => {
+                (departed.ends.get(&id).ok_or_else(missing)?, None)
+            }
             _ => {
                 fill_from_many(&all, unix, opened)?;
                 continue;
@@ -50,6 +52,13 @@ pub fn fill_all(
             };
             let missing = || FilesError::Missing(format!("client of Unix listener {id}"));
             send_all(client.ok_or_else(missing)?, None, &waiting.queue, opened)?;
+        }
+    }
+    for (id, (_, unix)) in &all {
+        if unix.state == UnixState::PeerReset {
+            let flags = ns::MsgFlags::MSG_DONTWAIT | ns::MsgFlags::MSG_NOSIGNAL;
+            ns::send(opened[id].as_raw_fd(), b"lost", flags)
+                .map_err(call("Unix socket", "send"))?;
         }
     }
     drop(departed);
@@ -76,7 +85,7 @@ fn send_all(
     queue: &[UnixMessage],
     opened: &BTreeMap<OfdId, OwnedFd>,
 ) -> Result<(), FilesError> {
-    with_room(sender.as_fd(), queue, || {
+    with_all(sender.as_fd(), queue, || {
         queue
             .iter()
             .try_for_each(|message| send(sender.as_fd(), to, message, opened))
@@ -102,7 +111,7 @@ fn fill_from_many(
     let kind = socket_type(unix.socktype)?;
     for message in &unix.queue {
         let put = |from: &OwnedFd| {
-            with_room(from.as_fd(), &unix.queue, || {
+            with_all(from.as_fd(), &unix.queue, || {
                 send(from.as_fd(), Some(address), message, opened)
             })
         };
@@ -139,27 +148,16 @@ fn put_as(
     put(&from)
 }
 
-/// Runs `fill` while the sender's buffer holds all of the queue, however little
-/// the sender's own size may be.
-fn with_room(
+/// Runs `fill` while the sender's buffer holds all of the queue.
+fn with_all(
     sender: BorrowedFd<'_>,
     queue: &[UnixMessage],
     fill: impl FnOnce() -> Result<(), FilesError>,
 ) -> Result<(), FilesError> {
-    const LEAST: usize = 64 << 10;
-    let object = "Unix socket";
+    // With what the kernel needs for each of its pieces.
+    const MORE: usize = 128 << 10;
     let total: usize = queue.iter().map(|m| m.data.len() + 1024).sum();
-    if total < LEAST {
-        return fill();
-    }
-    let level = libc::SOL_SOCKET;
-    let size = int_option(sender, level, libc::SO_SNDBUF).map_err(socket(object))?;
-    let lock = int_option(sender, level, libc::SO_BUF_LOCK).map_err(socket(object))?;
-    let room = i32::try_from(LEAST + 2 * total).unwrap_or(i32::MAX / 2);
-    set_int_option(sender, level, libc::SO_SNDBUFFORCE, room).map_err(socket(object))?;
-    fill()?;
-    set_int_option(sender, level, libc::SO_SNDBUFFORCE, size / 2).map_err(socket(object))?;
-    set_int_option(sender, level, libc::SO_BUF_LOCK, lock).map_err(socket(object))
+    with_room("Unix socket", sender, Buffer::SEND, MORE + 4 * total, fill)
 }
 
 fn send(

@@ -1,11 +1,13 @@
 //! Many kernel objects of one kind and a heartbeat, for `cargo xtask bench --objects`.
 //!
-//! `objects KIND COUNT DIR` makes them, writes its PID to `DIR/ready`, and from then on looks at
-//! the clock every half millisecond. When `DIR/take` appears it writes the longest time between
-//! two looks, in microseconds, to `DIR/gap`, removes `DIR/take` and begins anew: how long it stood
-//! still, whatever the tool that froze it reports. `DIR/take` is answered by a restored one, too.
+//! `objects KIND COUNT DIR` makes them, writes how many microseconds that took to `DIR/made` and its
+//! PID to `DIR/ready`, and from then on looks at the clock every half millisecond. When `DIR/take`
+//! appears it writes the longest time between two looks, in microseconds, to `DIR/gap`, removes
+//! `DIR/take` and begins anew: how long it stood still, whatever the tool that froze it reports.
+//! `DIR/take` is answered by a restored one, too.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -28,7 +30,9 @@ fn main() -> Result<()> {
     };
     let (count, dir) = (count.parse().context("COUNT")?, Path::new(dir));
     allow_descriptors().context("RLIMIT_NOFILE")?;
+    let begun = Instant::now();
     let _held = make(kind, count)?;
+    publish(&dir.join("made"), &begun.elapsed().as_micros().to_string())?;
     publish(&dir.join("ready"), &std::process::id().to_string())?;
     beat(dir)
 }
@@ -79,11 +83,7 @@ fn make(kind: &str, count: usize) -> Result<Box<dyn std::any::Any>> {
             }
             Box::new((epoll, watched))
         }
-        "listeners" => Box::new(
-            (0..count)
-                .map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("bind"))
-                .collect::<Result<Vec<_>>>()?,
-        ),
+        "listeners" => Box::new(listeners(count)?),
         "connections" => Box::new(connections(count)?),
         "mappings" => {
             for number in 0..count {
@@ -139,6 +139,21 @@ fn map(length: usize, protection: ProtFlags, flags: MapFlags) -> Result<*mut u8>
     // SAFETY: a new mapping where nothing is.
     let memory = unsafe { mmap_anonymous(None, length, protection, flags) }.context("mmap")?;
     Ok(memory.as_ptr().cast())
+}
+
+/// Each at a port that is named, as a restore does it: the kernel's own search for a free one takes
+/// the longer the more are in use.
+fn listeners(count: usize) -> Result<Vec<TcpListener>> {
+    let free =
+        (10_000..32_000).filter_map(
+            |port| match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+                Err(error) if error.kind() == ErrorKind::AddrInUse => None,
+                made => Some(made.context("bind")),
+            },
+        );
+    let made = free.take(count).collect::<Result<Vec<_>>>()?;
+    ensure!(made.len() == count, "Only {} ports are free", made.len());
+    Ok(made)
 }
 
 /// Both ends of each, and what they were accepted from.

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 
 use super::child::Child;
+use super::probe::eventually;
 use super::refused::cgroup_root;
 use crate::guest::case::{Case, Entry};
 
@@ -16,6 +17,7 @@ use crate::guest::case::{Case, Entry};
 pub const CASES: &[Entry] = &[
     Entry::carried("cgroup_below", below),
     Entry::carried("cgroup_below_threads", threads),
+    Entry::carried("cgroup_limits", limits),
     Entry::refused("refused_cgroup_setting", "cgroup.max.depth", setting),
 ];
 
@@ -38,6 +40,44 @@ fn path_of(pid: &impl ToString) -> Result<String> {
 fn enter(dir: &std::path::Path, pid: Pid) -> Result<()> {
     let path = dir.join("cgroup.procs");
     fs::write(&path, pid.to_string()).with_context(|| format!("Write {}", path.display()))
+}
+
+/// What the program's own cgroup is allowed. The guest's machine has the controllers of
+/// `tracker run`, and others only where somebody enables them.
+fn limits(case: &Case) -> Result<()> {
+    const LIMITS: [(&str, &str); 6] = [
+        ("memory.max", "4294967296"),
+        ("memory.low", "1048576"),
+        ("memory.oom.group", "1"),
+        ("pids.max", "4321"),
+        ("cgroup.max.depth", "7"),
+        ("cpu.weight", "321"),
+    ];
+    // Without `tracker run` it is in the root cgroup, which has no limits.
+    if path_of(&"self")? == "/" {
+        return case.ready();
+    }
+    let own = own()?;
+    let root = PathBuf::from(cgroup_root()?);
+    for above in [root.as_path(), own.parent().context("No parent")?] {
+        fs::write(above.join("cgroup.subtree_control"), "+cpu").context("Enable cpu")?;
+    }
+    for (file, limit) in LIMITS {
+        fs::write(own.join(file), limit).with_context(|| format!("Write {file}"))?;
+    }
+    case.ready()?;
+    // The limits come when the program runs already.
+    eventually("the cgroup has its limits", || {
+        let now = |file| Ok(fs::read_to_string(own.join(file))?.trim_end().to_owned());
+        let now: Vec<String> = LIMITS
+            .iter()
+            .map(|(file, _)| now(file))
+            .collect::<Result<_>>()?;
+        Ok(LIMITS
+            .iter()
+            .map(|(_, limit)| *limit)
+            .eq(now.iter().map(String::as_str)))
+    })
 }
 
 /// Children in two of them, a zombie in one, an empty one that was handed to another user.

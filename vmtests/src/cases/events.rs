@@ -2,6 +2,8 @@
 //! inotify.
 
 use std::fs;
+use std::io::Write;
+use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -10,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -26,6 +29,12 @@ pub const CASES: &[Entry] = &[
     Entry::carried("timerfd", timerfd),
     Entry::carried("signalfd", signalfd),
     Entry::carried("inotify", inotify),
+    Entry::carried("inotify_quiet", inotify_quiet),
+    Entry::refused(
+        "inotify_unread",
+        "events that it has not read",
+        inotify_unread,
+    ),
 ];
 
 /// Counters, plain, non-blocking and as a semaphore.
@@ -373,5 +382,61 @@ fn inotify(case: &Case) -> Result<()> {
             == 2,
         "Wrong number of watches"
     );
+    Ok(())
+}
+
+/// Who watches for everything is not told of what a restore does: files that it opens, reads and
+/// maps.
+fn inotify_quiet(case: &Case) -> Result<()> {
+    let watched = case.path("watched");
+    fs::create_dir(&watched)?;
+    let path = watched.join("used");
+    fs::write(&path, [7; 8192])?;
+    let mut used = fs::File::options().read(true).write(true).open(&path)?;
+    let reader = fs::File::open(&path)?;
+    // SAFETY: a new mapping of a file that nobody makes shorter.
+    let mapped = unsafe {
+        mmap(
+            None,
+            NonZeroUsize::new(8192).context("A size")?,
+            ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+            MapFlags::MAP_PRIVATE,
+            &used,
+            0,
+        )
+    }?;
+    // SAFETY: inside the mapping.
+    unsafe { mapped.cast::<u8>().write(8) };
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    let all = AddWatchFlags::IN_ALL_EVENTS;
+    let (dir, file) = (
+        inotify.add_watch(&watched, all)?,
+        inotify.add_watch(&path, all)?,
+    );
+    case.ready()?;
+    let told = inotify.read_events();
+    ensure!(matches!(told, Err(Errno::EAGAIN)), "It is told {told:?}");
+    used.write_all(b"more")?;
+    let told = inotify.read_events()?;
+    let wanted = [dir, file].map(|wd| (wd, AddWatchFlags::IN_MODIFY));
+    let told: Vec<_> = told
+        .into_iter()
+        .map(|event| (event.wd, event.mask))
+        .collect();
+    ensure!(told == wanted, "It is told {told:?}");
+    drop(reader);
+    Ok(())
+}
+
+/// What nobody has read of a watch.
+fn inotify_unread(case: &Case) -> Result<()> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    let watched = case.path("watched");
+    fs::create_dir(&watched)?;
+    inotify.add_watch(&watched, AddWatchFlags::IN_CREATE)?;
+    fs::write(watched.join("made"), b"")?;
+    case.ready()?;
+    let told = inotify.read_events()?;
+    ensure!(told.len() == 1, "It is told {told:?}");
     Ok(())
 }

@@ -14,6 +14,7 @@ mod child;
 mod events;
 mod file;
 mod filter;
+mod hints;
 mod huge;
 mod job;
 mod lease;
@@ -26,6 +27,7 @@ mod mqueue_notify;
 mod multicast;
 mod names;
 mod namespaces;
+mod netlink;
 mod options;
 mod owner;
 mod pidfd;
@@ -39,6 +41,7 @@ mod refused;
 mod refused_attributes;
 mod refused_objects;
 mod rewritten;
+mod sched;
 mod seccomp;
 mod sharing;
 mod signals;
@@ -52,7 +55,10 @@ mod udp;
 mod unix;
 mod unix_accept;
 mod unix_peers;
+mod untold;
+mod urgent;
 mod uring;
+mod write_error;
 
 /// Every case, in the order they run in.
 pub fn all() -> impl Iterator<Item = &'static Entry> {
@@ -63,6 +69,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         uring::CASES,
         pressure::CASES,
         file::CASES,
+        hints::CASES,
         lease::CASES,
         owner::CASES,
         options::CASES,
@@ -84,6 +91,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         signals::CASES,
         process::CASES,
         attributes::CASES,
+        sched::CASES,
         seccomp::CASES,
         sharing::CASES,
         pidfd::CASES,
@@ -92,16 +100,20 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         job::CASES,
         events::CASES,
         udp::CASES,
+        netlink::CASES,
         raw::CASES,
         unix::CASES,
         unix_accept::CASES,
         unix_peers::CASES,
         tcp::CASES,
         tcp_ended::CASES,
+        urgent::CASES,
+        untold::CASES,
         filter::CASES,
         refused::CASES,
         refused_objects::CASES,
         refused_attributes::CASES,
+        write_error::CASES,
     ]
     .into_iter()
     .flatten()

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::waitpid;
 
 use super::probe::sys;
@@ -15,6 +16,7 @@ use crate::guest::case::{Case, Entry};
 /// The cases of this file.
 pub const CASES: &[Entry] = &[
     Entry::refused("refused_fanotify", "fanotify", fanotify),
+    Entry::refused("refused_dnotify", "watched by F_NOTIFY", dnotify),
     Entry::refused("refused_perf_event", "perf event", perf_event),
     Entry::refused("refused_bpf_map", "BPF object", bpf_map),
     Entry::refused("refused_namespace", "IPC namespace", namespace),
@@ -50,6 +52,26 @@ fn fanotify(case: &Case) -> Result<()> {
     let _opened = File::create(case.path("opened"))?;
     let mut events = [0; 256];
     ensure!(File::from(group).read(&mut events)? > 0, "It is deaf");
+    Ok(())
+}
+
+/// A directory that is watched by a signal, beside one that is open only.
+fn dnotify(case: &Case) -> Result<()> {
+    let _other = File::open(case.dir())?;
+    let watched = File::open(case.dir())?;
+    let (mut mask, wanted) = (SigSet::empty(), Signal::SIGIO);
+    mask.add(wanted);
+    mask.thread_block()?;
+    // Of include/uapi/linux/fcntl.h.
+    const DN_CREATE: libc::c_ulong = 0x4;
+    const DN_MULTISHOT: libc::c_ulong = 0x8000_0000;
+    let fd = watched.as_raw_fd();
+    // SAFETY: takes integers.
+    let set = unsafe { libc::fcntl(fd, libc::F_NOTIFY, DN_CREATE | DN_MULTISHOT) };
+    sys("F_NOTIFY", set.into())?;
+    case.ready()?;
+    let _made = File::create(case.path("made"))?;
+    ensure!(mask.wait()? == wanted, "Another signal");
     Ok(())
 }
 

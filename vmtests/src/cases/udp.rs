@@ -1,14 +1,10 @@
 //! What waits in UDP sockets: who sent it and what else is told of it, in its order.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, sendto,
-    setsockopt, socket, sockopt,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, setsockopt, socket, sockopt};
 
 use super::probe::{PATIENCE, eventually, option, pattern, set_option, sys};
 use crate::guest::case::{Case, Entry};
@@ -22,11 +18,6 @@ pub const CASES: &[Entry] = &[
     Entry::carried("udp_queue_told", told),
     Entry::carried("udp_queue_v6", v6),
     Entry::carried("udp_queue_gro", gro),
-    Entry::refused(
-        "refused_netlink_queue",
-        "messages that it has not read yet",
-        netlink,
-    ),
 ];
 
 fn set(socket: &UdpSocket, level: i32, name: i32, value: i32) -> Result<()> {
@@ -300,30 +291,5 @@ fn gro(case: &Case) -> Result<()> {
         found.extend(&buffer[..length]);
     }
     ensure!(found == sent, "Received {} bytes", found.len());
-    Ok(())
-}
-
-/// An answer of the kernel that was not read.
-fn netlink(case: &Case) -> Result<()> {
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let route = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        flags,
-        SockProtocol::NetlinkRoute,
-    )?;
-    // struct nlmsghdr, RTM_GETLINK with NLM_F_REQUEST and NLM_F_DUMP; struct rtgenmsg.
-    let mut request = vec![20, 0, 0, 0, 18, 0, 1, 3];
-    request.resize(20, 0);
-    sendto(
-        route.as_raw_fd(),
-        &request,
-        &NetlinkAddr::new(0, 0),
-        MsgFlags::empty(),
-    )?;
-    case.ready()?;
-    let mut answer = [0; 64];
-    let got = nix::sys::socket::recv(route.as_fd().as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    ensure!(got > 16, "{}", Errno::last());
     Ok(())
 }

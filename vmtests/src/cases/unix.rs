@@ -11,7 +11,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType,
-    getsockopt, recv, recvmsg, send, sendmsg, shutdown, socketpair, sockopt,
+    getsockopt, recv, recvmsg, send, sendmsg, setsockopt, shutdown, socketpair, sockopt,
 };
 
 use super::child::Child;
@@ -21,6 +21,7 @@ use crate::guest::case::{Case, Entry};
 /// The cases of this file.
 pub const CASES: &[Entry] = &[
     Entry::carried("unix_stream", stream),
+    Entry::carried("unix_stream_small", small_buffer),
     Entry::carried("unix_datagram", datagram),
     Entry::carried("unix_seqpacket", seqpacket),
     Entry::carried("unix_listener", listener),
@@ -121,6 +122,21 @@ fn datagram(case: &Case) -> Result<()> {
         "The name is {:?}",
         named.local_addr()?
     );
+    Ok(())
+}
+
+/// What was sent before the sender's buffer was made smaller.
+fn small_buffer(case: &Case) -> Result<()> {
+    let (mut from, mut to) = UnixStream::pair()?;
+    from.write_all(&pattern(3, 40_000))?;
+    setsockopt(&from, sockopt::SndBuf, &2304)?;
+    let size = getsockopt(&from, sockopt::SndBuf)?;
+    case.ready()?;
+    let mut bytes = vec![0; 40_000];
+    to.read_exact(&mut bytes)?;
+    check_pattern("queue", 3, &bytes)?;
+    let now = getsockopt(&from, sockopt::SndBuf)?;
+    ensure!(now == size, "The buffer has {now} bytes instead of {size}");
     Ok(())
 }
 

@@ -3,6 +3,9 @@
 //!
 //! Each turn starts such a program, makes an image that leaves it running, asks the program how
 //! long it stood still, kills it, restores it from the image and asks again, as a sign of life.
+//!
+//! What the program needed to make its objects is told beside: a restore that makes them as it did,
+//! one after the other, cannot take less, and has to read what they were and to start processes.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -74,6 +77,8 @@ struct Sample {
     checkpoint: f64,
     /// The restore.
     restore: f64,
+    /// What the program needed to make its objects.
+    made: f64,
     /// What tracker says each of its steps took.
     steps: Vec<(String, f64)>,
 }
@@ -112,8 +117,8 @@ pub fn run(arguments: &Arguments, wanted: &str) -> Result<()> {
                 if !arguments.json {
                     eprintln!(
                         "{row}, round {round}, {tool:?}: reported {:.1}, gap {:.1}, \
-                         checkpoint {:.0}, restore {:.0}",
-                        sample.reported, sample.gap, sample.checkpoint, sample.restore
+                         checkpoint {:.0}, restore {:.0}, made {:.1}",
+                        sample.reported, sample.gap, sample.checkpoint, sample.restore, sample.made
                     );
                 }
                 samples.push(sample);
@@ -149,6 +154,7 @@ fn turn(vm: &Vm, tool: Tool, kind: &str, count: usize, row: &str) -> Result<Samp
         said()
     );
     let pid = String::from_utf8(vm.read_file(&format!("{DIR}/ready"))?)?;
+    let made = told(vm, "made")?;
     // What starting it took does not count.
     take_gap(vm)?;
     let begun = Instant::now();
@@ -167,6 +173,7 @@ fn turn(vm: &Vm, tool: Tool, kind: &str, count: usize, row: &str) -> Result<Samp
         gap,
         checkpoint: took,
         restore,
+        made,
         steps: checkpoint.steps,
     })
 }
@@ -177,8 +184,13 @@ fn take_gap(vm: &Vm) -> Result<f64> {
     vm.write_file(&format!("{DIR}/take"), b"")?;
     let there = vm.await_file(&format!("{DIR}/gap"), PATIENCE)?;
     ensure!(there, "The program does not answer");
-    let gap = String::from_utf8(vm.read_file(&format!("{DIR}/gap"))?)?;
-    let microseconds = gap.parse().with_context(|| format!("A gap of {gap:?}"))?;
+    told(vm, "gap")
+}
+
+/// Milliseconds that the program has written as microseconds.
+fn told(vm: &Vm, name: &str) -> Result<f64> {
+    let text = String::from_utf8(vm.read_file(&format!("{DIR}/{name}"))?)?;
+    let microseconds = text.parse().with_context(|| format!("{name}: {text:?}"))?;
     Ok(milliseconds(Duration::from_micros(microseconds)))
 }
 
@@ -194,18 +206,22 @@ fn table(rows: &[&str], samples: &[Sample]) -> Result<String> {
     for (name, _) in COLUMNS {
         write!(text, "{name:>11} {:>9} {:>6}", "CRIU", "ratio")?;
     }
-    writeln!(text)?;
+    writeln!(text, "{:>9} {:>6}", "made", "most")?;
     for row in rows {
         write!(text, "{row:<18}")?;
+        let of = |tools: &[Tool], value: Figure| {
+            let turns = samples
+                .iter()
+                .filter(|s| s.row == *row && tools.contains(&s.tool));
+            median(turns.map(value).collect())
+        };
         for (_, value) in COLUMNS {
-            let of = |tool| {
-                let turns = samples.iter().filter(|s| s.row == *row && s.tool == tool);
-                median(turns.map(value).collect())
-            };
-            let (ours, theirs) = (of(Tool::Tracker), of(Tool::Criu));
+            let (ours, theirs) = (of(&[Tool::Tracker], value), of(&[Tool::Criu], value));
             write!(text, "{ours:>11.1} {theirs:>9.1} {:>6.1}", theirs / ours)?;
         }
-        writeln!(text)?;
+        // The ratio of a restore that did nothing else.
+        let (made, theirs) = (of(&Tool::ALL, |s| s.made), of(&[Tool::Criu], |s| s.restore));
+        writeln!(text, "{made:>9.1} {:>6.1}", theirs / made)?;
     }
     Ok(text)
 }

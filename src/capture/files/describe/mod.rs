@@ -18,8 +18,8 @@ use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
 use crate::capture::view::View;
 use crate::model::frozen::{
-    Blocker, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch, LockKind,
-    OpenFile, PathRef, PipeId, PipeState, Timerfd,
+    Blocker, BusyPoll, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch,
+    LockKind, OpenFile, PathRef, PipeId, PipeState, Timerfd,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use crate::model::map::Map;
@@ -134,6 +134,7 @@ impl<'a> Reader<'a> {
             owner: self.survey.owners.carried(rec, &self.survey.processes),
             locks: self.locks(file),
             lease: lease::of(self.locks.get(&rec.ino).map_or(&[], Vec::as_slice), file),
+            hints: regular::hints(rec),
             kind,
         };
         self.ofds.insert(id, open);
@@ -189,8 +190,16 @@ impl<'a> Reader<'a> {
             (Kind::SIGNALFD, Detail::Signalfd(signalfd)) => FileKind::Signalfd {
                 mask: signalfd.mask,
             },
-            (Kind::EPOLL, _) => FileKind::Epoll {
+            (Kind::EPOLL, detail) => FileKind::Epoll {
                 items: self.epoll_items(rec.file),
+                busy_poll: match detail {
+                    Detail::Epoll(epoll) => Some(BusyPoll {
+                        usecs: epoll.busy_poll_usecs,
+                        budget: epoll.busy_poll_budget,
+                        prefer: epoll.prefer_busy_poll != 0,
+                    }),
+                    _ => None,
+                },
             },
             (Kind::INOTIFY, _) => FileKind::Inotify {
                 watches: self.inotify_watches(file)?,

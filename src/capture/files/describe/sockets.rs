@@ -10,6 +10,7 @@ use crate::model::frozen::{
 };
 use crate::model::ids::{Fd, OfdId, Pid};
 use crate::model::map::Map;
+use crate::sys::tcp::state::LISTEN;
 use nix::libc;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -33,7 +34,7 @@ impl Reader<'_> {
         file: &File,
         sock: &SockRec,
     ) -> Result<FileKind, CollectError> {
-        if sock.state == socket::LISTEN
+        if sock.state == LISTEN
             && let Some(options) = self.idle.options(sock)
             && let Some(socket) = socket::listener(sock, options)
         {
