@@ -247,11 +247,17 @@ impl Life {
             for file in log run.log; do
                 if [ -s $file ]; then echo "-- $file"; tail -n 20 $file; fi
             done
-            if [ -s ready ] && [ -d /proc/$(cat ready) ]; then
-                echo "-- process"
-                grep -E "^(State|SigPnd|ShdPnd|SigBlk)" /proc/$(cat ready)/status
-                cat /proc/$(cat ready)/stack
+            # Of a program in the root cgroup the others are not told from the machine's.
+            pid=$(cat ready 2>/dev/null)
+            group=$(sed -n 's/^0:://p' /proc/$pid/cgroup 2>/dev/null)
+            if [ "${group:-/}" != / ]; then
+                pid=$(find "/sys/fs/cgroup$group" -name cgroup.procs -exec cat {} + | head -n 8)
             fi
+            for pid in $pid; do
+                echo "-- process $pid"
+                grep -E "^(State|TracerPid|SigPnd|ShdPnd|SigBlk)" /proc/$pid/status
+                cat /proc/$pid/cgroup /proc/$pid/syscall /proc/$pid/stack
+            done
             echo "-- dmesg"
             dmesg | tail -n 8"#;
         Ok(vm
