@@ -7,6 +7,7 @@ use crate::model::ids::{Fd, Pid};
 use crate::sys::pidfds::Pidfds;
 use crate::sys::socket::{int_option, set_int_option};
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -74,6 +75,18 @@ impl Borrowed {
         let result = look();
         set(own)?;
         result
+    }
+
+    /// Whether the next call on the socket would be told of an error, once, or its error queue
+    /// holds something. Looking takes nothing away (`POLLERR`).
+    ///
+    /// # Errors
+    /// poll(2) fails.
+    pub fn has_error(&self) -> Result<bool, CollectError> {
+        let mut socket = [PollFd::new(self.as_fd(), PollFlags::empty())];
+        poll(&mut socket, PollTimeout::ZERO).map_err(self.failed("poll"))?;
+        let told = socket[0].revents().unwrap_or(PollFlags::empty());
+        Ok(told.contains(PollFlags::POLLERR))
     }
 
     /// That it is not carried: what it is, and why.

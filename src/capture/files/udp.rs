@@ -19,8 +19,12 @@ const LONGEST: usize = 64 << 10;
 /// Reads all that is queued and leaves it where it is.
 ///
 /// # Errors
-/// A socket call fails, or something is told of a datagram's way that cannot be had again.
+/// A socket call fails, something is told of a datagram's way that cannot be had again, or an
+/// ICMP message has arrived since the pass over the descriptors.
 pub fn queue(from: &Borrowed, rec: &SockRec) -> Result<Vec<Datagram>, CollectError> {
+    if from.has_error()? {
+        return Err(from.blocked(OBJECT, ERROR));
+    }
     let (mut queue, mut seen) = (Vec::new(), 0);
     from.peeking(|| {
         let mut room = Room::new(LONGEST);
@@ -43,6 +47,9 @@ pub fn queue(from: &Borrowed, rec: &SockRec) -> Result<Vec<Datagram>, CollectErr
 }
 
 const OBJECT: &str = "UDP socket";
+
+/// To look into the queue would take it away from the application.
+const ERROR: &str = "an error that it was not told yet is not carried; try again";
 
 /// Why a datagram is not carried.
 const UNTOLD: &str = "a datagram that it has not read yet is from a link-local address, or tells \

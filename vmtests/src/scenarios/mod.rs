@@ -11,6 +11,7 @@ mod damaged;
 mod faults;
 mod handover;
 mod harness;
+mod icmp;
 mod kernel;
 mod lending;
 mod message_queues;
@@ -60,6 +61,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         agent::SCENARIOS,
         handover::SCENARIOS,
         harness::SCENARIOS,
+        icmp::SCENARIOS,
         kernel::SCENARIOS,
         lending::SCENARIOS,
         message_queues::SCENARIOS,
