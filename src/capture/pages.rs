@@ -108,7 +108,8 @@ pub fn select(
         let trusted =
             tracked.is_some_and(|tracked| tracked.holds(vma)) && vma.flags & vm::SOFTDIRTY == 0;
         let readable = vma.flags & vm::READ != 0;
-        pagemap.private_pages(vma.start, vma.end, zero_frame, |found| {
+        let anonymous = vma.kind == VmaKind::ANON;
+        pagemap.private_pages(vma.start, vma.end, anonymous, zero_frame, |found| {
             if found.zero && plain {
                 return;
             }
