@@ -6,7 +6,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 
-use bindgen::callbacks::{EnumVariantValue, ItemInfo, ParseCallbacks};
+use bindgen::callbacks::{DeriveInfo, EnumVariantValue, ItemInfo, ParseCallbacks};
 use libbpf_cargo::SkeletonBuilder;
 
 /// One skeleton per purpose, so that reading state works where tracing does not load.
@@ -89,6 +89,17 @@ impl ParseCallbacks for RustNames {
         let snake = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
         let ours = item.name.contains('_') && !item.name.starts_with('_');
         (ours && item.name.chars().all(snake)).then(|| camel_case(item.name))
+    }
+
+    /// What tells whether two sockets are alike.
+    fn add_derives(&self, info: &DeriveInfo<'_>) -> Vec<String> {
+        let compared = ["SockOpts", "SockChoices"].contains(&info.name);
+        let derives = ["PartialEq", "Eq", "Hash"];
+        derives
+            .iter()
+            .filter(|_| compared)
+            .map(|name| (*name).to_owned())
+            .collect()
     }
 
     fn enum_variant_name(

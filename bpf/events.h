@@ -65,7 +65,7 @@ enum iter_want {
 	WANT_WATCHES = 16,
 	WANT_LOCKS = 32,
 	WANT_TTY_DATA = 64,
-	WANT_FINGERPRINTS = 128, /* of TCP sockets */
+	WANT_CHOICES = 128, /* of TCP sockets */
 	WANT_AIO = 256,
 	WANT_MEMBERS = 512,
 	WANT_MQUEUE_DATA = 1024, /* and nothing else */

@@ -2,6 +2,7 @@
 /* Sockets, as the descriptor iterator reports them. */
 
 #include "socket.bpf.h"
+#include "iter_choices.bpf.h"
 #include "iter_raw.bpf.h"
 
 #define SOCK_DGRAM 2
@@ -12,31 +13,6 @@ struct member_rec out_member;
 #define MAX_MEMBERS (1 << 16)
 /* include/uapi/linux/in.h: all senders but those on the list */
 #define MCAST_EXCLUDE 0
-
-/* As long as a TCP socket of any kernel, and longer. */
-#define SOCK_WORDS 512
-u64 sock_words[SOCK_WORDS];
-
-/*
- * A number that is another one when anything about a socket is, an option or a queue. It is
- * cheaper to find out than all the options, and those of a socket that has not changed are known.
- */
-static __always_inline u64 fingerprint(struct sock *sk)
-{
-	u64 print = 0xcbf29ce484222325ULL; /* FNV-1a, by words */
-	u32 size = BPF_CORE_READ(sk, __sk_common.skc_prot, obj_size);
-	u32 words = size / sizeof(u64);
-
-	if (words == 0 || words > SOCK_WORDS)
-		return 0;
-	if (bpf_probe_read_kernel(sock_words, words * sizeof(u64), sk))
-		return 0;
-	for (u32 i = 0; i < SOCK_WORDS && i < words; i++) {
-		print = (print ^ sock_words[i]) * 0x100000001b3ULL;
-		print ^= print >> 32;
-	}
-	return print;
-}
 
 static __always_inline void fill_unix(struct sock_rec *r, struct sock *sk)
 {
@@ -304,9 +280,10 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 		fill_inet(r, socket, sk);
 	else if (r->family == AF_PACKET && has_packet_state(r->sock))
 		r->flags |= SOCK_PACKETS;
-	if ((want & WANT_FINGERPRINTS) && r->protocol == IPPROTO_TCP && r->type != SOCK_RAW)
-		r->fingerprint = fingerprint(sk);
-	if (r->family == AF_INET || r->family == AF_INET6)
+	if (r->family == AF_INET || r->family == AF_INET6) {
+		if ((want & WANT_CHOICES) && r->protocol == IPPROTO_TCP && r->type != SOCK_RAW)
+			fill_choices(r, sk);
 		walk_members(r, sk);
+	}
 	return bpf_seq_write(seq, r, sizeof(*r));
 }

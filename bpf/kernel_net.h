@@ -114,6 +114,16 @@ struct sock {
 	const struct cred *sk_peer_cred;
 	struct sock_cgroup_data sk_cgrp_data;
 	void *sk_policy[2];
+	int sk_peek_off;
+	unsigned int sk_ll_usec;
+	u8 sk_prefer_busy_poll;
+	unsigned long sk_max_pacing_rate;
+	u32 sk_tsflags;
+	int sk_bind_phc;
+	u8 sk_txrehash;
+	u8 sk_clockid;
+	u8 sk_txtime_deadline_mode : 1;
+	u8 sk_txtime_report_errors : 1;
 };
 typedef enum {
 	SS_CONNECTED = 3,
@@ -147,7 +157,10 @@ struct ipv6_mc_socklist {
 };
 struct ipv6_pinfo {
 	struct ipv6_mc_socklist *ipv6_mc_list;
-	s16 hop_limit : 9; /* a member of its own since 6.9 */
+	s16 hop_limit : 9; /* a member of its own since 6.9, as is pmtudisc */
+	u16 pmtudisc : 3;
+	u16 srcprefs : 3;
+	u8 min_hopcount;
 	u8 tclass;
 	union {
 		struct {
@@ -160,17 +173,38 @@ struct ipv6_pinfo {
 	void *ipv6_fl_list; /* in struct inet_sock since 6.17 */
 	void *opt;
 };
+/* until they went to inet_flags */
+struct ipv6_pinfo___bits {
+	u16 recverr : 1;
+	u16 sndflow : 1;
+	u16 dontfrag : 1;
+	u16 autoflowlabel : 1;
+	u16 autoflowlabel_set : 1;
+};
 /* until 6.5 */
 struct inet_sock___bits {
 	u16 cmsg_flags;
+	u8 recverr : 1;
 	u8 freebind : 1;
 	u8 transparent : 1;
+	u8 bind_address_no_port : 1;
+};
+/* as stable kernels before 6.3 have it */
+struct inet_sock___range {
+	struct {
+		u16 lo;
+		u16 hi;
+	} local_port_range;
 };
 struct inet_sock {
 	unsigned long inet_flags; /* since 6.6 */
 	struct ipv6_pinfo *pinet6;
 	void *ipv6_fl_list;
+	void *inet_opt;
+	u32 local_port_range;
 	u8 tos;
+	u8 min_ttl;
+	u8 pmtudisc;
 	s16 uc_ttl;
 	int uc_index;
 	int mc_index;
@@ -180,8 +214,12 @@ struct request_sock {
 	struct request_sock *dl_next;
 	struct sock *sk;
 };
+struct fastopen_queue {
+	int max_qlen;
+};
 struct request_sock_queue {
 	atomic_t qlen;
+	struct fastopen_queue fastopenq;
 	u8 rskq_defer_accept;
 	struct request_sock *rskq_accept_head;
 };
@@ -193,6 +231,7 @@ struct inet_connection_sock {
 	struct tcp_congestion_ops *icsk_ca_ops;
 	u32 icsk_user_timeout;
 	void *icsk_ulp_ops;
+	u8 icsk_syn_retries;
 };
 struct tcp_options_received {
 	u32 ts_recent;
@@ -201,6 +240,7 @@ struct tcp_options_received {
 	u16 sack_ok : 3;
 	u16 snd_wscale : 4;
 	u16 rcv_wscale : 4;
+	u16 user_mss;
 	u16 mss_clamp;
 };
 struct tcp_sock {
@@ -225,6 +265,15 @@ struct tcp_sock {
 	u32 keepalive_time;
 	u32 keepalive_intvl;
 	u32 notsent_lowat;
+	u32 mss_cache;
+	u32 window_clamp;
+	int linger2;
+	u32 tcp_tx_delay;
+	u8 thin_lto : 1;
+	u8 recvmsg_inq : 1;
+	u8 save_syn : 2;
+	u8 fastopen_connect : 1;
+	u8 fastopen_no_cookie : 1;
 	void *md5sig_info;
 	void *ao_info; /* since 6.7 */
 };

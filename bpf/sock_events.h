@@ -44,6 +44,7 @@ enum sock_more {
 	SOCK_TRANSPARENT = 4,
 	SOCK_PKTINFO = 8,     /* IP_PKTINFO */
 	SOCK_V6_PKTINFO = 16, /* IPV6_RECVPKTINFO */
+	SOCK_V6_HOPS = 32,    /* IPV6_UNICAST_HOPS was set */
 };
 
 /* What setsockopt(2) set and listen(2) was told. A buffer size that the kernel may still
@@ -68,7 +69,7 @@ struct sock_opts {
 	__u8 nonagle; /* TCP_NAGLE_* */
 	__u8 keepcnt;
 	__u8 tclass;
-	__u8 hops;         /* IPV6_UNICAST_HOPS, 255 is the default of the system */
+	__u8 hops;         /* IPV6_UNICAST_HOPS, 255 also where it was not set */
 	__u8 more;         /* enum sock_more */
 	__u8 defer_accept; /* retransmissions */
 	__u32 notsent_lowat;
@@ -76,6 +77,54 @@ struct sock_opts {
 	char congestion[TRK_CONGESTION_LEN]; /* name of a TCP socket's algorithm */
 };
 TRK_ASSERT_SIZE(struct sock_opts, 96);
+
+/* What setsockopt(2) may have set besides, as the kernel keeps it: two TCP sockets of a family that
+ * have the same of this and of sock_opts, and both a peer or both none, have the same options.
+ * Filled by iterators that are asked for it, of TCP sockets. */
+struct sock_choices {
+	__u64 flags; /* sk_flags */
+	__u64 pacing;
+	__u64 inet_flags; /* since 6.6 */
+	__u32 tsflags;
+	__s32 bind_phc;
+	__s32 peek_off;
+	__u32 busy_poll;
+	__u32 ports; /* IP_LOCAL_PORT_RANGE */
+	__s32 linger2;
+	__u32 tx_delay;
+	/* of those without a peer */
+	__u32 mss;
+	__u32 user_mss;
+	__u32 window_clamp;
+	__u32 fastopen;
+	__s16 ttl; /* -1 is the default of the system */
+	__s16 hops;
+	__u8 txrehash;
+	__u8 prefer_busy_poll;
+	__u8 clockid; /* SO_TXTIME, and the next two */
+	__u8 txtime_deadline;
+	__u8 txtime_errors;
+	__u8 min_ttl;
+	__u8 pmtudisc;
+	__u8 recverr;
+	__u8 bind_no_port;
+	__u8 v6_pmtudisc;
+	__u8 srcprefs;
+	__u8 min_hopcount;
+	__u8 v6_recverr;
+	__u8 sndflow;
+	__u8 dontfrag;
+	__u8 autoflowlabel;
+	__u8 autoflowlabel_set;
+	__u8 syn_retries;
+	__u8 thin_lto;
+	__u8 recvmsg_inq;
+	__u8 save_syn;
+	__u8 fastopen_connect;
+	__u8 fastopen_no_cookie;
+	__u8 known; /* 0: that is not all, ask getsockopt(2) */
+};
+TRK_ASSERT_SIZE(struct sock_choices, 96);
 
 /* Membership of a socket in a multicast group, by IP_ADD_MEMBERSHIP or IPV6_ADD_MEMBERSHIP. */
 struct member_rec {
@@ -131,8 +180,8 @@ struct sock_rec {
 	__s32 out_unicast;
 	__s32 out_multicast6;
 	__s32 out_unicast6;
-	__u64 fingerprint; /* of all the kernel keeps of a TCP socket; 0 if it was not taken */
+	struct sock_choices choices;
 };
-TRK_ASSERT_SIZE(struct sock_rec, 408);
+TRK_ASSERT_SIZE(struct sock_rec, 496);
 
 #endif

@@ -49,6 +49,7 @@ static __always_inline void fill_inet_opts(const bool typed, struct sock_opts *o
 					   struct inet_sock *inet, u16 family)
 {
 	struct ipv6_pinfo *v6;
+	s16 hops;
 
 	o->tos = MEMBER(typed, inet, tos);
 	o->ttl = MEMBER(typed, inet, uc_ttl);
@@ -57,7 +58,9 @@ static __always_inline void fill_inet_opts(const bool typed, struct sock_opts *o
 		return;
 	v6 = MEMBER(typed, inet, pinet6);
 	o->tclass = MEMBER(typed, v6, tclass);
-	o->hops = BITS(typed, v6, hop_limit);
+	hops = BITS(typed, v6, hop_limit);
+	o->hops = hops;
+	o->more |= hops < 0 ? 0 : SOCK_V6_HOPS;
 	o->more |= BITS(typed, v6, rxopt.bits.rxinfo) ? SOCK_V6_PKTINFO : 0;
 }
 

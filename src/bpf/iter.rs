@@ -23,14 +23,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
-        AIO, EPOLL, FINGERPRINTS, LOCKS, MEMBERS, MQUEUE_DATA, SEM_UNDO, SIGACTIONS, TASKS, TIMERS,
+        AIO, CHOICES, EPOLL, LOCKS, MEMBERS, MQUEUE_DATA, SEM_UNDO, SIGACTIONS, TASKS, TIMERS,
         TTY_DATA, WAITING, WATCHES,
     };
 }
 
 /// What [`Files`] has besides descriptors.
 const ALL_OF_FILES: u32 =
-    want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::MEMBERS | want::FINGERPRINTS;
+    want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::MEMBERS | want::CHOICES;
 
 /// How many processes are walked one by one; each walk has to be begun.
 const FEW_WALKS: usize = 64;
@@ -215,21 +215,6 @@ impl Iterators {
         processes: &[ProcessRec],
     ) -> Result<Vec<File>, ReadError> {
         Ok(self.walk_files(scope, &targets(scope, processes), 0)?.files)
-    }
-
-    /// The same with the fingerprints of TCP sockets.
-    ///
-    /// # Errors
-    ///
-    /// See [`ReadError`].
-    pub fn fingerprinted_of(
-        &mut self,
-        scope: Scope,
-        processes: &[ProcessRec],
-    ) -> Result<Vec<File>, ReadError> {
-        let targets = targets(scope, processes);
-        let found = self.walk_files(scope, &targets, want::FINGERPRINTS)?;
-        Ok(found.files)
     }
 
     /// Descriptors with what epoll and inotify instances hold, without locks and bytes of

@@ -2,7 +2,7 @@
 
 use super::Capture;
 use super::error::CheckpointError;
-use super::files::IdleSockets;
+use super::files::Alike;
 use crate::bpf::events::SockRec;
 use crate::bpf::iter::{Detail, File};
 use crate::bpf::netlock::{LockError, NetLock};
@@ -36,17 +36,17 @@ impl Capture {
         Ok(())
     }
 
-    /// Reads what TCP sockets are set to, while the application runs. Returns how
-    /// many sockets it has that a lock is about.
+    /// Looks at the sockets of the running application. Returns how many it has that a lock is
+    /// about.
     ///
     /// # Errors
     /// The iterators cannot be read.
-    pub fn read_idle(&mut self) -> Result<usize, CheckpointError> {
+    pub fn prepare_sockets(&mut self) -> Result<usize, CheckpointError> {
         let scope = self.scope();
         let mut iterators = self.iterators.borrow_mut();
         let processes = iterators.threads(scope)?.processes;
-        let files = iterators.fingerprinted_of(scope, &processes)?;
-        self.idle = IdleSockets::read(&files);
+        let files = iterators.descriptors_of(scope, &processes)?;
+        self.alike = Alike::prepare(&files);
         Ok(entries(&files).count())
     }
 
@@ -57,7 +57,7 @@ impl Capture {
     /// # Errors
     /// The lock cannot be loaded or attached.
     pub fn load_lock(&mut self) -> Result<(), CheckpointError> {
-        let sockets = self.read_idle()?;
+        let sockets = self.prepare_sockets()?;
         self.load_lock_for(sockets)
     }
 

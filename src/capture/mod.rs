@@ -60,7 +60,7 @@ use crate::sys::cgroup::Event;
 use crate::sys::process::raise_descriptor_limit;
 use clocks::Offsets;
 use eligibility::Namespaces;
-use files::{CollectError, IdleSockets, Repaired, Still};
+use files::{Alike, CollectError, Repaired, Still};
 use guard::{Guard, Watch};
 use memory::Memory;
 use mm::Mapper;
@@ -155,7 +155,7 @@ pub struct Capture {
     wakeups: Wakeups,
     guard: Option<Guard>,
     lock: Option<NetLock>,
-    idle: IdleSockets,
+    alike: Alike,
     /// Why connections that nobody has accepted are not carried, if they are not; found out when
     /// there are any.
     accept_queues: OnceCell<Option<String>>,
@@ -210,7 +210,7 @@ impl Capture {
             wakeups,
             guard: Some(guard),
             lock: None,
-            idle: IdleSockets::default(),
+            alike: Alike::default(),
             accept_queues: OnceCell::new(),
             lock_left: false,
             code: vdso::Code::ours(),
@@ -380,7 +380,7 @@ impl Capture {
             still,
             &mut self.iterators.borrow_mut(),
             self.memory.contents(),
-            std::mem::take(&mut self.idle),
+            std::mem::take(&mut self.alike),
         )
         .map_err(|error| match error {
             CollectError::Blocked(blocker) => CheckpointError::Blocked(vec![blocker]),

@@ -308,7 +308,7 @@ impl Update {
         self.abort.check()?;
         let mut sockets = 0;
         for capture in &mut self.captures {
-            sockets += on(capture, Capture::read_idle)?;
+            sockets += on(capture, Capture::prepare_sockets)?;
         }
         let mut lock = NetLock::load(sockets)?;
         // Attached without entries it holds off nothing yet, see Capture::load_lock.

@@ -5,12 +5,12 @@
 //! and memfds, socket options. Borrowed descriptors are dropped before the thaw.
 
 mod accept;
+mod alike;
 mod borrow;
 mod describe;
 mod ended;
 mod error;
 mod filter;
-mod idle;
 mod interfaces;
 mod lease;
 mod mqueue;
@@ -33,10 +33,11 @@ mod unix_accept;
 mod uring;
 
 pub use accept::{is_any as any_unaccepted, refusal as accept_queues_refusal};
+pub use alike::Alike;
 pub use error::CollectError;
-pub use idle::IdleSockets;
 pub(in crate::capture) use lease::mapped as leased_and_mapped;
 pub use mqueue::has_messages;
+pub use options::of_tcp as options_of_tcp;
 pub use orphan::read as orphans;
 pub use pseudo::is_pseudo;
 pub use pty::{controlling, has_terminals, unsettled};
@@ -137,7 +138,7 @@ pub(in crate::capture) struct Still<'a> {
 
 /// Reads the open files of frozen processes.
 ///
-/// `idle` is what is known from before. Bytes that no filesystem keeps are noted in
+/// `alike` is prepared for the kinds of their sockets. Bytes that no filesystem keeps are noted in
 /// `contents`. On an error everything borrowed is given back and every connection left as it was.
 ///
 /// # Errors
@@ -146,7 +147,7 @@ pub(in crate::capture) fn collect(
     still: Still<'_>,
     iterators: &mut Iterators,
     contents: &mut Contents,
-    idle: IdleSockets,
+    alike: Alike,
 ) -> Result<FrozenFiles, CollectError> {
     let Still {
         found,
@@ -155,7 +156,7 @@ pub(in crate::capture) fn collect(
         ..
     } = still;
     let queues = accept::Queues::read(found, tasks, scope, iterators)?;
-    let mut reader = Reader::new(still, contents, idle, queues);
+    let mut reader = Reader::new(still, contents, alike, queues);
     for file in &found.files {
         reader.describe(file)?;
     }

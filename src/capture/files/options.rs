@@ -136,7 +136,10 @@ const DATAGRAM: &[Known] = &[
 /// Of IPv6 sockets. Numbers are from include/uapi/linux/in6.h.
 const IPV6: &[Known] = &[
     told(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, 4, |o| o.tclass == 0),
-    untold(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, 4),
+    // Of one that never set it the route tells.
+    told(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, 4, |o| {
+        u32::from(o.more) & SockMore::V6_HOPS == 0
+    }),
     untold(libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, 4),
     untold(libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 4),
     untold(libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, 4),
@@ -284,7 +287,7 @@ const NETLINK: &[Known] = &[
 
 /// Sockets that have the same options, with the same values while new.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Kind {
+pub struct Kind {
     family: i32,
     socktype: i32,
     protocol: i32,
@@ -293,7 +296,8 @@ struct Kind {
 }
 
 impl Kind {
-    fn of(rec: &SockRec) -> Self {
+    /// That of a socket.
+    pub fn of(rec: &SockRec) -> Self {
         let (family, socktype) = (i32::from(rec.family), i32::from(rec.type_));
         let stream = socktype == libc::SOCK_STREAM;
         // A new packet socket must not receive anything.
@@ -346,11 +350,32 @@ impl Kind {
     }
 }
 
+/// Level, name and bytes of each option of TCP sockets that is carried.
+pub fn of_tcp(v6: bool, connected: bool) -> impl Iterator<Item = (i32, i32, usize)> {
+    let kind = Kind {
+        family: if v6 { libc::AF_INET6 } else { libc::AF_INET },
+        socktype: libc::SOCK_STREAM,
+        protocol: libc::IPPROTO_TCP,
+        connected,
+    };
+    kind.known()
+        .map(|known| (known.level, known.name, known.len))
+}
+
 /// What new sockets have, by kind, once it was looked at.
 #[derive(Debug, Default)]
 pub struct Defaults(HashMap<Kind, Vec<Option<Vec<u8>>>>);
 
 impl Defaults {
+    /// Looks at a new socket of the same kind, unless that was done or fails.
+    pub fn prepare(&mut self, rec: &SockRec) {
+        if let Entry::Vacant(place) = self.0.entry(Kind::of(rec))
+            && let Ok(defaults) = place.key().defaults()
+        {
+            place.insert(defaults);
+        }
+    }
+
     /// Reads the options of a socket that are not those of a new one.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Sockets: options and addresses through a borrowed descriptor, the rest from the iterators.
 
+use super::alike::Alike;
 use super::borrow::Borrowed;
-use super::idle::IdleSockets;
 use super::tcp::{self, TcpReadError};
 use super::{CollectError, ended, filter, interfaces, netlink, raw, udp, unix};
 use crate::bpf::events::{MemberRec, SockFlag, SockRec};
@@ -178,13 +178,10 @@ pub fn refusal(rec: &SockRec) -> Option<String> {
 pub fn read(
     from: Borrowed,
     rec: &SockRec,
-    idle: &mut IdleSockets,
+    alike: &mut Alike,
     members: &[&MemberRec],
 ) -> Result<Read, CollectError> {
-    let options = match idle.options(rec) {
-        Some(options) => options,
-        None => idle.defaults().read(&from, rec)?,
-    };
+    let options = alike.read(&from, rec)?;
     let interfaces = interfaces::read(&from, rec, members)?;
     let mut read = read_state(from, rec, options)?;
     read.socket.interfaces = interfaces;
@@ -323,11 +320,11 @@ fn read_unconnected(
 
 /// A listener whose options are known, from its record alone, without its accept queue; `None` if
 /// it has no address.
-pub fn listener(rec: &SockRec, options: Vec<SockOption>) -> Option<Socket> {
+pub fn listener(rec: &SockRec, options: &[SockOption]) -> Option<Socket> {
     let (local, _) = addresses(rec);
     Some(Socket {
         inode: rec.ino,
-        options,
+        options: options.to_vec(),
         filter: None,
         interfaces: Interfaces::default(),
         state: SocketState::TcpListen {

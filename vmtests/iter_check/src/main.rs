@@ -5,6 +5,7 @@
 //! what locks all TCP of the machine for a moment; `iter_check --idle-hooks fentry|fallback` attaches
 //! the hooks of a set with nothing to do, until it is killed.
 
+mod choices;
 mod files;
 mod lock;
 mod scope;
@@ -48,6 +49,7 @@ fn main() -> Result<()> {
         ("memfd and pidfd", files::memfd_and_pidfd),
         ("unix sockets", files::unix_sockets),
         ("inet sockets", files::inet_sockets),
+        ("options of sockets", choices::choices),
         ("epoll", sets::epoll),
         ("epoll overflow", sets::epoll_overflow),
         ("inotify", sets::inotify),

@@ -2,8 +2,8 @@
 
 mod sockets;
 
+use super::alike::Alike;
 use super::borrow::{Borrowed, Lender, place};
-use super::idle::IdleSockets;
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
     CollectError, FrozenFiles, Repaired, Still, accept, lease, mqueue, pipe, pseudo, pty, regular,
@@ -42,7 +42,7 @@ pub(super) struct Reader<'a> {
     watches: Map<u64, Vec<&'a WatchRec>>,
     locks: Map<u64, Vec<&'a LockRec>>,
     members: Map<u64, Vec<&'a MemberRec>>,
-    idle: IdleSockets,
+    alike: Alike,
     lender: Lender,
     ofds: BTreeMap<OfdId, OpenFile>,
     repaired: Repaired,
@@ -74,7 +74,7 @@ impl<'a> Reader<'a> {
     pub(super) fn new(
         still: Still<'a>,
         contents: &'a mut Contents,
-        idle: IdleSockets,
+        alike: Alike,
         accept_queues: accept::Queues,
     ) -> Self {
         let Still {
@@ -93,7 +93,7 @@ impl<'a> Reader<'a> {
             watches: grouped(&found.watches, |watch| watch.group),
             locks: grouped(&found.locks, |lock| lock.ino),
             members: grouped(&found.members, |member| member.sock),
-            idle,
+            alike,
             lender: Lender::default(),
             ofds: BTreeMap::new(),
             repaired: Repaired::default(),

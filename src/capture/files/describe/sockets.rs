@@ -35,7 +35,7 @@ impl Reader<'_> {
         sock: &SockRec,
     ) -> Result<FileKind, CollectError> {
         if sock.state == LISTEN
-            && let Some(options) = self.idle.options(sock)
+            && let Some(options) = self.alike.options(sock)
             && let Some(socket) = socket::listener(sock, options)
         {
             return self.with_accept_queue(file, sock, socket);
@@ -43,7 +43,7 @@ impl Reader<'_> {
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
             let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
-            let read = socket::read(from, sock, &mut self.idle, members)?;
+            let read = socket::read(from, sock, &mut self.alike, members)?;
             self.repaired.0.extend(read.repaired);
             self.ended.extend(read.ended.map(|from| (id, from)));
             return self.with_accept_queue(file, sock, read.socket);
@@ -62,7 +62,7 @@ impl Reader<'_> {
                 reason,
             })
         })?;
-        let options = self.idle.defaults().read(&from, sock)?;
+        let options = self.alike.defaults().read(&from, sock)?;
         let (mut unix, queue) = unix::read(&from, sock, state)?;
         if let UnixState::Listening { .. } = state {
             unix.waiting = self.accept_queues.unix(file, sock, owners)?;
