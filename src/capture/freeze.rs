@@ -76,6 +76,9 @@ impl Capture {
                 (attempt * attempt / 4).max(1)
             };
             std::thread::sleep(PAUSE * longer);
+            if !blockers.is_empty() {
+                self.await_better()?;
+            }
         }
         self.timeline.done("freeze");
         Fault::Threads.point()?;
@@ -104,6 +107,29 @@ impl Capture {
         }
     }
 
+    /// What is not carried of processes and their requests.
+    fn blockers_among(&self, tasks: &Tasks) -> Vec<Blocker> {
+        let mut blockers = eligibility::blockers(tasks, &[], &self.ours);
+        blockers.extend(uring::in_flight(tasks));
+        blockers
+    }
+
+    /// Waits a while for a moment in which the application, which runs, has nothing of what kept
+    /// it from being carried: one that has a child by vfork(2) most of the time is hardly met
+    /// without by chance.
+    fn await_better(&self) -> Result<(), CheckpointError> {
+        const LOOKS: u32 = 20;
+        for _ in 0..LOOKS {
+            self.wakeups.check()?;
+            let tasks = self.iterators.borrow_mut().tasks(self.scope())?;
+            if self.blockers_among(&tasks).is_empty() {
+                break;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
     /// Freezes and stops it; returns what is not carried and has appeared since it was examined.
     fn freeze_once(&mut self) -> Result<Vec<Blocker>, CheckpointError> {
         let limit = self.options.deadline;
@@ -112,8 +138,7 @@ impl Capture {
         }
         Fault::Freeze.point()?;
         let tasks = self.settled_tasks()?;
-        let mut blockers = eligibility::blockers(&tasks, &[], &self.ours);
-        blockers.extend(uring::in_flight(&tasks));
+        let blockers = self.blockers_among(&tasks);
         if !blockers.is_empty() {
             return Ok(blockers);
         }
