@@ -16,8 +16,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How often a freeze is repeated for an object that is not carried and that the application
-/// holds for a moment only; it gets more time after each, 310 ms in all: where processors are
-/// scarce it may take that long to get one.
+/// holds for a moment only; it gets more time after each, 310 ms in all and what
+/// the looks in between take: where processors are scarce it may be that long until it gets one.
 const BLOCKED_ATTEMPTS: u32 = 16;
 
 /// How often for connections that it is about to accept.
