@@ -8,14 +8,10 @@
 struct in6_addr {
 	u8 s6_addr_bytes[16];
 };
-struct proto {
-	u32 obj_size;
-};
 typedef struct {
 	struct net *net;
 } possible_net_t;
 struct sock_common {
-	struct proto *skc_prot;
 	u32 skc_daddr;
 	u32 skc_rcv_saddr;
 	u16 skc_dport;

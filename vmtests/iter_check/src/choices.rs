@@ -4,15 +4,17 @@
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use tracker::bpf::events::SockRec;
 use tracker::bpf::iter::{Detail, Iterators};
 use tracker::capture::files::options_of_tcp;
+use tracker::sys::socket::{self, SocketError, option, set_option};
 
-use crate::files::me;
-use crate::sys::{check, own};
+use crate::files::{find_among, me};
+use crate::sys::check;
 
-type Option = (i32, i32, usize);
+/// Level, name and bytes of an option.
+type Named = (i32, i32, usize);
 
 /// Whether the kernel keeps the same of both; fails where it is not known.
 fn alike(one: &SockRec, other: &SockRec) -> Result<bool> {
@@ -25,38 +27,20 @@ fn alike(one: &SockRec, other: &SockRec) -> Result<bool> {
 }
 
 fn record(iterators: &mut Iterators, fd: &impl AsFd) -> Result<SockRec> {
-    let number = u32::try_from(fd.as_fd().as_raw_fd())?;
     let files = iterators.files(me())?.files;
-    let file = files.into_iter().find(|file| file.rec.fd == number);
-    match file.context("No such descriptor")?.detail {
+    match find_among(files, fd)?.detail {
         Detail::Socket(rec) => Ok(*rec),
         other => bail!("Not a socket: {other:?}"),
     }
 }
 
-fn get(fd: &OwnedFd, (level, name, len): Option) -> std::io::Result<Vec<u8>> {
-    let mut value = vec![0; len];
-    let mut length = libc::socklen_t::try_from(len).unwrap_or(0);
-    let at = value.as_mut_ptr().cast();
-    // SAFETY: the kernel writes at most as many bytes as there are.
-    let result = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, at, &raw mut length) };
-    if result < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    value.truncate(usize::try_from(length).unwrap_or(0));
-    Ok(value)
-}
-
-fn set(fd: &OwnedFd, (level, name, _): Option, value: &[u8]) {
-    let length = libc::socklen_t::try_from(value.len()).unwrap_or(0);
-    // What is refused changes nothing, which is found out.
-    // SAFETY: the kernel reads as many bytes as there are.
-    unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
+fn get(fd: &OwnedFd, (level, name, len): Named) -> Result<Vec<u8>, SocketError> {
+    option(fd.as_fd(), level, name, len)
 }
 
 /// Sets the option to something else than it is, whatever the kernel takes; `false` if it takes
 /// nothing.
-fn change(fd: &OwnedFd, option: Option) -> Result<bool> {
+fn change(fd: &OwnedFd, option: Named) -> Result<bool> {
     let before = get(fd, option)?;
     let numbers = [1_i32, 0, 2, 3, 5, 64, 255, 1000, 0x10, 40000 << 16 | 30000];
     let mut values: Vec<Vec<u8>> = numbers.iter().map(|n| n.to_ne_bytes().to_vec()).collect();
@@ -66,7 +50,8 @@ fn change(fd: &OwnedFd, option: Option) -> Result<bool> {
     values.push(vec![1; 4]);
     values.push(b"reno".to_vec());
     for value in values {
-        set(fd, option, &value);
+        // What is refused changes nothing, which is found out.
+        let _ = set_option(fd.as_fd(), option.0, option.1, &value);
         if get(fd, option)? != before {
             return Ok(true);
         }
@@ -78,11 +63,7 @@ fn change(fd: &OwnedFd, option: Option) -> Result<bool> {
 type Pair = (OwnedFd, OwnedFd, Vec<OwnedFd>);
 
 fn unconnected(family: i32) -> Result<OwnedFd> {
-    // SAFETY: makes a descriptor.
-    own(
-        unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) },
-        "socket",
-    )
+    Ok(socket::new(family, libc::SOCK_STREAM, 0)?)
 }
 
 fn new(family: i32) -> Result<Pair> {
@@ -114,13 +95,12 @@ fn connected(family: i32) -> Result<Pair> {
 }
 
 /// What a kernel may lack, or takes no other value for.
-fn may_stay((level, name, _): Option, connected: bool) -> bool {
+fn may_stay((level, name, _): Named) -> bool {
     match (level, name) {
         // SO_PEEK_OFF of TCP since 6.9; IP_LOCAL_PORT_RANGE since 6.3.
         (libc::SOL_SOCKET, libc::SO_PEEK_OFF) | (libc::IPPROTO_IP, 51) => true,
         // Only before there is an address.
         (libc::IPPROTO_TCP, 30) | (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY) => true,
-        (libc::IPPROTO_TCP, libc::TCP_FASTOPEN) => connected,
         _ => false,
     }
 }
@@ -142,7 +122,7 @@ pub fn choices(iterators: &mut Iterators) -> Result<()> {
                 let (one, other, _rest) = make(family)?;
                 let unlike = |what| format!("{what}, family {family}, option {option:?}");
                 if get(&one, option).is_err() || !change(&one, option)? {
-                    ensure!(may_stay(option, connected), unlike("Not to be set"));
+                    ensure!(may_stay(option), unlike("Not to be set"));
                     continue;
                 }
                 let told = (record(iterators, &one)?, record(iterators, &other)?);

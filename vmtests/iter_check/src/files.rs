@@ -24,8 +24,12 @@ pub fn me() -> Scope {
 
 /// The record of one of our descriptors.
 pub fn find(iterators: &mut Iterators, fd: &impl AsFd) -> Result<File> {
+    find_among(iterators.descriptors(me())?, fd)
+}
+
+/// The same of a pass that was made.
+pub fn find_among(files: Vec<File>, fd: &impl AsFd) -> Result<File> {
     let number = u32::try_from(fd.as_fd().as_raw_fd())?;
-    let files = iterators.descriptors(me())?;
     files
         .into_iter()
         .find(|f| f.rec.fd == number)

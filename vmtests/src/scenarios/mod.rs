@@ -11,13 +11,12 @@ mod damaged;
 mod faults;
 mod handover;
 mod harness;
-mod icmp;
 mod kernel;
 mod lending;
+mod meanwhile;
 mod message_queues;
 mod mqueue;
 mod programs;
-mod resets;
 mod sandboxed;
 mod services;
 mod single_case;
@@ -61,13 +60,12 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         agent::SCENARIOS,
         handover::SCENARIOS,
         harness::SCENARIOS,
-        icmp::SCENARIOS,
         kernel::SCENARIOS,
         lending::SCENARIOS,
+        meanwhile::SCENARIOS,
         message_queues::SCENARIOS,
         mqueue::SCENARIOS,
         programs::SCENARIOS,
-        resets::SCENARIOS,
         sandboxed::SCENARIOS,
         services::SCENARIOS,
         terminal::SCENARIOS,

@@ -1,0 +1,125 @@
+//! What reaches sockets while their application is frozen, after the pass over its descriptors.
+
+use anyhow::{Result, ensure};
+
+use super::services::PATIENCE;
+use super::{Kernels, Scenario};
+use crate::apps;
+use crate::image::Kernel;
+use crate::vm::{Exec, Output, Vm};
+
+/// The scenarios of this file.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "tcp_ended_frozen",
+        kernels: Kernels::Only(Kernel::V6_12),
+        configure: |builder| builder,
+        run: ended_frozen,
+    },
+    Scenario {
+        name: "icmp_error_frozen",
+        kernels: Kernels::Either,
+        configure: |builder| builder,
+        run: error_frozen,
+    },
+];
+
+const PROGRAM: &str = "/root/meanwhile.py";
+const NAME: &str = "meanwhile";
+const DIR: &str = "/root/meanwhile";
+const IMAGE: &str = "/root/meanwhile.image";
+
+/// Exit code of `tracker` for "not eligible".
+const NOT_ELIGIBLE: i32 = 3;
+
+/// Starts the program that will be frozen.
+fn start(vm: &Vm, role: &str) -> Result<()> {
+    vm.write_file(PROGRAM, include_bytes!("meanwhile.py"))?;
+    vm.sh(&format!("mkdir {DIR}"))?.check()?;
+    let run = [
+        "tracker", "run", "--name", NAME, "--", "python3", PROGRAM, role, DIR,
+    ];
+    vm.spawn(Exec::new(run), Some("/root/program.log"))?;
+    Ok(())
+}
+
+/// Starts who waits until it is.
+fn start_other(vm: &Vm, role: &str) -> Result<i32> {
+    let cgroup = format!("/sys/fs/cgroup/tracker/{NAME}");
+    let other = ["python3", PROGRAM, role, DIR, &cgroup];
+    vm.spawn(Exec::new(other), Some("/root/other.log"))
+}
+
+fn await_ready(vm: &Vm) -> Result<()> {
+    let ready = vm.await_file(&format!("{DIR}/ready"), PATIENCE)?;
+    ensure!(ready, "The program is not ready");
+    Ok(())
+}
+
+/// A checkpoint that takes its time between the pass and what comes next.
+fn checkpoint(vm: &Vm) -> Result<Output> {
+    let checkpoint = apps::checkpoint(NAME, IMAGE, &[]).timeout(PATIENCE);
+    vm.exec(checkpoint.env("TRACKER_FAULT", "memory:slow"))
+}
+
+/// What the program says once it may go on.
+fn result(vm: &Vm) -> Result<String> {
+    vm.write_file(&format!("{DIR}/go"), b"")?;
+    let result = format!("{DIR}/result");
+    ensure!(
+        vm.await_file(&result, PATIENCE)?,
+        "The program does not end"
+    );
+    Ok(String::from_utf8(vm.read_file(&result)?)?)
+}
+
+fn await_end(vm: &Vm, other: i32) -> Result<()> {
+    ensure!(
+        vm.wait(other, PATIENCE)?.is_some(),
+        "The other does not end"
+    );
+    Ok(())
+}
+
+/// Connections end.
+fn ended_frozen(vm: &Vm) -> Result<()> {
+    /// Reset; closed and then reset, of which reading shows the end and the socket keeps the
+    /// reset; closed after the restore.
+    const RESULT: &str = "unread [104, b''] 0; unread [b'', b''] 32; unread [b'', b''] 0";
+    start(vm, "server")?;
+    let listens =
+        "for i in $(seq 600); do ss -tln | grep -q :7001 && exit 0; sleep 0.1; done; exit 1";
+    vm.exec(Exec::new(["sh", "-c", listens]).timeout(PATIENCE))?
+        .check()?;
+    let peer = start_other(vm, "peer")?;
+    await_ready(vm)?;
+
+    checkpoint(vm)?.check()?;
+    let restore = Exec::new(["tracker", "restore", "--image", IMAGE, "--detach"]);
+    vm.exec(restore.timeout(PATIENCE))?.check()?;
+
+    let result = result(vm)?;
+    ensure!(result == RESULT, "{result}");
+    await_end(vm, peer)
+}
+
+/// An ICMP message arrives: to look into the socket's queue would take the error away from the
+/// application.
+fn error_frozen(vm: &Vm) -> Result<()> {
+    start(vm, "asks")?;
+    await_ready(vm)?;
+    let forger = start_other(vm, "forges")?;
+
+    let refused = checkpoint(vm)?;
+    let said = refused.error_text();
+    ensure!(
+        refused.code() == Some(NOT_ELIGIBLE) && said.contains("an error that it was not told yet"),
+        "The checkpoint ended with {}:\n{said}",
+        refused.status
+    );
+    await_end(vm, forger)?;
+
+    let result = result(vm)?;
+    ensure!(result == "111, then b'answer'", "{result}");
+    Ok(())
+}
