@@ -91,9 +91,10 @@ impl ParseCallbacks for RustNames {
         (ours && item.name.chars().all(snake)).then(|| camel_case(item.name))
     }
 
-    /// What tells whether two sockets are alike.
+    /// What tells whether two sockets are alike, and what a network lock has.
     fn add_derives(&self, info: &DeriveInfo<'_>) -> Vec<String> {
-        let compared = ["SockOpts", "SockChoices"].contains(&info.name);
+        let compared =
+            ["SockOpts", "SockChoices", "LockFlowKey", "LockPortKey"].contains(&info.name);
         let derives = ["PartialEq", "Eq", "Hash"];
         derives
             .iter()

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
-/* Part of events.h, whose rules hold: connections that nobody has accepted yet. */
+/* Part of events.h, whose rules hold: connections, those included that nobody has accepted yet. */
 #ifndef TRACKER_ACCEPT_EVENTS_H
 #define TRACKER_ACCEPT_EVENTS_H
 
@@ -12,12 +12,14 @@ enum waiting_flag {
 	WAITING_URGENT = 16,     /* urgent data has come */
 	WAITING_UNREADABLE = 32, /* what it has received cannot be read; of waiting_data_rec */
 	WAITING_RIGHTS = 64,     /* descriptors are in flight to it; of waiting_data_rec */
+	WAITING_MOVING = 128,    /* it changed while it was read */
 };
 
 #define TRK_WAITING_GROUPS 32
 
 /* A connection in the accept queue of a TCP or Unix listener, in the order in which they come;
- * or, without a listener, one of TCP that was closed and still sends. */
+ * or, without a listener, one of TCP: that a descriptor leads to, or that was closed and still
+ * sends. */
 struct waiting_rec {
 	struct rec_hdr hdr;
 	__u64 listener; /* struct sock */

@@ -70,7 +70,8 @@ enum iter_want {
 	WANT_MEMBERS = 512,
 	WANT_MQUEUE_DATA = 1024, /* and nothing else */
 	WANT_SEM_UNDO = 2048,
-	WANT_WAITING = 4096, /* and nothing else */
+	WANT_WAITING = 4096,     /* and nothing else */
+	WANT_CONNECTIONS = 8192, /* and nothing else */
 };
 
 /* What every record starts with; size counts the header itself. */

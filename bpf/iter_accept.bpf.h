@@ -73,59 +73,112 @@ static __always_inline void fill_waiting_unix(struct waiting_rec *r, struct sock
 				      (void *)info + bpf_core_field_offset(struct group_info, gid));
 }
 
-static __always_inline void fill_waiting_tcp(struct waiting_rec *r, struct sock *sk)
+/* `typed` is about the socket, see MEMBER. */
+static __always_inline void fill_sequences(const bool typed, struct waiting_rec *r,
+					   struct tcp_sock *tcp)
 {
-	struct tcp_sock *tcp = (void *)sk;
-	struct tcp_options_received *opt = &tcp->rx_opt;
-	u16 dport = BPF_CORE_READ(sk, __sk_common.skc_dport);
-
-	r->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
-	r->remote_port = dport >> 8 | dport << 8;
-	read_ends(r->local_addr, r->remote_addr, sk, r->family);
-	if (BPF_CORE_READ_BITFIELD_PROBED(opt, tstamp_ok))
-		r->flags |= WAITING_TSTAMP;
-	if (bpf_core_field_exists(tcp->tcp_usec_ts) &&
-	    BPF_CORE_READ_BITFIELD_PROBED(tcp, tcp_usec_ts))
-		r->flags |= WAITING_USEC;
-	if (BPF_CORE_READ_BITFIELD_PROBED(opt, sack_ok))
-		r->flags |= WAITING_SACK;
-	if (BPF_CORE_READ_BITFIELD_PROBED(opt, wscale_ok))
-		r->flags |= WAITING_WSCALE;
-	if (BPF_CORE_READ(tcp, urg_data))
-		r->flags |= WAITING_URGENT;
-	r->snd_wscale = BPF_CORE_READ_BITFIELD_PROBED(opt, snd_wscale);
-	r->rcv_wscale = BPF_CORE_READ_BITFIELD_PROBED(opt, rcv_wscale);
-	r->mss_clamp = BPF_CORE_READ(opt, mss_clamp);
-	r->ts_recent = BPF_CORE_READ(opt, ts_recent);
-	/* tcp_clock_ms(): since the start of the machine */
-	r->timestamp = (u32)(bpf_ktime_get_ns() / 1000000) + BPF_CORE_READ(tcp, tsoffset);
-	r->copied_seq = BPF_CORE_READ(tcp, copied_seq);
-	r->rcv_nxt = BPF_CORE_READ(tcp, rcv_nxt);
-	r->snd_una = BPF_CORE_READ(tcp, snd_una);
-	r->write_seq = BPF_CORE_READ(tcp, write_seq);
-	r->snd_nxt = BPF_CORE_READ(tcp, snd_nxt);
-	r->snd_wnd = BPF_CORE_READ(tcp, snd_wnd);
-	r->snd_wl1 = BPF_CORE_READ(tcp, snd_wl1);
-	r->max_window = BPF_CORE_READ(tcp, max_window);
-	r->rcv_wnd = BPF_CORE_READ(tcp, rcv_wnd);
-	r->rcv_wup = BPF_CORE_READ(tcp, rcv_wup);
+	r->copied_seq = MEMBER(typed, tcp, copied_seq);
+	r->rcv_nxt = MEMBER(typed, tcp, rcv_nxt);
+	r->snd_una = MEMBER(typed, tcp, snd_una);
+	r->write_seq = MEMBER(typed, tcp, write_seq);
+	r->snd_nxt = MEMBER(typed, tcp, snd_nxt);
+	r->snd_wnd = MEMBER(typed, tcp, snd_wnd);
+	r->snd_wl1 = MEMBER(typed, tcp, snd_wl1);
+	r->max_window = MEMBER(typed, tcp, max_window);
+	r->rcv_wnd = MEMBER(typed, tcp, rcv_wnd);
+	r->rcv_wup = MEMBER(typed, tcp, rcv_wup);
 }
 
-static __always_inline void fill_waiting(struct waiting_rec *r, struct sock *sk)
+static __always_inline void fill_waiting_tcp(const bool typed, struct waiting_rec *r,
+					     struct tcp_sock *tcp)
+{
+	struct sock *sk = (void *)tcp;
+	u16 dport = MEMBER(typed, sk, __sk_common.skc_dport);
+
+	r->local_port = MEMBER(typed, sk, __sk_common.skc_num);
+	r->remote_port = dport >> 8 | dport << 8;
+	read_ends(typed, r->local_addr, r->remote_addr, sk, r->family);
+	if (BITS(typed, tcp, rx_opt.tstamp_ok))
+		r->flags |= WAITING_TSTAMP;
+	if (bpf_core_field_exists(tcp->tcp_usec_ts) && BITS(typed, tcp, tcp_usec_ts))
+		r->flags |= WAITING_USEC;
+	if (BITS(typed, tcp, rx_opt.sack_ok))
+		r->flags |= WAITING_SACK;
+	if (BITS(typed, tcp, rx_opt.wscale_ok))
+		r->flags |= WAITING_WSCALE;
+	if (MEMBER(typed, tcp, urg_data))
+		r->flags |= WAITING_URGENT;
+	r->snd_wscale = BITS(typed, tcp, rx_opt.snd_wscale);
+	r->rcv_wscale = BITS(typed, tcp, rx_opt.rcv_wscale);
+	r->mss_clamp = MEMBER(typed, tcp, rx_opt.mss_clamp);
+	r->ts_recent = MEMBER(typed, tcp, rx_opt.ts_recent);
+	/* tcp_clock_ms(): since the start of the machine */
+	r->timestamp = (u32)(bpf_ktime_get_ns() / 1000000) + MEMBER(typed, tcp, tsoffset);
+	fill_sequences(typed, r, tcp);
+}
+
+/* `typed` is about the socket, see MEMBER. */
+static __always_inline void fill_waiting(const bool typed, struct waiting_rec *r, struct sock *sk)
 {
 	__builtin_memset(r, 0, sizeof(*r));
 	r->hdr.kind = REC_WAITING;
 	r->hdr.size = sizeof(*r);
 	r->listener = accept_walk.listener;
 	r->sock = (u64)sk;
-	r->family = BPF_CORE_READ(sk, __sk_common.skc_family);
-	r->state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	r->shutdown = BPF_CORE_READ(sk, sk_shutdown);
-	r->err = BPF_CORE_READ(sk, sk_err);
+	r->family = MEMBER(typed, sk, __sk_common.skc_family);
+	r->state = MEMBER(typed, sk, __sk_common.skc_state);
+	r->shutdown = MEMBER(typed, sk, sk_shutdown);
+	r->err = MEMBER(typed, sk, sk_err);
+}
+
+/* Of a socket that is known by its address only. */
+static __always_inline void fill_found(struct waiting_rec *r, struct sock *sk)
+{
+	fill_waiting(false, r, sk);
 	if (r->family == AF_UNIX)
 		fill_waiting_unix(r, sk);
 	else
-		fill_waiting_tcp(r, sk);
+		fill_waiting_tcp(false, r, (struct tcp_sock *)sk);
+}
+
+struct waiting_rec again;
+
+/* Whether anything changed while a record was made: a packet, or a timer, that came before the
+ * network was silent. */
+static __always_inline bool is_moving(struct waiting_rec *r, struct tcp_sock *tcp)
+{
+	/* a word that the compiler has read it need not read again */
+	barrier();
+	fill_sequences(true, &again, tcp);
+	return again.rcv_nxt != r->rcv_nxt || again.snd_una != r->snd_una ||
+	       again.write_seq != r->write_seq || again.snd_nxt != r->snd_nxt ||
+	       again.snd_wnd != r->snd_wnd || again.snd_wl1 != r->snd_wl1 ||
+	       again.rcv_wnd != r->rcv_wnd || again.rcv_wup != r->rcv_wup;
+}
+
+/* A TCP connection that a descriptor leads to. */
+static __always_inline void write_connection(struct seq_file *seq, struct file *file)
+{
+	struct socket *socket = bpf_sock_from_file(file);
+	struct waiting_rec *r = &out_waiting;
+	struct tcp_sock *tcp;
+	struct sock *sk;
+
+	if (!socket)
+		return;
+	sk = socket->sk;
+	/* a socket of any other type is none of TCP, and only some kernels look */
+	if (!sk || sk->sk_type != SOCK_STREAM || sk->__sk_common.skc_state == TCP_LISTEN)
+		return;
+	tcp = bpf_skc_to_tcp_sock(sk);
+	if (!tcp)
+		return;
+	accept_walk.listener = 0;
+	fill_waiting(true, r, sk);
+	fill_waiting_tcp(true, r, tcp);
+	if (is_moving(r, tcp))
+		r->flags |= WAITING_MOVING;
+	bpf_seq_write(seq, r, sizeof(*r));
 }
 
 /* Goes on with the next connection. */
@@ -155,7 +208,7 @@ static __always_inline bool next_waiting(void)
 	accept_walk.end = (u64)sk + bpf_core_field_offset(struct sock, sk_receive_queue);
 	if (!in_window())
 		return true;
-	fill_waiting(&out_waiting, sk);
+	fill_found(&out_waiting, sk);
 	return side_write(&out_waiting, sizeof(out_waiting));
 }
 

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
 /* What setsockopt(2) sets of TCP sockets besides sock_opts, as the kernel keeps it. */
 
-/* Where a kernel has no such member, nobody knows where it keeps the option. */
+/* Of a pointer of a known type. Where a kernel has no such member, nobody knows where it keeps the
+ * option. */
 #define CHOICE(to, pointer, member)                                                                \
 	do {                                                                                       \
 		if (bpf_core_field_exists((pointer)->member))                                      \
-			to = BITS(false, pointer, member);                                         \
+			to = BITS(true, pointer, member);                                          \
 		else                                                                               \
 			known = false;                                                             \
 	} while (0)
@@ -38,24 +39,23 @@ static __always_inline bool inet_choices(struct sock_choices *c, struct inet_soc
 	CHOICE(c->min_ttl, inet, min_ttl);
 	CHOICE(c->pmtudisc, inet, pmtudisc);
 	if (bpf_core_field_exists(inet->inet_flags)) {
-		c->inet_flags = BPF_CORE_READ(inet, inet_flags);
+		c->inet_flags = inet->inet_flags;
 	} else {
 		CHOICE(c->recverr, bits, recverr);
 		CHOICE(c->bind_no_port, bits, bind_address_no_port);
 	}
 	/* an option of 6.3, which older kernels may have by backport */
 	if (bpf_core_field_exists(inet->local_port_range))
-		c->ports = BPF_CORE_READ(inet, local_port_range);
+		c->ports = inet->local_port_range;
 	else if (bpf_core_field_exists(range->local_port_range))
-		c->ports = BPF_CORE_READ(range, local_port_range.lo) |
-			   (u32)BPF_CORE_READ(range, local_port_range.hi) << 16;
+		c->ports = range->local_port_range.lo | (u32)range->local_port_range.hi << 16;
 	/* IP options are more than a number */
-	return known && !BPF_CORE_READ(inet, inet_opt);
+	return known && !inet->inet_opt;
 }
 
 static __always_inline bool v6_choices(struct sock_choices *c, struct inet_sock *inet)
 {
-	struct ipv6_pinfo *v6 = BPF_CORE_READ(inet, pinet6);
+	struct ipv6_pinfo *v6 = inet->pinet6;
 	struct ipv6_pinfo___bits *bits = (void *)v6;
 	bool known = true;
 
@@ -99,14 +99,14 @@ static __always_inline bool tcp_choices(struct sock_choices *c, struct tcp_sock 
 	return known;
 }
 
-static __always_inline void fill_choices(struct sock_rec *r, struct sock *sk)
+static __always_inline void fill_choices(struct sock_rec *r, struct tcp_sock *tcp)
 {
 	struct sock_choices *c = &r->choices;
-	bool known = any_choices(c, sk);
+	bool known = any_choices(c, (struct sock *)tcp);
 
-	known &= inet_choices(c, (struct inet_sock *)sk);
+	known &= inet_choices(c, (struct inet_sock *)tcp);
 	if (r->family == AF_INET6)
-		known &= v6_choices(c, (struct inet_sock *)sk);
-	known &= tcp_choices(c, (struct tcp_sock *)sk, r->state);
+		known &= v6_choices(c, (struct inet_sock *)tcp);
+	known &= tcp_choices(c, tcp, r->state);
 	c->known = known;
 }

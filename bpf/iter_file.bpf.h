@@ -253,6 +253,10 @@ int iter_files(struct bpf_iter__task_file *ctx)
 		emit_waiting(file);
 		return 0;
 	}
+	if (want & WANT_CONNECTIONS) {
+		write_connection(seq, file);
+		return 0;
+	}
 	fill_file(r, task, file, ctx->fd);
 	if (bpf_seq_write(seq, r, sizeof(*r)))
 		return 0;

@@ -38,7 +38,7 @@ int iter_orphans(struct bpf_iter__tcp *ctx)
 	accept_walk.seq = 0;
 	accept_walk.flags = 0;
 	if (in_window()) {
-		fill_waiting(&out_waiting, sk);
+		fill_found(&out_waiting, sk);
 		if (!side_write(&out_waiting, sizeof(out_waiting)))
 			return 0;
 	}

@@ -5,6 +5,7 @@
 #include "iter_choices.bpf.h"
 #include "iter_raw.bpf.h"
 
+#define SOCK_STREAM 1
 #define SOCK_DGRAM 2
 
 struct sock_rec out_sock;
@@ -51,55 +52,74 @@ static __always_inline bool has_urgent(struct tcp_sock *tcp, u32 state)
 {
 	if (state == TCP_LISTEN)
 		return false;
-	if (BPF_CORE_READ(tcp, urg_data))
+	if (tcp->urg_data)
 		return true;
-	return state != TCP_CLOSE && BPF_CORE_READ(tcp, snd_una) != BPF_CORE_READ(tcp, snd_up);
+	return state != TCP_CLOSE && tcp->snd_una != tcp->snd_up;
 }
 
-/* What no option tells. */
-static __always_inline void fill_untold(struct sock_rec *r, struct sock *sk)
+/* Whether a TCP socket was ever connected. After a connect(2) that did not wait, the state of the
+ * `struct socket` says so only once connect(2) is called again, which hardly anybody does; but
+ * the peer has acknowledged the SYN. One that was accepted, or restored, has the state. */
+static __always_inline bool was_connected(struct socket *socket, struct tcp_sock *tcp)
 {
-	struct inet_connection_sock *icsk = (void *)sk;
-	struct inet_sock *inet = (void *)sk;
-	struct tcp_sock *tcp = (void *)sk;
-	struct udp_sock *udp = (void *)sk;
-	bool datagrams = r->type == SOCK_DGRAM || r->type == SOCK_RAW;
-	struct ipv6_pinfo *v6 = NULL;
-	void *labels;
+	return socket->state == SS_CONNECTED || tcp->bytes_acked;
+}
 
-	if (bpf_core_field_exists(sk->sk_policy) &&
-	    (BPF_CORE_READ(sk, sk_policy[0]) || BPF_CORE_READ(sk, sk_policy[1])))
-		r->flags |= SOCK_IPSEC;
-	if (r->protocol == IPPROTO_TCP && r->type != SOCK_RAW) {
-		if (BPF_CORE_READ(icsk, icsk_ulp_ops))
-			r->flags |= SOCK_ULP;
-		if (bpf_core_field_exists(tcp->md5sig_info) && BPF_CORE_READ(tcp, md5sig_info))
-			r->flags |= SOCK_TCP_AUTH;
-		if (bpf_core_field_exists(tcp->ao_info) && BPF_CORE_READ(tcp, ao_info))
-			r->flags |= SOCK_TCP_AUTH;
-		if (has_urgent(tcp, r->state))
-			r->flags |= SOCK_URGENT;
-	}
-	/* an accepted connection has that of its handshake, which means nothing to it */
-	if (datagrams) {
-		r->out_multicast = BPF_CORE_READ(inet, mc_index);
-		r->out_unicast = BPF_CORE_READ(inet, uc_index);
-	}
+/* What no option tells of a TCP socket. */
+static __always_inline void fill_tcp(struct sock_rec *r, struct socket *socket,
+				     struct tcp_sock *tcp)
+{
+	struct inet_connection_sock *icsk = (void *)tcp;
+
+	if (icsk->icsk_ulp_ops)
+		r->flags |= SOCK_ULP;
+	if (bpf_core_field_exists(tcp->md5sig_info) && tcp->md5sig_info)
+		r->flags |= SOCK_TCP_AUTH;
+	if (bpf_core_field_exists(tcp->ao_info) && tcp->ao_info)
+		r->flags |= SOCK_TCP_AUTH;
+	if (has_urgent(tcp, r->state))
+		r->flags |= SOCK_URGENT;
+	if (was_connected(socket, tcp))
+		r->flags |= SOCK_WAS_CONNECTED;
+	if (r->state == TCP_LISTEN)
+		r->syn_backlog = icsk->icsk_accept_queue.qlen.counter;
+}
+
+/* The same of what only sockets for datagrams have: an accepted connection has the interfaces of
+ * its handshake, which mean nothing to it. */
+static __always_inline void fill_datagrams(struct sock_rec *r, struct sock *sk)
+{
+	struct inet_sock *inet = (void *)sk;
+	struct udp_sock *udp = (void *)sk;
+	struct ipv6_pinfo *v6;
+
+	r->out_multicast = BPF_CORE_READ(inet, mc_index);
+	r->out_unicast = BPF_CORE_READ(inet, uc_index);
+	if (r->type == SOCK_RAW && is_router(r, sk))
+		r->flags |= SOCK_ROUTER;
 	if (r->type == SOCK_DGRAM && r->protocol == IPPROTO_UDP && BPF_CORE_READ(udp, pending))
 		r->flags |= SOCK_CORKED;
-	if (r->family == AF_INET6)
-		v6 = BPF_CORE_READ(inet, pinet6);
+	v6 = r->family == AF_INET6 ? BPF_CORE_READ(inet, pinet6) : NULL;
 	if (!v6)
 		return;
-	if (datagrams) {
-		r->out_multicast6 = BPF_CORE_READ(v6, mcast_oif);
-		r->out_unicast6 = BPF_CORE_READ(v6, ucast_oif);
-	}
+	r->out_multicast6 = BPF_CORE_READ(v6, mcast_oif);
+	r->out_unicast6 = BPF_CORE_READ(v6, ucast_oif);
+}
+
+/* The same of IPv6 sockets. `typed` is about the socket, see MEMBER. */
+static __always_inline void fill_sticky(const bool typed, struct sock_rec *r,
+					struct inet_sock *inet)
+{
+	struct ipv6_pinfo *v6 = MEMBER(typed, inet, pinet6);
+	void *labels;
+
+	if (!v6)
+		return;
 	if (bpf_core_field_exists(v6->ipv6_fl_list))
-		labels = BPF_CORE_READ(v6, ipv6_fl_list);
+		labels = MEMBER(typed, v6, ipv6_fl_list);
 	else
-		labels = BPF_CORE_READ(inet, ipv6_fl_list);
-	if (labels || BPF_CORE_READ(v6, opt) || BPF_CORE_READ(v6, frag_size))
+		labels = MEMBER(typed, inet, ipv6_fl_list);
+	if (labels || MEMBER(typed, v6, opt) || MEMBER(typed, v6, frag_size))
 		r->flags |= SOCK_V6_STICKY;
 }
 
@@ -144,15 +164,14 @@ static long member_step(u64 index, void *ctx)
 	return member_walk.emit && !side_write(r, sizeof(*r));
 }
 
-/* The newest membership comes first. */
-static __always_inline void walk_members(struct sock_rec *r, struct sock *sk)
+/* The newest membership comes first. `typed` is about the socket, see MEMBER. */
+static __always_inline void walk_members(const bool typed, struct sock_rec *r,
+					 struct inet_sock *inet)
 {
-	struct inet_sock *inet = (void *)sk;
+	struct ipv6_pinfo *v6 = r->family == AF_INET6 ? MEMBER(typed, inet, pinet6) : NULL;
 
-	member_walk.v4 = (u64)BPF_CORE_READ(inet, mc_list);
-	member_walk.v6 = 0;
-	if (r->family == AF_INET6)
-		member_walk.v6 = (u64)BPF_CORE_READ(inet, pinet6, ipv6_mc_list);
+	member_walk.v4 = (u64)MEMBER(typed, inet, mc_list);
+	member_walk.v6 = v6 ? (u64)MEMBER(typed, v6, ipv6_mc_list) : 0;
 	if (!member_walk.v4 && !member_walk.v6)
 		return;
 	member_walk.sock = r->sock;
@@ -163,52 +182,55 @@ static __always_inline void walk_members(struct sock_rec *r, struct sock *sk)
 		r->flags |= SOCK_SOURCES;
 }
 
-/* Both addresses of an internet socket: IPv4 takes the first four bytes. */
-static __always_inline void read_ends(u8 *local, u8 *remote, struct sock *sk, u16 family)
+/* Both addresses of an internet socket: IPv4 takes the first four bytes. `typed` is about the
+ * socket, see MEMBER. */
+static __always_inline void read_ends(const bool typed, u8 *local, u8 *remote, struct sock *sk,
+				      u16 family)
 {
 	if (family == AF_INET) {
-		bpf_core_read(local, 4, &sk->__sk_common.skc_rcv_saddr);
-		bpf_core_read(remote, 4, &sk->__sk_common.skc_daddr);
+		*(u32 *)local = MEMBER(typed, sk, __sk_common.skc_rcv_saddr);
+		*(u32 *)remote = MEMBER(typed, sk, __sk_common.skc_daddr);
 	} else if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
 		bpf_core_read(local, 16, &sk->__sk_common.skc_v6_rcv_saddr);
 		bpf_core_read(remote, 16, &sk->__sk_common.skc_v6_daddr);
 	}
 }
 
-/* Whether a TCP socket was ever connected. After a connect(2) that did not wait, the state of the
- * `struct socket` says so only once connect(2) is called again, which hardly anybody does; but
- * the peer has acknowledged the SYN. One that was accepted, or restored, has the state. */
-static __always_inline bool was_connected(struct socket *socket, struct sock *sk)
-{
-	return socket->state == SS_CONNECTED || BPF_CORE_READ((struct tcp_sock *)sk, bytes_acked);
-}
-
 static __always_inline void fill_inet(struct sock_rec *r, struct socket *socket, struct sock *sk)
 {
-	struct inet_connection_sock *icsk = (void *)sk;
 	u16 dport = sk->__sk_common.skc_dport;
+	struct tcp_sock *tcp = NULL;
 
-	fill_untold(r, sk);
-	if (r->type == SOCK_RAW && is_router(r, sk))
-		r->flags |= SOCK_ROUTER;
-	if (r->protocol == IPPROTO_TCP && r->type != SOCK_RAW) {
-		if (was_connected(socket, sk))
-			r->flags |= SOCK_WAS_CONNECTED;
-		if (sk->__sk_common.skc_flags & TRK_SOCK_DONE)
-			r->flags |= SOCK_GOT_FIN;
-	}
-	if (r->protocol == IPPROTO_TCP && r->state == TCP_LISTEN)
-		r->syn_backlog = BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter);
+	if (bpf_core_field_exists(sk->sk_policy) && (sk->sk_policy[0] || sk->sk_policy[1]))
+		r->flags |= SOCK_IPSEC;
 	r->local_port = sk->__sk_common.skc_num;
 	r->remote_port = dport >> 8 | dport << 8;
-	read_ends(r->local_addr, r->remote_addr, sk, r->family);
+	read_ends(true, r->local_addr, r->remote_addr, sk, r->family);
+	if (r->type == SOCK_DGRAM || r->type == SOCK_RAW)
+		fill_datagrams(r, sk);
+	else
+		tcp = bpf_skc_to_tcp_sock(sk);
+	if (!tcp) {
+		if (r->family == AF_INET6)
+			fill_sticky(false, r, (struct inet_sock *)sk);
+		walk_members(false, r, (struct inet_sock *)sk);
+		return;
+	}
+	fill_tcp(r, socket, tcp);
+	if (sk->__sk_common.skc_flags & TRK_SOCK_DONE)
+		r->flags |= SOCK_GOT_FIN;
+	if (r->family == AF_INET6)
+		fill_sticky(true, r, (struct inet_sock *)tcp);
+	if (want & WANT_CHOICES)
+		fill_choices(r, tcp);
+	walk_members(true, r, (struct inet_sock *)tcp);
 }
 
 /* A classic program is kept as it was given to setsockopt(2); an eBPF program has no other form. */
 static __always_inline void fill_filter(struct sock_rec *r, struct sock *sk)
 {
-	struct sk_filter *filter = BPF_CORE_READ(sk, sk_filter);
-	struct sock_reuseport *group = BPF_CORE_READ(sk, sk_reuseport_cb);
+	struct sk_filter *filter = sk->sk_filter;
+	struct sock_reuseport *group = sk->sk_reuseport_cb;
 
 	if (filter) {
 		r->flags |= SOCK_HAS_FILTER;
@@ -217,6 +239,16 @@ static __always_inline void fill_filter(struct sock_rec *r, struct sock *sk)
 	}
 	if (group && BPF_CORE_READ(group, prog))
 		r->flags |= SOCK_EBPF;
+}
+
+/* Whether a cgroup is none of those that are tracked. */
+static __always_inline bool is_foreign(struct cgroup *cgrp)
+{
+	if ((u64)cgrp != foreign_cgroup) {
+		foreign_cgroup = (u64)cgrp;
+		foreign = !is_below_root(true, cgrp, roots, root_count);
+	}
+	return foreign;
 }
 
 static __always_inline long write_socket(struct seq_file *seq, struct file *file)
@@ -270,20 +302,15 @@ static __always_inline long write_socket(struct seq_file *seq, struct file *file
 	r->net_ns = sk->__sk_common.skc_net.net->ns.inum;
 	if (bpf_core_field_exists(sk->sk_cgrp_data)) {
 		r->cgroup_id = sk->sk_cgrp_data.cgroup->kn->id;
-		if (root_count && !is_below_root(true, sk->sk_cgrp_data.cgroup, roots, root_count))
+		if (root_count && is_foreign(sk->sk_cgrp_data.cgroup))
 			r->flags |= SOCK_FOREIGN;
 	}
-	fill_opts(false, &r->opts, sk, r->family, r->protocol);
+	fill_opts(true, &r->opts, sk, r->family, r->protocol);
 	if (r->family == AF_UNIX)
 		fill_unix(r, sk);
 	else if (r->family == AF_INET || r->family == AF_INET6)
 		fill_inet(r, socket, sk);
 	else if (r->family == AF_PACKET && has_packet_state(r->sock))
 		r->flags |= SOCK_PACKETS;
-	if (r->family == AF_INET || r->family == AF_INET6) {
-		if ((want & WANT_CHOICES) && r->protocol == IPPROTO_TCP && r->type != SOCK_RAW)
-			fill_choices(r, sk);
-		walk_members(r, sk);
-	}
 	return bpf_seq_write(seq, r, sizeof(*r));
 }

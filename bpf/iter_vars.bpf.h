@@ -42,6 +42,10 @@ struct {
 u64 verdict_task;
 u32 verdict;
 
+/* The same of the cgroup of the socket seen last: whether it is foreign. */
+u64 foreign_cgroup;
+u32 foreign;
+
 static __always_inline bool first_visit(u64 object)
 {
 	u64 now = generation;

@@ -4,7 +4,7 @@
 //! (more than a second under emulation) and is done before anything is frozen, or was done by
 //! somebody who lends them; a pass in the frozen window costs about as much as copying the records.
 
-use super::events::{MqueueDataRec, ProcessRec, RecKind, TRK_WINDOW, VmaRec};
+use super::events::{MqueueDataRec, ProcessRec, RecKind, TRK_WINDOW, VmaRec, WaitingRec};
 pub use super::found::{Detail, File, Files, Tasks, Waiting, user_dev};
 pub use super::instance::LoadError;
 use super::instance::{Instance, Pass};
@@ -23,8 +23,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
-        AIO, CHOICES, EPOLL, LOCKS, MEMBERS, MQUEUE_DATA, SEM_UNDO, SIGACTIONS, TASKS, TIMERS,
-        TTY_DATA, WAITING, WATCHES,
+        AIO, CHOICES, CONNECTIONS, EPOLL, LOCKS, MEMBERS, MQUEUE_DATA, SEM_UNDO, SIGACTIONS, TASKS,
+        TIMERS, TTY_DATA, WAITING, WATCHES,
     };
 }
 
@@ -282,6 +282,28 @@ impl Iterators {
         self.connections("connections to accept", scope, &runs)
     }
 
+    /// The TCP sockets that descriptors lead to, but listeners: of connections what they need to go
+    /// on, without what is in their queues. To be called while no packet comes, for a scope of
+    /// these processes. One with several descriptors comes several times.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn tcp_connections(
+        &mut self,
+        scope: Scope,
+        processes: &[ProcessRec],
+    ) -> Result<Vec<WaitingRec>, ReadError> {
+        let what = "connections";
+        self.prepare(what, scope, want::CONNECTIONS)?;
+        for target in targets(scope, processes) {
+            self.run(Pass::Files, target, what)?;
+        }
+        records(self.buffer.filled())
+            .map(|raw| Ok(raw?.decode()?))
+            .collect()
+    }
+
     /// The TCP connections of this network namespace that were closed and still send, with what
     /// the peer has not acknowledged. To be called while no packet comes; the scope is that of
     /// who made them, or of whose listener did.
@@ -474,6 +496,7 @@ impl Iterators {
             vars.want = want;
             vars.generation += 1;
             vars.verdict_task = 0;
+            vars.foreign_cgroup = 0;
             vars.last_mm = 0;
         }
         Ok(())

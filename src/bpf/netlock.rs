@@ -9,6 +9,7 @@
 //! the kernel sends by itself (a RST for a socket that is not there) and sockets older than their
 //! process' cgroup.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::mem::MaybeUninit;
@@ -92,6 +93,9 @@ pub struct NetLock {
     links: Vec<Link>,
     pinned: Option<PathBuf>,
     maps: Maps,
+    /// What was added already: asking the kernel again takes it a microsecond for each.
+    flows: HashSet<LockFlowKey>,
+    ports: HashSet<LockPortKey>,
     control: LockControl,
     /// Absent in a lock opened from its pins, which is engaged already.
     skel: Option<NetlockSkel<'static>>,
@@ -147,6 +151,8 @@ impl NetLock {
             links: Vec::new(),
             pinned: None,
             maps,
+            flows: HashSet::new(),
+            ports: HashSet::new(),
             control: LockControl::default(),
             skel: Some(skel),
         })
@@ -183,9 +189,14 @@ impl NetLock {
             protocol: IPPROTO_TCP,
             pad: 0,
         };
+        if self.flows.contains(&key) {
+            return Ok(());
+        }
         add(&self.maps.flows, bytes_of(&key), || {
             format!("the connection {local} - {remote}")
-        })
+        })?;
+        self.flows.insert(key);
+        Ok(())
     }
 
     /// Locks a local TCP port: SYNs to it, what answers them, and connections accepted from it.
@@ -218,9 +229,13 @@ impl NetLock {
                 version: version(ip),
                 protocol,
             };
+            if self.ports.contains(&key) {
+                continue;
+            }
             add(&self.maps.ports, bytes_of(&key), || {
                 format!("the port {local}")
             })?;
+            self.ports.insert(key);
         }
         Ok(())
     }
@@ -426,6 +441,8 @@ impl NetLock {
             links,
             pinned: Some(dir.to_owned()),
             maps,
+            flows: HashSet::new(),
+            ports: HashSet::new(),
             control,
             skel: None,
         })

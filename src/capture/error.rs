@@ -1,5 +1,6 @@
 //! Why a checkpoint did not happen.
 
+use super::files::CollectError;
 use crate::applications::ApplicationError;
 use crate::bpf::iter::{LoadError, ReadError};
 use crate::bpf::netlock::LockError;
@@ -134,6 +135,15 @@ impl HasExitCode for CheckpointError {
                 ExitCode::Unsupported
             }
             _ => ExitCode::RolledBack,
+        }
+    }
+}
+
+impl From<CollectError> for CheckpointError {
+    fn from(error: CollectError) -> Self {
+        match error {
+            CollectError::Blocked(blocker) => Self::Blocked(vec![blocker]),
+            error => Self::Files(error.to_string()),
         }
     }
 }

@@ -60,7 +60,7 @@ use crate::sys::cgroup::Event;
 use crate::sys::process::raise_descriptor_limit;
 use clocks::Offsets;
 use eligibility::Namespaces;
-use files::{Alike, CollectError, Repaired, Still};
+use files::{Alike, Repaired, Still};
 use guard::{Guard, Watch};
 use memory::Memory;
 use mm::Mapper;
@@ -381,11 +381,7 @@ impl Capture {
             &mut self.iterators.borrow_mut(),
             self.memory.contents(),
             std::mem::take(&mut self.alike),
-        )
-        .map_err(|error| match error {
-            CollectError::Blocked(blocker) => CheckpointError::Blocked(vec![blocker]),
-            error => CheckpointError::Files(error.to_string()),
-        })?;
+        )?;
         frozen.repaired = read.repaired;
         self.timeline.done("files");
         Fault::Files.point()?;
@@ -429,6 +425,9 @@ impl Capture {
     pub fn commit_and_kill(&mut self) -> Result<(), CheckpointError> {
         Fault::Kill.point()?;
         self.may_go_on()?;
+        if let Some(frozen) = &mut self.frozen {
+            files::silence(&frozen.open, &mut frozen.repaired)?;
+        }
         if let Some(lock) = &mut self.lock {
             std::fs::create_dir_all(PIN_DIR).map_err(CheckpointError::io("mkdir", PIN_DIR))?;
             lock.pin(&pin_dir(&self.target.header))?;

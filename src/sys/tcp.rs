@@ -203,14 +203,11 @@ fn is_since_6_7() -> bool {
     version >= (6, 7)
 }
 
-/// A timestamp that a newer kernel does not take for microseconds. Rounded up: a
+/// A timestamp in milliseconds that a newer kernel does not take for microseconds. Rounded up: a
 /// connection's clock never goes back.
-fn portable_timestamp(now: u32, tells_unit: bool) -> u32 {
-    if tells_unit {
-        now
-    } else {
-        now.wrapping_add(now & 1)
-    }
+#[must_use]
+pub fn milliseconds(now: u32) -> u32 {
+    now.wrapping_add(now & 1)
 }
 
 /// What was agreed in the handshake, of a connection in repair mode with this [`info`].
@@ -224,7 +221,11 @@ pub fn negotiated(fd: BorrowedFd<'_>, info: &Info) -> Result<TcpOptions, SocketE
         None
     } else {
         let now = int_option(fd, IPPROTO_TCP, TCP_TIMESTAMP)?.cast_unsigned();
-        Some(portable_timestamp(now, timestamps_tell_unit()))
+        Some(if timestamps_tell_unit() {
+            now
+        } else {
+            milliseconds(now)
+        })
     };
     Ok(TcpOptions {
         mss_clamp,
@@ -280,17 +281,12 @@ pub fn set_negotiated(fd: BorrowedFd<'_>, options: &TcpOptions) -> Result<(), So
 
 #[cfg(test)]
 mod tests {
-    use super::portable_timestamp;
+    use super::milliseconds;
 
     #[test]
-    fn old_timestamps_become_even() {
-        assert_eq!(portable_timestamp(7, false), 8);
-        assert_eq!(portable_timestamp(8, false), 8);
-        assert_eq!(portable_timestamp(u32::MAX, false), 0);
-    }
-
-    #[test]
-    fn new_timestamps_keep_their_unit() {
-        assert_eq!(portable_timestamp(7, true), 7);
+    fn milliseconds_are_even() {
+        assert_eq!(milliseconds(7), 8);
+        assert_eq!(milliseconds(8), 8);
+        assert_eq!(milliseconds(u32::MAX), 0);
     }
 }

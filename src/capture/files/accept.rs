@@ -11,6 +11,7 @@ use crate::bpf::iter::{Detail, File, Files, Iterators, ReadError, Scope, Tasks, 
 use crate::model::frozen::{Blocker, TcpOptions, WaitingConnection, WaitingEnd, WaitingUnix};
 use crate::model::ids::OfdId;
 use crate::model::map::Map;
+use crate::sys::tcp::milliseconds;
 use crate::sys::tcp::state::{CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN};
 use nix::libc;
 use serde_bytes::ByteBuf;
@@ -225,7 +226,7 @@ pub(super) fn negotiated(rec: &WaitingRec) -> TcpOptions {
         mss_clamp: rec.mss_clamp,
         wscale: has(Flag::WSCALE).then_some((rec.snd_wscale, rec.rcv_wscale)),
         sack: has(Flag::SACK),
-        timestamp: has(Flag::TSTAMP).then_some(rec.timestamp),
+        timestamp: has(Flag::TSTAMP).then(|| milliseconds(rec.timestamp)),
     }
 }
 
@@ -304,7 +305,7 @@ mod tests {
         let connection = carry(|_| ()).unwrap();
         assert_eq!(connection.received[..], *b"abc");
         assert_eq!(connection.end, WaitingEnd::Open);
-        assert_eq!(connection.negotiated.timestamp, Some(9));
+        assert_eq!(connection.negotiated.timestamp, Some(10));
         assert_eq!(connection.negotiated.wscale, Some((3, 0)));
         assert!(!connection.negotiated.sack);
     }

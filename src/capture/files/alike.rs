@@ -10,7 +10,7 @@ use super::options::{Defaults, Kind};
 use crate::bpf::events::{SockChoices, SockFlag, SockOpts, SockRec};
 use crate::bpf::iter::{Detail, File};
 use crate::model::frozen::SockOption;
-use std::collections::HashMap;
+use crate::model::map::Map;
 
 /// What tells the options of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,7 +34,7 @@ impl Likeness {
 /// Options of sockets that were read already.
 #[derive(Debug, Default)]
 pub struct Alike {
-    known: HashMap<Likeness, Vec<SockOption>>,
+    known: Map<Likeness, Vec<SockOption>>,
     defaults: Defaults,
 }
 

@@ -3,6 +3,9 @@
 //! Identities and most values come from the BPF iterators' pass; a descriptor is
 //! borrowed (pidfd_getfd(2)) only for what they cannot give: contents of queues
 //! and memfds, socket options. Borrowed descriptors are dropped before the thaw.
+//!
+//! A TCP connection is put into repair mode only if something it has sent is not acknowledged,
+//! which nothing else shows, or before its process is killed.
 
 mod accept;
 mod alike;
@@ -44,12 +47,15 @@ pub use pty::{controlling, has_terminals, unsettled};
 pub use refuse::{UNREPORTED, blockers, handshakes, unaccepted};
 pub use uring::refused as rings;
 
-use crate::bpf::iter::{Files, Iterators, Scope, Tasks};
+use crate::bpf::events::SockRec;
+use crate::bpf::iter::{Detail, File, Files, Iterators, Scope, Tasks};
 use crate::capture::contents::Contents;
 use crate::capture::restart::Now;
 use crate::capture::view::View;
 use crate::model::frozen::{FdEntry, FilesTable, OpenFile};
 use crate::model::ids::{Fd, FilesId, OfdId};
+use crate::model::map::Set;
+use borrow::Lender;
 use describe::Reader;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -156,7 +162,12 @@ pub(in crate::capture) fn collect(
         ..
     } = still;
     let queues = accept::Queues::read(found, tasks, scope, iterators)?;
-    let mut reader = Reader::new(still, contents, alike, queues);
+    let connections = if connections(found).next().is_some() {
+        iterators.tcp_connections(scope, &tasks.processes)?
+    } else {
+        Vec::new()
+    };
+    let mut reader = Reader::new(still, contents, alike, queues, connections);
     for file in &found.files {
         reader.describe(file)?;
     }
@@ -168,6 +179,34 @@ pub(in crate::capture) fn collect(
     let mut frozen = reader.finish();
     frozen.files = tables(found);
     Ok(frozen)
+}
+
+/// The TCP connections among descriptors.
+fn connections(found: &Files) -> impl Iterator<Item = (&File, &SockRec)> {
+    found.files.iter().filter_map(|file| match &file.detail {
+        Detail::Socket(rec) if socket::is_connection(rec) => Some((file, &**rec)),
+        _ => None,
+    })
+}
+
+/// Puts the other connections of frozen processes into repair mode, too. To be called before they
+/// are killed: a connection that is closed in repair mode sends nothing.
+///
+/// # Errors
+/// A system call fails. Those that it was done with are in `repaired`.
+pub(in crate::capture) fn silence(
+    found: &Files,
+    repaired: &mut Repaired,
+) -> Result<(), CollectError> {
+    let mut done: Set<u64> = repaired.0.iter().map(|done| done.sock).collect();
+    let mut lender = Lender::default();
+    for (file, rec) in connections(found) {
+        if done.insert(rec.sock) {
+            let from = lender.borrow(file)?;
+            repaired.0.push(socket::silence(from, rec)?);
+        }
+    }
+    Ok(())
 }
 
 fn tables(found: &Files) -> BTreeMap<FilesId, FilesTable> {

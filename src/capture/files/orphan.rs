@@ -1,12 +1,11 @@
 //! TCP connections that an application has closed. The kernel goes on with them until the peer has
 //! acknowledged everything; the next kernel would reset them.
 
-use super::accept::{in_order, is_link_local, negotiated};
-use super::socket;
+use super::accept::{in_order, is_link_local};
+use super::tcp;
 use crate::bpf::events::WaitingFlag as Flag;
 use crate::bpf::iter::{Iterators, ReadError, Scope, Waiting};
-use crate::model::frozen::{TcpConnection, TcpWindow};
-use nix::libc;
+use crate::model::frozen::TcpConnection;
 use serde_bytes::ByteBuf;
 use std::fs;
 
@@ -55,9 +54,10 @@ fn is_any(sockstat: &str) -> bool {
 /// What the image carries of one; `None` if it cannot be read.
 fn connection(orphan: &Waiting) -> Option<TcpConnection> {
     let rec = &orphan.rec;
-    let local = socket::address(rec.family, &rec.local_addr, rec.local_port);
-    let remote = socket::address(rec.family, &rec.remote_addr, rec.remote_port);
-    let of_one_link = [local, remote].iter().any(|end| is_link_local(end.ip()));
+    let told = tcp::told(rec);
+    let of_one_link = [told.local, told.remote]
+        .iter()
+        .any(|end| is_link_local(end.ip()));
     if of_one_link || rec.flags & Flag::USEC != 0 {
         return None;
     }
@@ -66,24 +66,10 @@ fn connection(orphan: &Waiting) -> Option<TcpConnection> {
     let send_queue = in_order(rec.snd_una, fin, &orphan.data)?;
     let unsent = fin.wrapping_sub(rec.snd_nxt).cast_signed().max(0);
     Some(TcpConnection {
-        v6: i32::from(rec.family) == libc::AF_INET6,
-        local,
-        remote,
-        state: rec.state,
         shutdown: SHUT,
-        write_seq: rec.write_seq,
-        rcv_nxt: rec.rcv_nxt,
         send_queue: ByteBuf::from(send_queue),
         unsent: unsent.cast_unsigned(),
-        recv_queue: ByteBuf::new(),
-        window: TcpWindow {
-            snd_wl1: rec.snd_wl1,
-            snd_wnd: rec.snd_wnd,
-            max_window: rec.max_window,
-            rcv_wnd: rec.rcv_wnd,
-            rcv_wup: rec.rcv_wup,
-        },
-        negotiated: negotiated(rec),
+        ..told
     })
 }
 

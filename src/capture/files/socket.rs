@@ -4,13 +4,14 @@ use super::alike::Alike;
 use super::borrow::Borrowed;
 use super::tcp::{self, TcpReadError};
 use super::{CollectError, ended, filter, interfaces, netlink, raw, udp, unix};
-use crate::bpf::events::{MemberRec, SockFlag, SockRec};
-use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState};
-use crate::sys::socket::set_int_option;
+use crate::bpf::events::{MemberRec, SockFlag, SockRec, WaitingRec};
+use crate::model::frozen::{Interfaces, SockOption, Socket, SocketState, TcpConnection};
+use crate::sys::socket::{peek_exact, set_int_option};
 use crate::sys::tcp as repair;
 use crate::sys::tcp::state::{CLOSE, CONNECTED, LISTEN};
 use nix::errno::Errno;
 use nix::libc;
+use serde_bytes::ByteBuf;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -30,6 +31,8 @@ pub struct Read {
 pub struct Connection {
     /// Our duplicate of its descriptor.
     pub fd: OwnedFd,
+    /// Address of the socket.
+    pub sock: u64,
     /// `SO_REUSEADDR`, which leaving repair mode resets (tcp_repair_set()).
     reuse: bool,
 }
@@ -118,7 +121,7 @@ fn is_tcp(rec: &SockRec) -> bool {
 }
 
 /// Whether it was a TCP connection when its record was made.
-fn is_connection(rec: &SockRec) -> bool {
+pub fn is_connection(rec: &SockRec) -> bool {
     is_tcp(rec) && CONNECTED.contains(&rec.state)
 }
 
@@ -171,19 +174,21 @@ pub fn refusal(rec: &SockRec) -> Option<String> {
     ))
 }
 
-/// Reads a socket of any family but Unix.
+/// Reads a socket of any family but Unix; of a connection, `now` is its record of after the network
+/// was silent, if there is one.
 ///
 /// # Errors
 /// A socket call fails.
 pub fn read(
     from: Borrowed,
     rec: &SockRec,
+    now: Option<&WaitingRec>,
     alike: &mut Alike,
     members: &[&MemberRec],
 ) -> Result<Read, CollectError> {
     let options = alike.read(&from, rec)?;
     let interfaces = interfaces::read(&from, rec, members)?;
-    let mut read = read_state(from, rec, options)?;
+    let mut read = read_state(from, rec, now, options)?;
     read.socket.interfaces = interfaces;
     Ok(read)
 }
@@ -191,6 +196,7 @@ pub fn read(
 fn read_state(
     from: Borrowed,
     rec: &SockRec,
+    now: Option<&WaitingRec>,
     options: Vec<SockOption>,
 ) -> Result<Read, CollectError> {
     if i32::from(rec.family) == libc::AF_NETLINK {
@@ -200,7 +206,7 @@ fn read_state(
         return raw::read(&from, rec, options);
     }
     if i32::from(rec.type_) == libc::SOCK_STREAM {
-        return read_tcp(from, rec, options);
+        return read_tcp(from, rec, now, options);
     }
     let (local, remote) = addresses(rec);
     let state = SocketState::Udp {
@@ -240,7 +246,16 @@ pub(super) fn whole(
 ///
 /// # Errors
 /// A socket call fails.
-fn read_tcp(from: Borrowed, rec: &SockRec, options: Vec<SockOption>) -> Result<Read, CollectError> {
+fn read_tcp(
+    from: Borrowed,
+    rec: &SockRec,
+    now: Option<&WaitingRec>,
+    options: Vec<SockOption>,
+) -> Result<Read, CollectError> {
+    if let Some(now) = now.filter(|now| tcp::is_told(now)) {
+        let state = read_told(&from, rec, now)?;
+        return whole(&from, rec, options, state);
+    }
     match addresses(rec) {
         (Some(local), Some(remote)) if is_connection(rec) => {
             read_connection(from, rec, options, local, remote)
@@ -256,6 +271,26 @@ pub(super) fn is_v6(rec: &SockRec) -> bool {
     i32::from(rec.family) == libc::AF_INET6
 }
 
+/// A connection whose record tells all but what is unread.
+fn read_told(
+    from: &Borrowed,
+    rec: &SockRec,
+    now: &WaitingRec,
+) -> Result<SocketState, CollectError> {
+    let unread = tcp::unread(now);
+    let peek = || peek_exact(from.as_fd(), unread).map_err(from.failed("recv"));
+    let recv_queue = match unread {
+        0 => Vec::new(),
+        // SO_PEEK_OFF, of TCP since Linux 6.9.
+        _ if rec.choices.known == 0 || rec.choices.peek_off >= 0 => from.peeking(peek)?,
+        _ => peek()?,
+    };
+    Ok(SocketState::TcpConnection(Box::new(TcpConnection {
+        recv_queue: ByteBuf::from(recv_queue),
+        ..tcp::told(now)
+    })))
+}
+
 fn read_connection(
     from: Borrowed,
     rec: &SockRec,
@@ -266,13 +301,9 @@ fn read_connection(
     let v6 = is_v6(rec);
     let idle = SocketState::TcpIdle { v6, local: None };
     let mut read = whole(&from, rec, options, idle)?;
-    repair::enter_repair(from.as_fd()).map_err(from.socket_failed())?;
     let (call_failed, peek_failed) = (from.socket_failed(), from.failed("recv"));
     let (pid, number) = (from.pid, from.number);
-    let connection = Connection {
-        fd: from.fd,
-        reuse: rec.opts.flags & SockFlag::REUSEADDR != 0,
-    };
+    let connection = silence(from, rec)?;
     match tcp::read(connection.fd.as_fd(), local, remote, v6, rec.shutdown) {
         Ok(Some(state)) => {
             read.socket.state = SocketState::TcpConnection(Box::new(state));
@@ -318,21 +349,40 @@ fn read_unconnected(
     })
 }
 
-/// A listener whose options are known, from its record alone, without its accept queue; `None` if
-/// it has no address.
-pub fn listener(rec: &SockRec, options: &[SockOption]) -> Option<Socket> {
-    let (local, _) = addresses(rec);
+/// Puts a connection into repair mode.
+///
+/// # Errors
+/// The socket call fails.
+pub fn silence(from: Borrowed, rec: &SockRec) -> Result<Connection, CollectError> {
+    repair::enter_repair(from.as_fd()).map_err(from.socket_failed())?;
+    Ok(Connection {
+        fd: from.fd,
+        sock: rec.sock,
+        reuse: rec.opts.flags & SockFlag::REUSEADDR != 0,
+    })
+}
+
+/// A TCP socket whose options are known, from records alone and without an accept queue; `None` if
+/// they do not tell all.
+pub fn told(rec: &SockRec, now: Option<&WaitingRec>, options: &[SockOption]) -> Option<Socket> {
+    let state = if rec.state == LISTEN {
+        let (local, _) = addresses(rec);
+        SocketState::TcpListen {
+            local: local?,
+            backlog: rec.max_ack_backlog,
+            v6: is_v6(rec),
+            waiting: Vec::new(),
+        }
+    } else {
+        let now = now.filter(|now| tcp::is_told(now) && tcp::unread(now) == 0)?;
+        SocketState::TcpConnection(Box::new(tcp::told(now)))
+    };
     Some(Socket {
         inode: rec.ino,
         options: options.to_vec(),
         filter: None,
         interfaces: Interfaces::default(),
-        state: SocketState::TcpListen {
-            local: local?,
-            backlog: rec.max_ack_backlog,
-            v6: is_v6(rec),
-            waiting: Vec::new(),
-        },
+        state,
     })
 }
 

@@ -1,9 +1,12 @@
-//! Reading a TCP connection through a borrowed descriptor.
+//! Reading a TCP connection: from its record, or through a borrowed descriptor.
 
-use crate::model::frozen::TcpConnection;
+use super::{accept, socket};
+use crate::bpf::events::{WaitingFlag as Flag, WaitingRec};
+use crate::model::frozen::{TcpConnection, TcpWindow};
 use crate::sys::socket::{Count, SocketError, peek_exact, queued};
-use crate::sys::tcp::state::CONNECTED;
+use crate::sys::tcp::state::{CLOSE_WAIT, CONNECTED};
 use crate::sys::tcp::{self, Queue};
+use nix::libc;
 use serde_bytes::ByteBuf;
 use std::io;
 use std::net::SocketAddr;
@@ -22,6 +25,52 @@ pub enum TcpReadError {
 
 /// States in which a FIN of ours is in the send queue: `FIN_WAIT1`, `LAST_ACK`, `CLOSING`.
 const FIN_QUEUED: &[u8] = &[4, 9, 11];
+
+/// Whether a record tells all of a connection but its unread bytes: the peer has acknowledged what
+/// was sent, and nothing happened while the record was made. What is sent and not acknowledged can
+/// be read in repair mode only.
+pub fn is_told(rec: &WaitingRec) -> bool {
+    let is_before = |a: u32, b: u32| a.wrapping_sub(b).cast_signed() <= 0;
+    CONNECTED.contains(&rec.state)
+        && rec.flags & (Flag::MOVING | Flag::USEC | Flag::URGENT) == 0
+        && rec.snd_una == rec.write_seq
+        && rec.snd_nxt == rec.write_seq
+        // Else a restore could not set the window (tcp_repair_set_window()).
+        && is_before(rec.rcv_wup, rec.rcv_nxt)
+        && is_before(rec.snd_wl1, rec.rcv_nxt.wrapping_add(rec.rcv_wnd))
+}
+
+/// Bytes that wait to be read, as `SIOCINQ` tells.
+pub fn unread(rec: &WaitingRec) -> usize {
+    let waiting = rec.rcv_nxt.wrapping_sub(rec.copied_seq);
+    // A FIN that was not read counts as a byte, and is none.
+    let fin = u32::from(rec.state == CLOSE_WAIT);
+    usize::try_from(waiting.saturating_sub(fin)).unwrap_or(usize::MAX)
+}
+
+/// What a record tells of a connection, with nothing in its queues.
+pub fn told(rec: &WaitingRec) -> TcpConnection {
+    TcpConnection {
+        v6: i32::from(rec.family) == libc::AF_INET6,
+        local: socket::address(rec.family, &rec.local_addr, rec.local_port),
+        remote: socket::address(rec.family, &rec.remote_addr, rec.remote_port),
+        state: rec.state,
+        shutdown: rec.shutdown,
+        write_seq: rec.write_seq,
+        rcv_nxt: rec.rcv_nxt,
+        send_queue: ByteBuf::new(),
+        unsent: 0,
+        recv_queue: ByteBuf::new(),
+        window: TcpWindow {
+            snd_wl1: rec.snd_wl1,
+            snd_wnd: rec.snd_wnd,
+            max_window: rec.max_window,
+            rcv_wnd: rec.rcv_wnd,
+            rcv_wup: rec.rcv_wup,
+        },
+        negotiated: accept::negotiated(rec),
+    }
+}
 
 /// Reads a connection in repair mode, which it is left in; `shutdown` is its `sk_shutdown`.
 /// `None` if it is not connected any more.
@@ -72,4 +121,58 @@ pub fn read(
         window,
         negotiated,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One with three unread bytes, the first with the largest sequence number.
+    fn idle() -> WaitingRec {
+        WaitingRec {
+            family: 2,
+            state: 1,
+            local_port: 80,
+            remote_port: 1024,
+            copied_seq: u32::MAX,
+            rcv_nxt: 2,
+            rcv_wup: u32::MAX,
+            rcv_wnd: 100,
+            snd_wl1: 90,
+            snd_una: 7,
+            snd_nxt: 7,
+            write_seq: 7,
+            ..WaitingRec::default()
+        }
+    }
+
+    #[test]
+    fn a_fin_is_not_unread() {
+        let mut rec = idle();
+        assert_eq!(unread(&rec), 3);
+        rec.state = CLOSE_WAIT;
+        assert_eq!(unread(&rec), 2);
+        rec.copied_seq = rec.rcv_nxt;
+        assert_eq!(unread(&rec), 0);
+    }
+
+    #[test]
+    fn what_moves_or_is_not_acknowledged_is_not_told() {
+        assert!(is_told(&idle()));
+        let untold: [fn(&mut WaitingRec); 8] = [
+            |rec| rec.state = 7,
+            |rec| rec.flags = Flag::MOVING,
+            |rec| rec.flags = Flag::USEC,
+            |rec| rec.flags = Flag::URGENT,
+            |rec| rec.snd_una -= 1,
+            |rec| rec.snd_nxt -= 1,
+            |rec| rec.rcv_wup = 3,
+            |rec| rec.snd_wl1 = 103,
+        ];
+        for (index, change) in untold.into_iter().enumerate() {
+            let mut rec = idle();
+            change(&mut rec);
+            assert!(!is_told(&rec), "{index}");
+        }
+    }
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::bpf::events::{
     EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, MqueueRec, PipeRec, TtyDataRec,
-    TtyRec, WatchRec,
+    TtyRec, WaitingRec, WatchRec,
 };
 use crate::bpf::iter::{Detail, File};
 use crate::capture::contents::Contents;
@@ -58,6 +58,8 @@ pub(super) struct Reader<'a> {
     terminals: BTreeMap<u64, (Pid, Fd, TtyRec, pty::Ends)>,
     messages: mqueue::Messages,
     accept_queues: accept::Queues,
+    /// TCP sockets now that nothing comes any more, by their addresses.
+    connections: Map<u64, WaitingRec>,
     /// By the address of a message queue's inode: where it is open, and how often.
     mqueues: BTreeMap<u64, (Pid, Fd, MqueueRec, u32)>,
 }
@@ -76,6 +78,7 @@ impl<'a> Reader<'a> {
         contents: &'a mut Contents,
         alike: Alike,
         accept_queues: accept::Queues,
+        connections: Vec<WaitingRec>,
     ) -> Self {
         let Still {
             found,
@@ -105,6 +108,7 @@ impl<'a> Reader<'a> {
             terminals: BTreeMap::new(),
             messages: mqueue::Messages::of(&found.messages),
             accept_queues,
+            connections: connections.into_iter().map(|rec| (rec.sock, rec)).collect(),
             mqueues: BTreeMap::new(),
         }
     }

@@ -34,16 +34,18 @@ impl Reader<'_> {
         file: &File,
         sock: &SockRec,
     ) -> Result<FileKind, CollectError> {
-        if sock.state == LISTEN
+        let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
+        let now = self.connections.get(&sock.sock);
+        if (sock.state == LISTEN || now.is_some())
+            && members.is_empty()
             && let Some(options) = self.alike.options(sock)
-            && let Some(socket) = socket::listener(sock, options)
+            && let Some(socket) = socket::told(sock, now, options)
         {
             return self.with_accept_queue(file, sock, socket);
         }
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
-            let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
-            let read = socket::read(from, sock, &mut self.alike, members)?;
+            let read = socket::read(from, sock, now, &mut self.alike, members)?;
             self.repaired.0.extend(read.repaired);
             self.ended.extend(read.ended.map(|from| (id, from)));
             return self.with_accept_queue(file, sock, read.socket);
