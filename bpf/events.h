@@ -376,12 +376,13 @@ TRK_ASSERT_SIZE(struct timer_rec, 80);
 /* One file descriptor. Details of some kinds follow in a record of their own. */
 /* file_rec.hints */
 enum file_hint {
-	HINT_SEQUENTIAL = 1,   /* POSIX_FADV_SEQUENTIAL */
-	HINT_RANDOM = 2,       /* POSIX_FADV_RANDOM */
-	HINT_NOREUSE = 4,      /* POSIX_FADV_NOREUSE, since 6.3 */
-	HINT_NOTIFY = 8,       /* F_NOTIFY of the directory */
-	HINT_EVENTS = 16,      /* of an inotify instance that were not read */
-	HINT_WRITE_ERROR = 32, /* fsync(2) will tell of a failed write-back */
+	HINT_SEQUENTIAL = 1,    /* POSIX_FADV_SEQUENTIAL */
+	HINT_RANDOM = 2,        /* POSIX_FADV_RANDOM */
+	HINT_NOREUSE = 4,       /* POSIX_FADV_NOREUSE, since 6.3 */
+	HINT_NOTIFY = 8,        /* F_NOTIFY of the directory */
+	HINT_EVENTS = 16,       /* of inotify or fanotify that were not read, or not answered */
+	HINT_WRITE_ERROR = 32,  /* fsync(2) will tell of a failed write-back */
+	HINT_UNPRIVILEGED = 64, /* a fanotify group made without CAP_SYS_ADMIN */
 };
 
 struct file_rec {

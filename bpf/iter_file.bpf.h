@@ -123,6 +123,8 @@ static __always_inline void fill_file(struct file_rec *r, struct task_struct *ta
 	r->kind = file_kind_of(r->magic, r->mode, r->nlink, name8);
 	if (r->kind == FILE_INOTIFY && has_events(file))
 		r->hints |= HINT_EVENTS;
+	if (r->kind == FILE_FANOTIFY)
+		r->hints |= fanotify_hints(file);
 }
 
 static __always_inline long write_eventfd(struct seq_file *seq, void *ctx)

@@ -85,12 +85,29 @@ static __always_inline bool has_dnotify(struct inode *inode, struct file *file)
 	return false;
 }
 
-/* Of an inotify instance. */
+/* Of an inotify instance or a fanotify group. */
 static __always_inline bool has_events(struct file *file)
 {
 	struct fsnotify_group *group = file->private_data;
 
 	return BPF_CORE_READ(group, q_len);
+}
+
+/* include/linux/fanotify.h: no flag of fanotify_init(2) */
+#define FANOTIFY_UNPRIV 0x80000000
+
+static __always_inline u32 fanotify_hints(struct file *file)
+{
+	struct fsnotify_group *group = file->private_data;
+	struct list_head *asked = (void *)group + bpf_core_field_offset(struct fsnotify_group,
+									fanotify_data.access_list);
+	u32 hints = has_events(file) ? HINT_EVENTS : 0;
+
+	if (BPF_CORE_READ(asked, next) != asked)
+		hints |= HINT_EVENTS;
+	if (BPF_CORE_READ(group, fanotify_data.flags) & FANOTIFY_UNPRIV)
+		hints |= HINT_UNPRIVILEGED;
+	return hints;
 }
 
 static __always_inline long write_epoll(struct seq_file *seq, void *ctx)

@@ -171,9 +171,14 @@ struct ep_pqueue {
 	struct poll_table_struct pt;
 	struct epitem *epi;
 };
+struct fanotify_group_private_data {
+	struct list_head access_list;
+	unsigned int flags;
+};
 struct fsnotify_group {
 	struct list_head marks_list;
 	unsigned int q_len;
+	struct fanotify_group_private_data fanotify_data;
 };
 struct fsnotify_mark_connector {
 	void *obj;

@@ -83,6 +83,29 @@ impl View {
         own.map_or_else(|| path.to_owned(), |own| own.path(path))
     }
 
+    /// Where a mount is that the application sees, by its id and its device as mountinfo says it; of
+    /// several the one that shows most of its filesystem.
+    ///
+    /// # Errors
+    /// The mounts cannot be read.
+    pub fn mount_point(&self, wanted: impl Fn(u64, &str) -> bool) -> io::Result<Option<PathBuf>> {
+        let machine;
+        let all = match &self.own {
+            Some(own) => &own.mounts,
+            None => {
+                machine = mounts(File::open("/proc/self/mountinfo")?)?;
+                &machine
+            }
+        };
+        let found = all
+            .iter()
+            .filter(|(id, mount)| wanted(**id, &mount.majmin))
+            .map(|(id, mount)| (*id, mount))
+            .filter(|(id, mount)| mount_id(&self.here(&mount.mount_point)) == Some(*id));
+        let widest = found.min_by_key(|(_, mount)| mount.root.len());
+        Ok(widest.map(|(_, mount)| mount.mount_point.clone()))
+    }
+
     /// Whether a name leads to an inode in the application's mount namespace; where that is the one
     /// that tracker is in nobody looks.
     #[must_use]

@@ -186,6 +186,7 @@ fn name(kind: &FileKind) -> &'static str {
         FileKind::Signalfd { .. } => "signalfd",
         FileKind::Epoll { .. } => "epoll",
         FileKind::Inotify { .. } => "inotify",
+        FileKind::Fanotify(_) => "fanotify",
         FileKind::Pidfd { .. } => "pidfd",
         FileKind::Socket(_) => "socket",
         FileKind::IoUring(_) => "io_uring",

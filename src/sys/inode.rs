@@ -28,19 +28,92 @@ pub struct Watched {
 /// The watches of an inotify instance, as the fdinfo of a descriptor of it shows them (proc(5)).
 #[derive(Debug)]
 pub struct Watches {
-    pid: Pid,
     watches: BTreeMap<i32, Watch>,
-    /// Where handles of a device can be opened.
-    mounts: BTreeMap<u32, OwnedFd>,
+    names: Names,
 }
 
 /// A line of fdinfo.
 #[derive(Debug)]
 struct Watch {
-    inode: InodeId,
     mask: u32,
+    watched: Handle,
+}
+
+/// An inode as fdinfo shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handle {
+    /// Which one it is.
+    pub inode: InodeId,
     kind: i32,
-    handle: Vec<u8>,
+    bytes: Vec<u8>,
+}
+
+/// The fields of a line of fdinfo, which are hexadecimal numbers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fields<'a>(pub &'a str);
+
+impl<'a> Fields<'a> {
+    fn text(self, name: &str) -> Option<&'a str> {
+        let mut parts = self.0.split(' ');
+        parts.find_map(|part| part.strip_prefix(name)?.strip_prefix(':'))
+    }
+
+    pub(super) fn long(self, name: &str) -> Option<u64> {
+        u64::from_str_radix(self.text(name)?, 16).ok()
+    }
+
+    pub(super) fn number(self, name: &str) -> Option<u32> {
+        u32::try_from(self.long(name)?).ok()
+    }
+
+    /// `None` also of a filesystem without handles.
+    pub(super) fn handle(self) -> Option<Handle> {
+        Some(Handle {
+            inode: InodeId {
+                dev: self.number("sdev")?,
+                ino: self.long("ino")?,
+            },
+            kind: i32::try_from(self.number("fhandle-type")?).ok()?,
+            bytes: hex(self.text("f_handle")?)?,
+        })
+    }
+}
+
+/// Finds the names of inodes by their handles.
+#[derive(Debug)]
+pub struct Names {
+    pid: Pid,
+    /// Where handles of a device can be opened.
+    mounts: BTreeMap<u32, OwnedFd>,
+}
+
+impl Names {
+    /// As this process sees them.
+    #[must_use]
+    pub fn of(pid: Pid) -> Self {
+        Self {
+            pid,
+            mounts: BTreeMap::new(),
+        }
+    }
+
+    /// The handle is opened and the name asked for.
+    ///
+    /// # Errors
+    /// The file has none, or its filesystem is not mounted.
+    pub fn find(&mut self, handle: &Handle) -> io::Result<Vec<u8>> {
+        let mount = match self.mounts.entry(handle.inode.dev) {
+            Entry::Occupied(mount) => mount.into_mut(),
+            Entry::Vacant(place) => place.insert(mount_of(self.pid, handle.inode.dev)?),
+        };
+        let opened = open_handle(mount, handle)?;
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()))?;
+        let path = path.into_os_string().into_vec();
+        if path.ends_with(b" (deleted)") {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(path)
+    }
 }
 
 impl Watches {
@@ -60,54 +133,39 @@ impl Watches {
             .lines()
             .filter_map(|line| line.strip_prefix("inotify "));
         Self {
-            pid,
             watches: lines.filter_map(Watch::parse).collect(),
-            mounts: BTreeMap::new(),
+            names: Names::of(pid),
         }
     }
 
     /// Their watch descriptors, and what each watches.
     pub fn inodes(&self) -> impl Iterator<Item = (i32, InodeId)> {
-        self.watches.iter().map(|(wd, watch)| (*wd, watch.inode))
+        let watches = self.watches.iter();
+        watches.map(|(wd, watch)| (*wd, watch.watched.inode))
     }
 
-    /// What this one watches: the handle is opened and the name asked for.
+    /// What this one watches.
     ///
     /// # Errors
     /// No such watch, a filesystem without handles, or a file without a name.
     pub fn watched(&mut self, wd: i32) -> io::Result<Watched> {
         let watch = self.watches.get(&wd).ok_or(io::ErrorKind::NotFound)?;
-        let mount = match self.mounts.entry(watch.inode.dev) {
-            Entry::Occupied(mount) => mount.into_mut(),
-            Entry::Vacant(place) => place.insert(mount_of(self.pid, watch.inode.dev)?),
-        };
-        let opened = open_handle(mount, watch.kind, &watch.handle)?;
-        let path = std::fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()))?;
-        let path = path.into_os_string().into_vec();
-        if path.ends_with(b" (deleted)") {
-            return Err(io::ErrorKind::NotFound.into());
-        }
-        let mask = watch.mask;
-        Ok(Watched { path, mask })
+        Ok(Watched {
+            path: self.names.find(&watch.watched)?,
+            mask: watch.mask,
+        })
     }
 }
 
 impl Watch {
     /// The rest of a line of fs/notify/fdinfo.c: `wd:X ino:X sdev:X mask:X …`.
     fn parse(line: &str) -> Option<(i32, Self)> {
-        let field = |name: &str| line.split(' ').find_map(|part| part.strip_prefix(name));
-        let number = |name: &str| u64::from_str_radix(field(name)?, 16).ok();
-        let small = |name: &str| u32::try_from(number(name)?).ok();
+        let fields = Fields(line);
         let watch = Self {
-            inode: InodeId {
-                dev: small("sdev:")?,
-                ino: number("ino:")?,
-            },
-            mask: small("mask:")?,
-            kind: i32::try_from(number("fhandle-type:")?).ok()?,
-            handle: hex(field("f_handle:")?)?,
+            mask: fields.number("mask")?,
+            watched: fields.handle()?,
         };
-        Some((i32::try_from(number("wd:")?).ok()?, watch))
+        Some((i32::try_from(fields.number("wd")?).ok()?, watch))
     }
 }
 
@@ -139,26 +197,27 @@ fn mount_of(pid: Pid, device: u32) -> io::Result<OwnedFd> {
     )?)
 }
 
+/// `struct file_handle`.
 #[repr(C)]
-struct Handle {
+struct FileHandle {
     bytes: u32,
     kind: i32,
     handle: [u8; MAX_HANDLE],
 }
 
-fn open_handle(mount: &OwnedFd, kind: i32, bytes: &[u8]) -> io::Result<OwnedFd> {
-    let mut handle = Handle {
-        bytes: u32::try_from(bytes.len()).map_err(io::Error::other)?,
-        kind,
+fn open_handle(mount: &OwnedFd, wanted: &Handle) -> io::Result<OwnedFd> {
+    let mut handle = FileHandle {
+        bytes: u32::try_from(wanted.bytes.len()).map_err(io::Error::other)?,
+        kind: wanted.kind,
         handle: [0; MAX_HANDLE],
     };
     handle
         .handle
-        .get_mut(..bytes.len())
+        .get_mut(..wanted.bytes.len())
         .ok_or(io::ErrorKind::InvalidData)?
-        .copy_from_slice(bytes);
+        .copy_from_slice(&wanted.bytes);
     let flags = libc::O_PATH | libc::O_CLOEXEC;
-    // SAFETY: `Handle` begins as struct file_handle and holds the bytes it announces.
+    // SAFETY: `FileHandle` begins as struct file_handle and holds the bytes it announces.
     let fd = unsafe {
         libc::syscall(
             libc::SYS_open_by_handle_at,
@@ -189,7 +248,7 @@ mod tests {
         let inodes: Vec<_> = watches.inodes().collect();
         assert_eq!(inodes, [(10, InodeId { dev, ino })]);
         let watch = &watches.watches[&10];
-        assert_eq!((watch.mask, watch.kind), (0x3ce, 1));
-        assert_eq!(watch.handle, [0x1f, 0, 0, 0xa1]);
+        assert_eq!((watch.mask, watch.watched.kind), (0x3ce, 1));
+        assert_eq!(watch.watched.bytes, [0x1f, 0, 0, 0xa1]);
     }
 }

@@ -7,6 +7,7 @@ pub mod area;
 pub mod cgroup;
 pub mod clock;
 pub mod eventfile;
+pub mod fanotify;
 pub mod fd;
 pub mod filesystem;
 pub mod huge;

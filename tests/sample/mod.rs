@@ -395,6 +395,7 @@ fn open_files() -> Vec<OpenFile> {
                 at: path("/etc", 18),
             }],
         },
+        system::fanotify(),
         FileKind::Pidfd { pid: Pid(20_001) },
         system::terminal(),
         system::uring(),

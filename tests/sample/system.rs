@@ -3,10 +3,10 @@
 use super::path;
 use serde_bytes::ByteBuf;
 use tracker::model::frozen::{
-    AioRing, Backing, BusyPoll, CgroupBelow, ContentKind, FileHints, FileKind, IoUring, Message,
-    MessageQueue, Mount, MountSource, MqueueNotify, MqueueState, Namespaces, NetlinkSocket,
-    PeerGroup, PressureTrigger, PtyInput, PtyState, QueuedMessage, Segment, SemaphoreSet, Termios,
-    TmpfsEntry, TmpfsNode, UtsNames,
+    AioRing, Backing, BusyPoll, CgroupBelow, ContentKind, Fanotify, FanotifyMark, FileHints,
+    FileKind, IoUring, MarkOn, Message, MessageQueue, Mount, MountSource, MqueueNotify,
+    MqueueState, Namespaces, NetlinkSocket, PeerGroup, PressureTrigger, PtyInput, PtyState,
+    QueuedMessage, Segment, SemaphoreSet, Termios, TmpfsEntry, TmpfsNode, UtsNames,
 };
 use tracker::model::ids::{OfdId, Pid};
 
@@ -22,6 +22,24 @@ pub const BUSY_POLL: BusyPoll = BusyPoll {
     budget: 16,
     prefer: true,
 };
+
+pub fn fanotify() -> FileKind {
+    let mark = |on| FanotifyMark {
+        on,
+        at: path("/srv", 19),
+        mask: 0x800_0020,
+        ignored: 8,
+        flags: 0x40,
+    };
+    FileKind::Fanotify(Box::new(Fanotify {
+        flags: 0xa02,
+        event_flags: 0x8000,
+        unprivileged: true,
+        marks: [MarkOn::Inode, MarkOn::Mount, MarkOn::Filesystem]
+            .map(mark)
+            .to_vec(),
+    }))
+}
 
 pub fn netlink() -> NetlinkSocket {
     NetlinkSocket {

@@ -13,6 +13,7 @@ mod borrow;
 mod describe;
 mod ended;
 mod error;
+mod fanotify;
 mod filter;
 mod interfaces;
 mod lease;

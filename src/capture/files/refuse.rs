@@ -4,7 +4,7 @@ use super::borrow::place;
 use super::owner::Owners;
 use super::pidfd::Processes;
 use super::unix_accept::Meetings;
-use super::{accept, lease, mqueue, pseudo, pty, regular, socket, unix, uring};
+use super::{accept, fanotify, lease, mqueue, pseudo, pty, regular, socket, unix, uring};
 use crate::bpf::events::{
     FileHint, FileKind as Kind, LockClass, LockRec, MqueueRec, SockRec, TtyRec,
 };
@@ -200,6 +200,9 @@ impl Survey {
                     "events that it has not read yet are not carried; try again".into(),
                 )
             }),
+            Kind::FANOTIFY => {
+                fanotify::refusal(file).map(|reason| blocked("fanotify".into(), reason))
+            }
             Kind::CHAR_DEVICE => {
                 let (major, minor) = (rec.rdev >> 20, rec.rdev & 0xf_ffff);
                 if STATELESS.contains(&(major, minor)) {
@@ -322,7 +325,6 @@ pub(super) const END_OUTSIDE: &str =
 fn kind_name(kind: u32, name: &str) -> String {
     match kind {
         Kind::BLOCK_DEVICE => format!("block device {name}"),
-        Kind::FANOTIFY => "fanotify".into(),
         Kind::USERFAULTFD => "userfaultfd".into(),
         Kind::PERF_EVENT => "perf event".into(),
         Kind::BPF => format!("BPF object {name}"),

@@ -185,6 +185,8 @@ pub enum FileKind {
         /// Watches in ascending order of their descriptor.
         watches: Vec<InotifyWatch>,
     },
+    /// fanotify_init(2) with its marks.
+    Fanotify(Box<Fanotify>),
     /// pidfd_open(2) of a process of the same application.
     Pidfd {
         /// The process.
@@ -310,6 +312,45 @@ pub struct InotifyWatch {
     pub mask: u32,
     /// What is watched.
     pub at: PathRef,
+}
+
+/// A fanotify group.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fanotify {
+    /// `FAN_*` flags of fanotify_init(2).
+    pub flags: u32,
+    /// `O_*` of the files that its events open.
+    pub event_flags: u32,
+    /// Made by who was not privileged (`CAP_SYS_ADMIN`), and told less.
+    pub unprivileged: bool,
+    /// Its marks.
+    pub marks: Vec<FanotifyMark>,
+}
+
+/// One mark of a fanotify group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FanotifyMark {
+    /// What is marked of what `at` names.
+    pub on: MarkOn,
+    /// A file; of a mount where it is, of a filesystem one of its mounts.
+    pub at: PathRef,
+    /// Events.
+    pub mask: u32,
+    /// Events that are left out.
+    pub ignored: u32,
+    /// `FAN_MARK_IGNORED_SURV_MODIFY`, `FAN_MARK_EVICTABLE`, `FAN_MARK_IGNORE`.
+    pub flags: u32,
+}
+
+/// What a fanotify mark is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MarkOn {
+    /// An inode.
+    Inode,
+    /// A mount.
+    Mount,
+    /// A filesystem.
+    Filesystem,
 }
 
 #[cfg(test)]

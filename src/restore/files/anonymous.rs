@@ -1,11 +1,13 @@
 //! Descriptions without a name or a peer: eventfd, timerfd, signalfd, inotify.
 
 use super::error::{FilesError, call};
+use super::regular::{check_watched, here};
 use crate::model::frozen::{InotifyWatch, Timerfd};
 use crate::sys::eventfile;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt;
 
 /// Makes an eventfd with its count.
 ///
@@ -61,7 +63,7 @@ pub fn inotify() -> Result<OwnedFd, FilesError> {
 /// Gives an inotify instance its watches, with their old descriptors.
 ///
 /// # Errors
-/// A watched file is gone, or the kernel hands out other watch descriptors.
+/// A watched file is gone or another one, or the kernel hands out other watch descriptors.
 pub fn watch(fd: &OwnedFd, watches: &[InotifyWatch]) -> Result<(), FilesError> {
     let mut removed = false;
     for watch in watches {
@@ -69,7 +71,8 @@ pub fn watch(fd: &OwnedFd, watches: &[InotifyWatch]) -> Result<(), FilesError> {
             "inotify watch of {}",
             String::from_utf8_lossy(&watch.at.path)
         );
-        let path = CString::new(watch.at.path.clone())
+        check_watched(&watch.at, &object)?;
+        let path = CString::new(here(&watch.at).into_os_string().into_vec())
             .map_err(|_| FilesError::Unsupported(object.clone()))?;
         // Descriptors count upwards from 1 and are not reused
         // (inotify_add_to_idr): those of removed watches are used up in between.

@@ -13,6 +13,7 @@ mod datagram;
 mod ended;
 mod epoll;
 mod error;
+mod fanotify;
 mod filter;
 mod interfaces;
 mod ip;
@@ -262,6 +263,7 @@ fn open_one(
         FileKind::Signalfd { mask } => anonymous::signalfd(*mask)?,
         FileKind::Epoll { busy_poll, .. } => epoll::create(busy_poll.as_ref())?,
         FileKind::Inotify { .. } => anonymous::inotify()?,
+        FileKind::Fanotify(group) => fanotify::make(group)?,
         FileKind::Pidfd { .. } => pidfd::reserve()?,
         FileKind::IoUring(ring) => uring::make(ring)?,
         FileKind::Socket(socket) => match open_socket(socket)? {
@@ -434,17 +436,20 @@ pub fn finish(app: &Application, pid: Pid, opened: &OpenedFiles) -> Result<(), F
     fd::close_range(next, i32::MAX).map_err(call("Descriptors", "close_range"))
 }
 
-/// Has inotify instances watch what they did. To be called when nothing is left that opens or reads
+/// Has inotify instances and fanotify groups watch what they did. To be called when nothing is left that opens or reads
 /// files of the application: it is not to be told of a restore.
 ///
 /// # Errors
 /// A watched file is gone, or the kernel refuses a step.
 pub fn watch_all(app: &Application, opened: &OpenedFiles) -> Result<(), FilesError> {
     for (id, file) in &app.ofds {
-        if let FileKind::Inotify { watches } = &file.kind
-            && let Some(fd) = opened.ofds.get(id)
-        {
-            anonymous::watch(fd, watches)?;
+        let Some(fd) = opened.ofds.get(id) else {
+            continue;
+        };
+        match &file.kind {
+            FileKind::Inotify { watches } => anonymous::watch(fd, watches)?,
+            FileKind::Fanotify(group) => fanotify::mark(fd, &group.marks)?,
+            _ => {}
         }
     }
     Ok(())

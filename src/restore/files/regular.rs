@@ -6,7 +6,7 @@ use crate::model::ids::Pid;
 use crate::restore::namespaces::place;
 use crate::sys::fd::set_write_life;
 use nix::fcntl::{OFlag, PosixFadviseAdvice, open, posix_fadvise};
-use nix::sys::stat::{FileStat, Mode, fstat};
+use nix::sys::stat::{FileStat, Mode, fstat, stat};
 use nix::unistd::{Whence, getppid, lseek, write};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -48,6 +48,14 @@ fn check_inode(at: &PathRef, found: &FileStat) -> Result<(), FilesError> {
         path: path_of(at).display().to_string(),
         reason: format!("inode {} was {}", found.st_ino, at.inode.ino),
     })
+}
+
+/// Whether a file that is watched is the one that was; it is not opened.
+///
+/// # Errors
+/// It is gone or another one.
+pub(super) fn check_watched(at: &PathRef, object: &str) -> Result<(), FilesError> {
+    check_inode(at, &stat(&here(at)).map_err(call(object, "stat"))?)
 }
 
 fn seek(fd: &OwnedFd, at: &PathRef, pos: u64) -> Result<(), FilesError> {

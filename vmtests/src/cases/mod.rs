@@ -12,6 +12,7 @@ mod attributes;
 mod cgroup;
 mod child;
 mod events;
+mod fanotify;
 mod file;
 mod filter;
 mod hints;
@@ -99,6 +100,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         pty::CASES,
         job::CASES,
         events::CASES,
+        fanotify::CASES,
         udp::CASES,
         netlink::CASES,
         raw::CASES,

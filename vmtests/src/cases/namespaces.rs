@@ -45,7 +45,7 @@ const NOTHING: Option<&str> = None;
 
 /// A mount namespace from which nothing gets out, without what an update has not mounted again when
 /// it restores.
-fn separate() -> Result<()> {
+pub fn separate() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(NOTHING, "/", NOTHING, flags, NOTHING)?;
@@ -89,7 +89,8 @@ fn bind(from: &Path, to: &Path, flags: MsFlags) -> Result<()> {
     Ok(())
 }
 
-fn tmpfs(at: &Path, options: &str) -> Result<()> {
+/// Mounts a tmpfs with these options.
+pub fn tmpfs(at: &Path, options: &str) -> Result<()> {
     let flags = MsFlags::MS_NOSUID;
     mount(Some("own"), at, Some("tmpfs"), flags, Some(options))
         .with_context(|| format!("Mount {}", at.display()))

@@ -1,6 +1,5 @@
 //! Objects of kinds that are not carried at all; see `refused`.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -15,7 +14,6 @@ use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
 pub const CASES: &[Entry] = &[
-    Entry::refused("refused_fanotify", "fanotify", fanotify),
     Entry::refused("refused_dnotify", "watched by F_NOTIFY", dnotify),
     Entry::refused("refused_perf_event", "perf event", perf_event),
     Entry::refused("refused_bpf_map", "BPF object", bpf_map),
@@ -28,31 +26,6 @@ fn owned(name: &str, result: i64) -> Result<OwnedFd> {
     let fd = i32::try_from(sys(name, result)?)?;
     // SAFETY: a new descriptor, owned by nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn fanotify(case: &Case) -> Result<()> {
-    let flags = libc::FAN_CLASS_NOTIF | libc::FAN_NONBLOCK;
-    // SAFETY: takes integers.
-    let fd = unsafe { libc::fanotify_init(flags, 0) };
-    let group = owned("fanotify_init", fd.into())?;
-    let path = CString::new(case.dir().to_string_lossy().into_owned())?;
-    let mask = libc::FAN_OPEN | libc::FAN_EVENT_ON_CHILD;
-    // SAFETY: the path is a C string.
-    let marked = unsafe {
-        libc::fanotify_mark(
-            group.as_raw_fd(),
-            libc::FAN_MARK_ADD,
-            mask,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-        )
-    };
-    sys("fanotify_mark", marked.into())?;
-    case.ready()?;
-    let _opened = File::create(case.path("opened"))?;
-    let mut events = [0; 256];
-    ensure!(File::from(group).read(&mut events)? > 0, "It is deaf");
-    Ok(())
 }
 
 /// A directory that is watched by a signal, beside one that is open only.

@@ -6,8 +6,8 @@ use super::alike::Alike;
 use super::borrow::{Borrowed, Lender, place};
 use super::refuse::{END_OUTSIDE, Survey};
 use super::{
-    CollectError, FrozenFiles, Repaired, Still, accept, lease, mqueue, pipe, pseudo, pty, regular,
-    unix, uring,
+    CollectError, FrozenFiles, Repaired, Still, accept, fanotify, lease, mqueue, pipe, pseudo, pty,
+    regular, unix, uring,
 };
 use crate::bpf::events::{
     EpollItemRec, FileKind as Kind, LockClass, LockRec, MemberRec, MqueueRec, PipeRec, TtyDataRec,
@@ -19,7 +19,7 @@ use crate::capture::restart::Now;
 use crate::capture::view::View;
 use crate::model::frozen::{
     Blocker, BusyPoll, ContentId, ContentKind, EpollItem, FileKind, FileLock, InotifyWatch,
-    LockKind, OpenFile, PathRef, PipeId, PipeState, Timerfd,
+    LockKind, OpenFile, PipeId, PipeState, Timerfd,
 };
 use crate::model::ids::{Fd, InodeId, OfdId, Pid};
 use crate::model::map::Map;
@@ -208,6 +208,7 @@ impl<'a> Reader<'a> {
             (Kind::INOTIFY, _) => FileKind::Inotify {
                 watches: self.inotify_watches(file)?,
             },
+            (Kind::FANOTIFY, _) => FileKind::Fanotify(Box::new(fanotify::read(file, self.view)?)),
             (Kind::PIDFD, Detail::Pidfd(pidfd)) => FileKind::Pidfd {
                 pid: self.survey.processes.target(pidfd),
             },
@@ -395,25 +396,12 @@ impl<'a> Reader<'a> {
                 };
                 let watched = shown.watched(watch.wd);
                 let watched = watched.map_err(failed("open_by_handle_at"))?;
-                if !self.view.leads_to(&watched.path, inode) {
-                    return Err(CollectError::Blocked(Blocker {
-                        pid,
-                        fd: Some(fd),
-                        object: format!(
-                            "inotify watch of {}",
-                            String::from_utf8_lossy(&watched.path)
-                        ),
-                        reason: "that name leads elsewhere in its mount namespace".into(),
-                    }));
-                }
+                let object = "inotify watch of";
+                let at = fanotify::watched(file, watched.path, inode, self.view, object)?;
                 Ok(InotifyWatch {
                     wd: watch.wd,
                     mask: watched.mask,
-                    at: PathRef {
-                        path: watched.path,
-                        inode,
-                        ..PathRef::default()
-                    },
+                    at,
                 })
             })
             .collect::<Result<Vec<_>, CollectError>>()?;
