@@ -356,7 +356,7 @@ impl Capture {
     }
 
     /// Reads the descriptors, with the network silent, and returns all there is. The
-    /// application stays frozen, its TCP connections in repair mode.
+    /// application stays frozen.
     ///
     /// # Errors
     /// Something cannot be read or carried, or tracker was asked to stop.
