@@ -99,10 +99,15 @@ static __always_inline bool has_events(struct file *file)
 static __always_inline u32 fanotify_hints(struct file *file)
 {
 	struct fsnotify_group *group = file->private_data;
-	struct list_head *asked = (void *)group + bpf_core_field_offset(struct fsnotify_group,
-									fanotify_data.access_list);
 	u32 hints = has_events(file) ? HINT_EVENTS : 0;
+	struct list_head *asked;
 
+	/* of a kernel that tells less nothing is carried */
+	if (!bpf_core_field_exists(group->fanotify_data.flags) ||
+	    !bpf_core_field_exists(group->fanotify_data.access_list))
+		return hints | HINT_EVENTS;
+	asked = (void *)group +
+		bpf_core_field_offset(struct fsnotify_group, fanotify_data.access_list);
 	if (BPF_CORE_READ(asked, next) != asked)
 		hints |= HINT_EVENTS;
 	if (BPF_CORE_READ(group, fanotify_data.flags) & FANOTIFY_UNPRIV)

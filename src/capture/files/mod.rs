@@ -104,7 +104,7 @@ impl Repaired {
     pub fn give_up(mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.0)
             .into_iter()
-            .map(|connection| connection.fd)
+            .map(|connection| connection.from.fd)
             .collect()
     }
 }

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::libc;
 use serde_bytes::ByteBuf;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 /// A socket that was borrowed and, when it is a connection, put in repair mode.
 pub struct Read {
@@ -30,7 +30,7 @@ pub struct Read {
 #[derive(Debug)]
 pub struct Connection {
     /// Our duplicate of its descriptor.
-    pub fd: OwnedFd,
+    pub from: Borrowed,
     /// Address of the socket.
     pub sock: u64,
     /// `SO_REUSEADDR`, which leaving repair mode resets (tcp_repair_set()).
@@ -271,6 +271,11 @@ pub(super) fn is_v6(rec: &SockRec) -> bool {
     i32::from(rec.family) == libc::AF_INET6
 }
 
+/// Whether `MSG_PEEK` may begin behind the first byte (`SO_PEEK_OFF`, of TCP since Linux 6.9).
+fn peeks_on(rec: &SockRec) -> bool {
+    rec.choices.known != 0 && rec.choices.peek_off >= 0
+}
+
 /// A connection whose record tells all but what is unread.
 fn read_told(
     from: &Borrowed,
@@ -281,8 +286,7 @@ fn read_told(
     let peek = || peek_exact(from.as_fd(), unread).map_err(from.failed("recv"));
     let recv_queue = match unread {
         0 => Vec::new(),
-        // SO_PEEK_OFF, of TCP since Linux 6.9.
-        _ if rec.choices.known == 0 || rec.choices.peek_off >= 0 => from.peeking(peek)?,
+        _ if peeks_on(rec) => from.peeking(peek)?,
         _ => peek()?,
     };
     Ok(SocketState::TcpConnection(Box::new(TcpConnection {
@@ -301,10 +305,19 @@ fn read_connection(
     let v6 = is_v6(rec);
     let idle = SocketState::TcpIdle { v6, local: None };
     let mut read = whole(&from, rec, options, idle)?;
-    let (call_failed, peek_failed) = (from.socket_failed(), from.failed("recv"));
-    let (pid, number) = (from.pid, from.number);
     let connection = silence(from, rec)?;
-    match tcp::read(connection.fd.as_fd(), local, remote, v6, rec.shutdown) {
+    let from = &connection.from;
+    let failed = |error| match error {
+        TcpReadError::Call(source) => from.socket_failed()(source),
+        TcpReadError::Queue(_, source) => from.failed("recv")(source),
+    };
+    let look = || tcp::read(from.as_fd(), local, remote, v6, rec.shutdown).map_err(failed);
+    let state = if peeks_on(rec) {
+        from.peeking(look)
+    } else {
+        look()
+    };
+    match state {
         Ok(Some(state)) => {
             read.socket.state = SocketState::TcpConnection(Box::new(state));
             read.repaired = Some(connection);
@@ -313,16 +326,12 @@ fn read_connection(
         // It was reset after its record was made.
         Ok(None) => {
             undo(&connection);
-            let fd = connection.fd;
-            read.ended = Some(Borrowed { pid, number, fd });
+            read.ended = Some(connection.from);
             Ok(read)
         }
         Err(error) => {
             undo(&connection);
-            Err(match error {
-                TcpReadError::Call(source) => call_failed(source),
-                TcpReadError::Queue(_, source) => peek_failed(source),
-            })
+            Err(error)
         }
     }
 }
@@ -356,7 +365,7 @@ fn read_unconnected(
 pub fn silence(from: Borrowed, rec: &SockRec) -> Result<Connection, CollectError> {
     repair::enter_repair(from.as_fd()).map_err(from.socket_failed())?;
     Ok(Connection {
-        fd: from.fd,
+        from,
         sock: rec.sock,
         reuse: rec.opts.flags & SockFlag::REUSEADDR != 0,
     })
@@ -388,7 +397,7 @@ pub fn told(rec: &SockRec, now: Option<&WaitingRec>, options: &[SockOption]) -> 
 
 /// Ends a connection's repair mode without a packet; errors are those of a socket that is gone.
 pub fn undo(connection: &Connection) {
-    let fd = connection.fd.as_fd();
+    let fd = connection.from.as_fd();
     let mut result = repair::leave_repair(fd);
     if connection.reuse {
         result = result.and_then(|()| set_int_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
-use super::probe::{PATIENCE, blocked_thread, check_pattern, join, pattern};
+use super::probe::{PATIENCE, blocked_thread, check_pattern, join, option, pattern, set_option};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -28,6 +28,7 @@ pub const CASES: &[Entry] = &[
     Entry::carried("tcp_options", options),
     Entry::carried("tcp_blocked", blocked),
     Entry::carried("tcp_many", many),
+    Entry::carried("tcp_peek_off", peek_off),
 ];
 
 /// Nothing here may hang for ever.
@@ -502,5 +503,32 @@ fn many(case: &Case) -> Result<()> {
         check_pattern(&format!("connection {seed}"), seed + 1000, &bytes)?;
         exchange(client, server, seed, 2000)?;
     }
+    Ok(())
+}
+
+/// What is unread is all there, whatever was looked at, and the next look goes on behind that
+/// (`SO_PEEK_OFF`, of TCP since Linux 6.9).
+fn peek_off(case: &Case) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let (mut server, mut client) = pair(&listener)?;
+    client.write_all(b"0123456789")?;
+    let own = |server: &TcpStream| option(server, libc::SOL_SOCKET, libc::SO_PEEK_OFF);
+    let from = 3_i32.to_ne_bytes();
+    let goes_on = set_option(&server, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &from).is_ok();
+    let look = |server: &TcpStream, wanted: &[u8]| -> Result<()> {
+        let mut two = [0; 2];
+        server.peek(&mut two)?;
+        ensure!(two == wanted, "{two:?}, not {wanted:?}, is seen");
+        Ok(())
+    };
+    look(&server, if goes_on { b"34" } else { b"01" })?;
+    let before = own(&server);
+    case.ready()?;
+    let after = own(&server);
+    ensure!(after == before, "SO_PEEK_OFF is {after:?}, not {before:?}");
+    look(&server, if goes_on { b"56" } else { b"01" })?;
+    let mut all = [0; 10];
+    server.read_exact(&mut all)?;
+    ensure!(&all == b"0123456789", "{all:?} was read");
     Ok(())
 }
