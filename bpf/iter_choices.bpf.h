@@ -33,6 +33,7 @@ static __always_inline bool inet_choices(struct sock_choices *c, struct inet_soc
 {
 	struct inet_sock___range *range = (void *)inet;
 	struct inet_sock___bits *bits = (void *)inet;
+	struct ip_options_rcu *options;
 	bool known = true;
 
 	CHOICE(c->ttl, inet, uc_ttl);
@@ -49,8 +50,9 @@ static __always_inline bool inet_choices(struct sock_choices *c, struct inet_soc
 		c->ports = inet->local_port_range;
 	else if (bpf_core_field_exists(range->local_port_range))
 		c->ports = range->local_port_range.lo | (u32)range->local_port_range.hi << 16;
-	/* IP options are more than a number */
-	return known && !inet->inet_opt;
+	/* IP options are more than a number; a restore leaves an empty list of them behind */
+	options = inet->inet_opt;
+	return known && (!options || !options->opt.optlen);
 }
 
 static __always_inline bool v6_choices(struct sock_choices *c, struct inet_sock *inet)

@@ -192,11 +192,17 @@ struct inet_sock___range {
 		u16 hi;
 	} local_port_range;
 };
+struct ip_options {
+	unsigned char optlen;
+};
+struct ip_options_rcu {
+	struct ip_options opt;
+};
 struct inet_sock {
 	unsigned long inet_flags; /* since 6.6 */
 	struct ipv6_pinfo *pinet6;
 	void *ipv6_fl_list;
-	void *inet_opt;
+	struct ip_options_rcu *inet_opt;
 	u32 local_port_range;
 	u8 tos;
 	u8 min_ttl;
