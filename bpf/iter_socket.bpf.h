@@ -5,7 +5,6 @@
 #include "iter_choices.bpf.h"
 #include "iter_raw.bpf.h"
 
-#define SOCK_STREAM 1
 #define SOCK_DGRAM 2
 
 struct sock_rec out_sock;
@@ -70,6 +69,7 @@ static __always_inline void fill_tcp(struct sock_rec *r, struct socket *socket,
 				     struct tcp_sock *tcp)
 {
 	struct inet_connection_sock *icsk = (void *)tcp;
+	struct sock *sk = (void *)tcp;
 
 	if (icsk->icsk_ulp_ops)
 		r->flags |= SOCK_ULP;
@@ -81,6 +81,8 @@ static __always_inline void fill_tcp(struct sock_rec *r, struct socket *socket,
 		r->flags |= SOCK_URGENT;
 	if (was_connected(socket, tcp))
 		r->flags |= SOCK_WAS_CONNECTED;
+	if (sk->__sk_common.skc_flags & TRK_SOCK_DONE)
+		r->flags |= SOCK_GOT_FIN;
 	if (r->state == TCP_LISTEN)
 		r->syn_backlog = icsk->icsk_accept_queue.qlen.counter;
 }
@@ -217,8 +219,6 @@ static __always_inline void fill_inet(struct sock_rec *r, struct socket *socket,
 		return;
 	}
 	fill_tcp(r, socket, tcp);
-	if (sk->__sk_common.skc_flags & TRK_SOCK_DONE)
-		r->flags |= SOCK_GOT_FIN;
 	if (r->family == AF_INET6)
 		fill_sticky(true, r, (struct inet_sock *)tcp);
 	if (want & WANT_CHOICES)

@@ -11,6 +11,7 @@
 #define TCP_LAST_ACK 9
 #define TCP_LISTEN 10
 #define TCP_CLOSING 11
+#define SOCK_STREAM 1
 #define SOCK_RAW 3
 
 /* include/net/sock.h */

@@ -4,7 +4,6 @@
 
 #include "socket.bpf.h"
 
-#define SOCK_STREAM 1
 #define SOCK_SEQPACKET 5
 #define SHUTDOWN_MASK 3
 

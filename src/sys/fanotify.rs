@@ -1,5 +1,6 @@
 //! fanotify groups: what the fdinfo of one shows, and the calls that make one.
 
+use super::fd::owned;
 use super::identity::without_capability;
 use super::inode::{Fields, Handle};
 use crate::model::ids::{Fd, Pid};
@@ -7,7 +8,7 @@ use nix::errno::Errno;
 use nix::libc;
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 /// `CAP_SYS_ADMIN`: who has it is told of what others do, and by whom.
 const CAP_SYS_ADMIN: u32 = 21;
@@ -97,15 +98,13 @@ impl Mark {
 /// # Errors
 /// As the system call: `EINVAL` for a flag that the kernel does not know.
 pub fn init(flags: u32, event_flags: u32, unprivileged: bool) -> Result<OwnedFd, Errno> {
-    // SAFETY: takes two integers.
-    let call = || Errno::result(unsafe { libc::fanotify_init(flags, event_flags) });
-    let fd = if unprivileged {
-        without_capability(CAP_SYS_ADMIN, call)??
+    // SAFETY: takes two integers and returns a new descriptor.
+    let call = || owned(unsafe { libc::fanotify_init(flags, event_flags) });
+    if unprivileged {
+        without_capability(CAP_SYS_ADMIN, call)?
     } else {
-        call()?
-    };
-    // SAFETY: a new descriptor, which nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        call()
+    }
 }
 
 /// fanotify_mark(2) of `path`, by `FAN_MARK_*` flags.

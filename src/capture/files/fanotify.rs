@@ -16,7 +16,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Why a group is not carried; `None` when it is.
 pub fn refusal(file: &File) -> Option<String> {
@@ -121,7 +121,11 @@ fn astray(file: &File, object: &str, error: &io::Error) -> CollectError {
 fn root_of(view: &View, wanted: impl Fn(u64, &str) -> bool) -> io::Result<PathRef> {
     let point = view.mount_point(wanted)?.ok_or(ErrorKind::NotFound)?;
     let found = fs::metadata(view.here(&point))?;
-    reference(point.into_os_string().into_vec(), found.ino(), view)
+    let inode = InodeId {
+        dev: 0,
+        ino: found.ino(),
+    };
+    reference(point.into_os_string().into_vec(), inode, view)
 }
 
 /// What a watched inode is called, which must be what the name leads to; `object` says who watches.
@@ -148,31 +152,20 @@ pub fn watched(
     if !view.leads_to(&path, inode) {
         return Err(astray());
     }
-    let at = reference(path, inode.ino, view).map_err(|_| astray())?;
-    Ok(PathRef {
-        inode: InodeId {
-            dev: inode.dev,
-            ..at.inode
-        },
-        ..at
-    })
+    reference(path, inode, view).map_err(|_| astray())
 }
 
 /// A file by its name, with inode number 0 where that says all.
-fn reference(path: Vec<u8>, ino: u64, view: &View) -> io::Result<PathRef> {
+fn reference(path: Vec<u8>, mut inode: InodeId, view: &View) -> io::Result<PathRef> {
     let name = Path::new(OsStr::from_bytes(&path));
-    let here: PathBuf = view.here(name);
+    let here = view.here(name);
     let magic = statfs(&here)?.filesystem_type().0;
+    if is_pseudo(u64::try_from(magic).unwrap_or(0)) {
+        inode.ino = 0;
+    }
     let through = view.find(&here, name).map(|place| place.through);
     Ok(PathRef {
-        inode: InodeId {
-            dev: 0,
-            ino: if is_pseudo(u64::try_from(magic).unwrap_or(0)) {
-                0
-            } else {
-                ino
-            },
-        },
+        inode,
         through: through.unwrap_or_default(),
         path,
     })

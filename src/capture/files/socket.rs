@@ -271,9 +271,18 @@ pub(super) fn is_v6(rec: &SockRec) -> bool {
     i32::from(rec.family) == libc::AF_INET6
 }
 
-/// Whether `MSG_PEEK` may begin behind the first byte (`SO_PEEK_OFF`, of TCP since Linux 6.9).
-fn peeks_on(rec: &SockRec) -> bool {
-    rec.choices.known != 0 && rec.choices.peek_off >= 0
+/// Runs `look` while `MSG_PEEK` begins with the first byte, which it may not do by itself
+/// (`SO_PEEK_OFF`, of TCP since Linux 6.9).
+fn from_the_first<T>(
+    from: &Borrowed,
+    rec: &SockRec,
+    look: impl FnOnce() -> Result<T, CollectError>,
+) -> Result<T, CollectError> {
+    if rec.choices.known != 0 && rec.choices.peek_off >= 0 {
+        from.peeking(look)
+    } else {
+        look()
+    }
 }
 
 /// A connection whose record tells all but what is unread.
@@ -286,8 +295,7 @@ fn read_told(
     let peek = || peek_exact(from.as_fd(), unread).map_err(from.failed("recv"));
     let recv_queue = match unread {
         0 => Vec::new(),
-        _ if peeks_on(rec) => from.peeking(peek)?,
-        _ => peek()?,
+        _ => from_the_first(from, rec, peek)?,
     };
     Ok(SocketState::TcpConnection(Box::new(TcpConnection {
         recv_queue: ByteBuf::from(recv_queue),
@@ -312,12 +320,7 @@ fn read_connection(
         TcpReadError::Queue(_, source) => from.failed("recv")(source),
     };
     let look = || tcp::read(from.as_fd(), local, remote, v6, rec.shutdown).map_err(failed);
-    let state = if peeks_on(rec) {
-        from.peeking(look)
-    } else {
-        look()
-    };
-    match state {
+    match from_the_first(from, rec, look) {
         Ok(Some(state)) => {
             read.socket.state = SocketState::TcpConnection(Box::new(state));
             read.repaired = Some(connection);

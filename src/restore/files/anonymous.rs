@@ -1,13 +1,11 @@
 //! Descriptions without a name or a peer: eventfd, timerfd, signalfd, inotify.
 
 use super::error::{FilesError, call};
-use super::regular::{check_watched, here};
+use super::regular::watched;
 use crate::model::frozen::{InotifyWatch, Timerfd};
 use crate::sys::eventfile;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use std::ffi::CString;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStringExt;
 
 /// Makes an eventfd with its count.
 ///
@@ -71,9 +69,7 @@ pub fn watch(fd: &OwnedFd, watches: &[InotifyWatch]) -> Result<(), FilesError> {
             "inotify watch of {}",
             String::from_utf8_lossy(&watch.at.path)
         );
-        check_watched(&watch.at, &object)?;
-        let path = CString::new(here(&watch.at).into_os_string().into_vec())
-            .map_err(|_| FilesError::Unsupported(object.clone()))?;
+        let path = watched(&watch.at, &object)?;
         // Descriptors count upwards from 1 and are not reused
         // (inotify_add_to_idr): those of removed watches are used up in between.
         loop {

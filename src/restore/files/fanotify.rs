@@ -1,13 +1,11 @@
 //! fanotify groups.
 
 use super::error::{FilesError, call};
-use super::regular::{check_watched, here};
+use super::regular::watched;
 use crate::model::frozen::{Fanotify, FanotifyMark, MarkOn};
 use crate::sys::fanotify;
 use nix::libc;
-use std::ffi::CString;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStringExt;
 
 /// Makes a group without marks, see [`mark`].
 ///
@@ -28,9 +26,7 @@ pub fn mark(group: &OwnedFd, marks: &[FanotifyMark]) -> Result<(), FilesError> {
             "fanotify mark of {}",
             String::from_utf8_lossy(&mark.at.path)
         );
-        check_watched(&mark.at, &object)?;
-        let path = CString::new(here(&mark.at).into_os_string().into_vec())
-            .map_err(|_| FilesError::Unsupported(object.clone()))?;
+        let path = watched(&mark.at, &object)?;
         for (flags, mask) in steps(mark) {
             fanotify::mark(group, flags, mask, &path).map_err(call(&object, "fanotify_mark"))?;
         }

@@ -436,8 +436,8 @@ pub fn finish(app: &Application, pid: Pid, opened: &OpenedFiles) -> Result<(), F
     fd::close_range(next, i32::MAX).map_err(call("Descriptors", "close_range"))
 }
 
-/// Has inotify instances and fanotify groups watch what they did. To be called when nothing is left that opens or reads
-/// files of the application: it is not to be told of a restore.
+/// Has inotify instances and fanotify groups watch what they did. To be called when nothing is left
+/// that opens or reads files of the application: it is not to be told of a restore.
 ///
 /// # Errors
 /// A watched file is gone, or the kernel refuses a step.

@@ -8,9 +8,9 @@ use crate::sys::fd::set_write_life;
 use nix::fcntl::{OFlag, PosixFadviseAdvice, open, posix_fadvise};
 use nix::sys::stat::{FileStat, Mode, fstat, stat};
 use nix::unistd::{Whence, getppid, lseek, write};
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 /// The name as a path.
@@ -50,12 +50,15 @@ fn check_inode(at: &PathRef, found: &FileStat) -> Result<(), FilesError> {
     })
 }
 
-/// Whether a file that is watched is the one that was; it is not opened.
+/// What a file that is watched is called here, which must be the one that was; it is not opened.
 ///
 /// # Errors
 /// It is gone or another one.
-pub(super) fn check_watched(at: &PathRef, object: &str) -> Result<(), FilesError> {
-    check_inode(at, &stat(&here(at)).map_err(call(object, "stat"))?)
+pub(super) fn watched(at: &PathRef, object: &str) -> Result<CString, FilesError> {
+    let path = here(at);
+    check_inode(at, &stat(&path).map_err(call(object, "stat"))?)?;
+    CString::new(path.into_os_string().into_vec())
+        .map_err(|_| FilesError::Unsupported(object.to_owned()))
 }
 
 fn seek(fd: &OwnedFd, at: &PathRef, pos: u64) -> Result<(), FilesError> {

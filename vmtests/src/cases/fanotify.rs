@@ -12,7 +12,7 @@ use nix::unistd::{Uid, getpid, seteuid};
 
 use super::child::Child;
 use super::namespaces::{separate, tmpfs};
-use super::probe::sys;
+use super::probe::{owned, sys};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -50,9 +50,7 @@ impl Group {
         let opened = libc::O_RDONLY | libc::O_CLOEXEC;
         // SAFETY: takes integers.
         let fd = unsafe { libc::fanotify_init(flags, opened.cast_unsigned()) };
-        let fd = i32::try_from(sys("fanotify_init", fd.into())?)?;
-        // SAFETY: a new descriptor, owned by nobody else.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }.into()))
+        Ok(Self(owned("fanotify_init", fd.into())?.into()))
     }
 
     fn mark(&self, flags: u32, mask: u64, path: &Path) -> Result<()> {
@@ -100,8 +98,7 @@ impl Event {
     /// `struct fanotify_event_metadata`, and what follows it.
     fn parse(bytes: &[u8]) -> Result<Self> {
         let (head, rest) = bytes.split_at_checked(24).context("Cut off")?;
-        let number = |at: usize| head.get(at..).and_then(|rest| rest.first_chunk());
-        let fd = i32::from_ne_bytes(*number(16).context("No descriptor")?);
+        let fd = i32::from_ne_bytes(number(head, 16)?);
         let name = if fd >= 0 {
             // SAFETY: read(2) has made it for us.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -111,20 +108,14 @@ impl Event {
         } else {
             // `struct fanotify_event_info_fid`: header, filesystem, handle, and a name behind it.
             let (info, handle) = rest.split_at_checked(20).context("No handle")?;
-            let length = info.get(12..).and_then(|rest| rest.first_chunk());
-            let length = usize::try_from(u32::from_ne_bytes(*length.context("No length")?))?;
+            let length = usize::try_from(u32::from_ne_bytes(number(info, 12)?))?;
             let name = handle.get(length..).unwrap_or_default();
             let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
             String::from_utf8_lossy(name).into_owned()
         };
         Ok(Self {
-            mask: u64::from_ne_bytes(
-                *head
-                    .get(8..)
-                    .and_then(|rest| rest.first_chunk())
-                    .context("No mask")?,
-            ),
-            pid: i32::from_ne_bytes(*number(20).context("No PID")?),
+            mask: u64::from_ne_bytes(number(head, 8)?),
+            pid: i32::from_ne_bytes(number(head, 20)?),
             name,
         })
     }
@@ -136,6 +127,12 @@ impl Event {
             name: name.to_owned(),
         }
     }
+}
+
+/// The bytes of a number.
+fn number<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N]> {
+    let number = bytes.get(at..).and_then(|rest| rest.first_chunk());
+    number.copied().context("Cut off")
 }
 
 fn told(group: &mut Group, wanted: &[Event]) -> Result<()> {

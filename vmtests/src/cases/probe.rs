@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -212,4 +212,11 @@ pub fn kernel_access(address: usize, write: bool) -> Result<Result<(), Errno>> {
 /// Turns a system call's result into an error that names it.
 pub fn sys(name: &str, result: i64) -> Result<i64> {
     Errno::result(result).with_context(|| name.to_owned())
+}
+
+/// A new descriptor that a system call returned.
+pub fn owned(name: &str, result: i64) -> Result<OwnedFd> {
+    let fd = i32::try_from(sys(name, result)?)?;
+    // SAFETY: owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::waitpid;
 
-use super::probe::sys;
+use super::probe::{owned, sys};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -20,13 +20,6 @@ pub const CASES: &[Entry] = &[
     Entry::refused("refused_namespace", "IPC namespace", namespace),
     Entry::refused("refused_clone_vm", "address space shared", clone_vm),
 ];
-
-/// A descriptor from a system call.
-fn owned(name: &str, result: i64) -> Result<OwnedFd> {
-    let fd = i32::try_from(sys(name, result)?)?;
-    // SAFETY: a new descriptor, owned by nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
 
 /// A directory that is watched by a signal, beside one that is open only.
 fn dnotify(case: &Case) -> Result<()> {
