@@ -54,6 +54,7 @@ enum rec_kind {
 	REC_WAITING = 26,
 	REC_WAITING_DATA = 27,
 	REC_EPOLL = 28,
+	REC_REGISTERS = 29,
 };
 
 /* What an iterator pass reports besides its main records. */
@@ -72,6 +73,7 @@ enum iter_want {
 	WANT_SEM_UNDO = 2048,
 	WANT_WAITING = 4096,     /* and nothing else */
 	WANT_CONNECTIONS = 8192, /* and nothing else */
+	WANT_REGISTERS = 16384,  /* of threads that are frozen */
 };
 
 /* What every record starts with; size counts the header itself. */
@@ -224,6 +226,32 @@ struct thread_rec {
 	char comm[TRK_COMM_LEN];
 };
 TRK_ASSERT_SIZE(struct thread_rec, 512);
+
+/* The registers of a frozen thread, as x86-64 has them. */
+#define TRK_GENERAL_REGS 21
+#define TRK_XSTATE_LEN 3072
+enum general_register { /* places in struct pt_regs, which ptrace(2) has as well */
+	REG_CS = 17,
+	REG_FLAGS = 18,
+	REG_SS = 20,
+};
+struct registers_rec {
+	struct rec_hdr hdr;
+	__u32 tid;
+	__u32 xstate_len;
+	__u64 general[TRK_GENERAL_REGS]; /* what a kernel with FRED keeps above segments included */
+	__u64 fs_base;
+	__u64 gs_base;
+	__u16 ds;
+	__u16 es;
+	__u16 fs;
+	__u16 gs;
+	__u32 pkru;
+	__u32 pad;
+	__u64 user_xfeatures;
+	__u8 xstate[TRK_XSTATE_LEN]; /* XSAVE area as the kernel keeps it: standard or compacted */
+};
+TRK_ASSERT_SIZE(struct registers_rec, 3296);
 
 struct rlimit_rec {
 	__u64 cur;

@@ -18,6 +18,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #include "iter_pressure.bpf.h"
 #include "iter_timer.bpf.h"
 #include "iter_attrs.bpf.h"
+#include "iter_regs.bpf.h"
 #include "iter_task.bpf.h"
 #include "iter_socket.bpf.h"
 #include "iter_sets.bpf.h"

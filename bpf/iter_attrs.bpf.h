@@ -70,20 +70,21 @@ static __always_inline bool has_tls_segments(struct task_struct *task)
 	return found[0] | found[1] | found[2];
 }
 
+/* It was a part of thread_struct; since 6.16 it is right behind the task. */
+static __always_inline struct fpu *fpu_of(struct task_struct *task)
+{
+	if (bpf_core_field_exists(task->thread.fpu))
+		return (void *)task + bpf_core_field_offset(task->thread.fpu);
+	return (void *)task + bpf_core_type_size(struct task_struct);
+}
+
 /* Whether it may use the tiles of AMX, which is asked for by the whole process. */
 static __always_inline bool has_tiles(struct task_struct *task)
 {
-	struct task_struct___fpu *inside = (void *)task->group_leader;
-	struct fpu *fpu;
 	u64 granted = 0;
 
-	if (bpf_core_field_exists(inside->thread.fpu.perm.__state_perm)) {
-		granted = BPF_CORE_READ(inside, thread.fpu.perm.__state_perm);
-	} else if (bpf_core_field_exists(struct fpu, perm.__state_perm)) {
-		/* since 6.16 it is right behind the task */
-		fpu = (void *)inside + bpf_core_type_size(struct task_struct);
-		granted = BPF_CORE_READ(fpu, perm.__state_perm);
-	}
+	if (bpf_core_field_exists(struct fpu, perm.__state_perm))
+		granted = BPF_CORE_READ(fpu_of(task->group_leader), perm.__state_perm);
 	return granted & (1ULL << XFEATURE_TILE_DATA);
 }
 

@@ -356,6 +356,9 @@ int iter_tasks(struct bpf_iter__task *ctx)
 		fill_thread(&out_thread, task);
 		if (bpf_seq_write(seq, &out_thread, sizeof(out_thread)))
 			return 0;
+		if ((want & WANT_REGISTERS) && fill_registers(&out_registers, task) &&
+		    bpf_seq_write(seq, &out_registers, sizeof(out_registers)))
+			return 0;
 		if (task->pid == task->tgid && signal) {
 			fill_process(&out_process, task, signal);
 			if (bpf_seq_write(seq, &out_process, sizeof(out_process)))

@@ -305,8 +305,31 @@ struct desc_struct {
 	u16 limit0;
 };
 /* x86-64 */
+union fpregs_state {
+	u8 bytes[1];
+};
+struct fpstate {
+	unsigned int size;
+	u64 user_xfeatures;
+	union fpregs_state regs;
+};
+struct fpu_state_perm {
+	u64 __state_perm;
+};
+struct fpu {
+	struct fpstate *fpstate;
+	struct fpu_state_perm perm;
+};
 struct thread_struct {
 	struct desc_struct tls_array[3];
+	unsigned short es;
+	unsigned short ds;
+	unsigned short fsindex;
+	unsigned short gsindex;
+	unsigned long fsbase;
+	unsigned long gsbase;
+	u32 pkru;
+	struct fpu fpu;
 	void *ptrace_bps[4];
 	void *io_bitmap;
 	unsigned long iopl_emul;
@@ -346,6 +369,7 @@ struct task_struct {
 	unsigned int restore_sigmask : 1;
 	unsigned int frozen : 1;
 	unsigned int sched_reset_on_fork : 1;
+	int on_cpu;
 	struct sched_entity se;
 	unsigned long atomic_flags;
 	struct restart_block restart_block;
@@ -394,17 +418,6 @@ struct ptrace_relation {
 	struct task_struct *tracee;
 	bool invalid;
 	struct list_head node;
-};
-struct fpu_state_perm {
-	u64 __state_perm;
-};
-struct fpu {
-	struct fpu_state_perm perm;
-};
-struct task_struct___fpu {
-	struct {
-		struct fpu fpu;
-	} thread;
 };
 
 typedef struct {

@@ -2,11 +2,13 @@
 
 use super::events::{
     AioRec, EpollItemRec, EpollRec, EventfdRec, FileRec, LockRec, MemberRec, MmRec, MqueueDataRec,
-    MqueueRec, PidfdRec, PipeRec, PressureRec, ProcessFlag, ProcessRec, RecKind, SemUndoRec,
-    SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec, TtyRec,
-    UringRec, VmaRec, WaitingDataRec, WaitingRec, WatchRec,
+    MqueueRec, PidfdRec, PipeRec, PressureRec, ProcessFlag, ProcessRec, RecKind, RegistersRec,
+    SemUndoRec, SigactionsRec, SignalfdRec, SockRec, ThreadRec, TimerRec, TimerfdRec, TtyDataRec,
+    TtyRec, UringRec, VmaRec, WaitingDataRec, WaitingRec, WatchRec,
 };
 use super::record::{Malformed, Raw, c_text};
+use crate::model::frozen::Registers;
+use crate::sys::xstate::Layout;
 
 /// What a pass over the tasks found. Zombies are included.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +27,9 @@ pub struct Tasks {
     pub aio: Vec<AioRec>,
     /// What is undone of System V semaphore operations when a process ends.
     pub sem_undos: Vec<SemUndoRec>,
+    /// Registers of frozen threads, if they were asked for; not of all, see
+    /// [`Iterators::frozen_tasks`](super::iter::Iterators::frozen_tasks).
+    pub registers: Vec<RegistersRec>,
 }
 
 /// An open descriptor.
@@ -149,6 +154,70 @@ impl ThreadRec {
     #[must_use]
     pub fn is_zombie(&self) -> bool {
         self.exit_state != 0
+    }
+}
+
+impl RegistersRec {
+    /// General registers as ptrace(2) would tell them.
+    #[must_use]
+    pub fn general(&self) -> Registers {
+        let [
+            r15,
+            r14,
+            r13,
+            r12,
+            rbp,
+            rbx,
+            r11,
+            r10,
+            r9,
+            r8,
+            rax,
+            rcx,
+            rdx,
+            rsi,
+            rdi,
+            rest @ ..,
+        ] = self.general;
+        let [orig_rax, rip, cs, eflags, rsp, ss] = rest;
+        Registers {
+            r15,
+            r14,
+            r13,
+            r12,
+            rbp,
+            rbx,
+            r11,
+            r10,
+            r9,
+            r8,
+            rax,
+            rcx,
+            rdx,
+            rsi,
+            rdi,
+            orig_rax,
+            rip,
+            // With FRED the kernel keeps more in these words.
+            cs: cs & 0xffff,
+            eflags,
+            rsp,
+            ss: ss & 0xffff,
+            fs_base: self.fs_base,
+            gs_base: self.gs_base,
+            ds: self.ds.into(),
+            es: self.es.into(),
+            fs: self.fs.into(),
+            gs: self.gs.into(),
+        }
+    }
+
+    /// Extended registers in the standard XSAVE format, as ptrace(2) would tell them; `None` if
+    /// the record is none of a processor of this layout.
+    #[must_use]
+    pub fn extended(&self, layout: &Layout) -> Option<Vec<u8>> {
+        let kept = self.xstate.get(..self.xstate_len as usize)?;
+        layout.standard(kept, self.user_xfeatures, self.pkru)
     }
 }
 

@@ -23,14 +23,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bits of the BPF variable `want`.
 mod want {
     pub use crate::bpf::events::IterWant::{
-        AIO, CHOICES, CONNECTIONS, EPOLL, LOCKS, MEMBERS, MQUEUE_DATA, SEM_UNDO, SIGACTIONS, TASKS,
-        TIMERS, TTY_DATA, WAITING, WATCHES,
+        AIO, CHOICES, CONNECTIONS, EPOLL, LOCKS, MEMBERS, MQUEUE_DATA, REGISTERS, SEM_UNDO,
+        SIGACTIONS, TASKS, TIMERS, TTY_DATA, WAITING, WATCHES,
     };
 }
 
 /// What [`Files`] has besides descriptors.
 const ALL_OF_FILES: u32 =
     want::EPOLL | want::WATCHES | want::LOCKS | want::TTY_DATA | want::MEMBERS | want::CHOICES;
+
+/// What [`Tasks`] has.
+const ALL_OF_TASKS: u32 =
+    want::TASKS | want::SIGACTIONS | want::TIMERS | want::AIO | want::SEM_UNDO;
 
 /// How many processes are walked one by one; each walk has to be begun.
 const FEW_WALKS: usize = 64;
@@ -185,14 +189,24 @@ impl Iterators {
         self.read_tasks(scope, want::TASKS)
     }
 
-    /// Everything a [`Tasks`] holds.
+    /// Everything a [`Tasks`] holds but registers.
     ///
     /// # Errors
     ///
     /// See [`ReadError`].
     pub fn tasks(&mut self, scope: Scope) -> Result<Tasks, ReadError> {
-        let want = want::TASKS | want::SIGACTIONS | want::TIMERS | want::AIO | want::SEM_UNDO;
-        self.read_tasks(scope, want)
+        self.read_tasks(scope, ALL_OF_TASKS)
+    }
+
+    /// The same of a frozen scope, with the registers of threads that stand still and have nothing
+    /// out of the ordinary. Of others (one that is still on its way off a CPU, or is traced) they
+    /// are left out.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn frozen_tasks(&mut self, scope: Scope) -> Result<Tasks, ReadError> {
+        self.read_tasks(scope, ALL_OF_TASKS | want::REGISTERS)
     }
 
     /// Descriptors with their details, without what epoll, inotify and locks hold.
@@ -418,6 +432,7 @@ impl Iterators {
                 RecKind::PROCESS => found.processes.push(raw.decode()?),
                 RecKind::MM => found.mms.push(raw.decode()?),
                 RecKind::SIGACTIONS => found.sigactions.push(raw.decode()?),
+                RecKind::REGISTERS => found.registers.push(raw.decode()?),
                 _ => found.threads.push(raw.decode()?),
             }
         }

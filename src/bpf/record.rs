@@ -53,6 +53,7 @@ impl_record! {
     events::SemUndoRec => RecKind::SEM_UNDO,
     events::WaitingRec => RecKind::WAITING,
     events::WaitingDataRec => RecKind::WAITING_DATA,
+    events::RegistersRec => RecKind::REGISTERS,
 }
 
 /// A record whose bytes do not fit its kind.

@@ -3,7 +3,7 @@
 use super::eligibility;
 use super::error::CheckpointError;
 use super::files::{self, Repaired};
-use super::threads::{Stopped, Tracees};
+use super::threads::Tracees;
 use super::timers;
 use super::vdso::Standing;
 use super::{Capture, Frozen, clocks, uring};
@@ -11,6 +11,7 @@ use crate::bpf::events::{ThreadFlag, ThreadRec};
 use crate::bpf::iter::{Files, Tasks};
 use crate::fault::Fault;
 use crate::model::frozen::Blocker;
+use crate::model::ids::Tid;
 use crate::sys::cgroup::{Event, Waited};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -143,11 +144,7 @@ impl Capture {
             return Ok(blockers);
         }
         let (now, clocks) = clocks::read(self.offsets)?;
-        let shared = |tgid| {
-            let process = tasks.processes.iter().find(|p| p.pid == tgid);
-            process.map_or(0, |p| p.shared_pending)
-        };
-        let tracees = Tracees::stop(&tasks.threads, &self.wakeups, limit, &now, shared)?;
+        let tracees = Tracees::stop(&tasks, &self.wakeups, limit, &now)?;
         self.frozen = Some(Frozen {
             tasks,
             open: Files::default(),
@@ -172,13 +169,13 @@ impl Capture {
     fn settled_tasks(&mut self) -> Result<Tasks, CheckpointError> {
         const LOOKS: u32 = 20;
         let mut iterators = self.iterators.borrow_mut();
-        let mut tasks = iterators.tasks(self.scope())?;
+        let mut tasks = iterators.frozen_tasks(self.scope())?;
         for _ in 0..LOOKS {
             if !uring::are_in_flight(&tasks) {
                 break;
             }
             std::thread::sleep(PAUSE);
-            tasks = iterators.tasks(self.scope())?;
+            tasks = iterators.frozen_tasks(self.scope())?;
         }
         uring::leave_out_workers(&mut tasks);
         timers::note_queued(&mut tasks);
@@ -254,18 +251,15 @@ impl Capture {
         let Some(frozen) = &self.frozen else {
             return Standing::Outside;
         };
-        let of = |thread: &Stopped| {
-            let rec = frozen.tasks.mms.iter();
-            let mm = frozen
-                .tasks
-                .threads
-                .iter()
-                .find(|rec| rec.tid == thread.tid.0.cast_unsigned())
-                .map_or(0, |rec| rec.mm);
-            let base = rec.clone().find(|rec| rec.mm == mm).map_or(0, |mm| mm.vdso);
-            self.code.standing(base, thread.regs.rip)
-        };
-        let threads = frozen.tracees.threads.iter();
-        threads.map(of).max().unwrap_or(Standing::Outside)
+        let mms = &frozen.tasks.mms;
+        let threads = frozen.tasks.threads.iter().filter_map(|rec| {
+            let thread = frozen.tracees.of(Tid(rec.tid.cast_signed()))?;
+            let mm = mms.iter().find(|mm| mm.mm == rec.mm);
+            Some(
+                self.code
+                    .standing(mm.map_or(0, |mm| mm.vdso), thread.regs.rip),
+            )
+        });
+        threads.max().unwrap_or(Standing::Outside)
     }
 }

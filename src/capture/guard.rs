@@ -5,6 +5,7 @@ use super::error::CheckpointError;
 use super::restart::Now;
 use super::threads::{TASK_UNINTERRUPTIBLE, Tracees};
 use crate::bpf::events::ThreadRec;
+use crate::bpf::iter::Tasks;
 use crate::model::ids::Pid;
 use crate::sys::cgroup::{Cgroup, Event};
 use crate::sys::process::{Fork, fork_with_pid, pidfd_getfd, pidfd_open};
@@ -159,7 +160,7 @@ fn leave_repair(members: &[Pid]) {
 }
 
 fn continue_calls(members: &[Pid]) {
-    let mut recs = Vec::new();
+    let mut tasks = Tasks::default();
     for &pid in members {
         let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
             continue;
@@ -167,7 +168,7 @@ fn continue_calls(members: &[Pid]) {
         let tids = entries
             .flatten()
             .filter_map(|entry| entry.file_name().to_str().and_then(|n| n.parse().ok()));
-        recs.extend(tids.map(|tid| thread(pid, tid)));
+        tasks.threads.extend(tids.map(|tid| thread(pid, tid)));
     }
     let now = Now {
         monotonic: 0,
@@ -176,7 +177,7 @@ fn continue_calls(members: &[Pid]) {
         offset: 0,
     };
     // Dropping them is what sets the calls to go on.
-    let _ = Tracees::repair(&recs, Duration::from_secs(1), &now, |_| 0);
+    let _ = Tracees::repair(&tasks, Duration::from_secs(1), &now);
 }
 
 /// What [`Tracees::repair`] looks at, from /proc/TID/status.

@@ -503,11 +503,7 @@ impl Capture {
         let mut tasks = self.iterators.borrow_mut().threads(self.scope())?;
         uring::leave_out_workers(&mut tasks);
         let (now, _) = clocks::read(self.offsets)?;
-        let shared = |tgid| {
-            let process = tasks.processes.iter().find(|p| p.pid == tgid);
-            process.map_or(0, |p| p.shared_pending)
-        };
-        Tracees::repair(&tasks.threads, LIMIT, &now, shared)
+        Tracees::repair(&tasks, LIMIT, &now)
     }
 }
 

@@ -4,13 +4,13 @@ use super::attributes;
 use super::error::CheckpointError;
 use super::mm::path_ref;
 use super::restart::Now;
-use super::threads::{self, Tracees};
+use super::threads::{self, Stopped, Tracees};
 use super::timers;
 use super::view::View;
 use crate::bpf::events::{ProcessFlag, ProcessRec, SigactionsRec, ThreadFlag, ThreadRec, TimerRec};
 use crate::bpf::iter::Tasks;
 use crate::model::frozen::{
-    AltStack, Credentials, JobStop, PathRef, Process, Scheduling, SigAction, SigInfo, Thread,
+    AltStack, Credentials, JobStop, PathRef, Process, Rseq, Scheduling, SigAction, SigInfo, Thread,
 };
 use crate::model::ids::{FilesId, FsId, MmId, Pid, Tid};
 use crate::sys::task::affinity;
@@ -128,6 +128,8 @@ impl Assembly<'_> {
         let shared = self.pending(Tid(leader.tid.cast_signed()), true, rec.shared_pending)?;
         let stopped = job_stop(rec, leader);
         let actions = self.tasks.sigactions.iter().find(|a| a.pid == rec.pid);
+        let live: Vec<_> = self.live()?;
+        let rseqs = threads::rseqs(pid(rec.pid), &live)?;
         Ok(Process {
             mm: MmId(leader.mm),
             files: FilesId(leader.files),
@@ -159,29 +161,40 @@ impl Assembly<'_> {
                 .collect(),
             stopped,
             continued: rec.signal_flags & SIGNAL_STOP_CONTINUED != 0,
-            threads: self
-                .threads
+            threads: live
                 .iter()
-                .filter(|thread| !thread.is_zombie())
-                .map(|thread| self.thread(thread))
+                .map(|(stopped, rec)| self.thread(stopped, rec, rseqs.get(&stopped.tid)))
                 .collect::<Result<_, _>>()?,
             ..base
         })
     }
 
-    fn thread(&self, rec: &ThreadRec) -> Result<Thread, CheckpointError> {
-        let tid = Tid(rec.tid.cast_signed());
-        let stopped = self
-            .tracees
-            .of(tid)
-            .ok_or_else(|| CheckpointError::Unstable(format!("Thread {tid} was not stopped")))?;
+    /// What has not ended, with its registers.
+    fn live(&self) -> Result<Vec<(&Stopped, &ThreadRec)>, CheckpointError> {
+        let live = self.threads.iter().filter(|thread| !thread.is_zombie());
+        live.map(|rec| {
+            let tid = Tid(rec.tid.cast_signed());
+            let unstable = || CheckpointError::Unstable(format!("Thread {tid} was not stopped"));
+            let stopped = self.tracees.of(tid).ok_or_else(unstable)?;
+            Ok((stopped, *rec))
+        })
+        .collect()
+    }
+
+    fn thread(
+        &self,
+        stopped: &Stopped,
+        rec: &ThreadRec,
+        rseq: Option<&Rseq>,
+    ) -> Result<Thread, CheckpointError> {
+        let tid = stopped.tid;
         let groups = self.groups.get(&rec.group_info).cloned();
         let temporary = rec.flags & ThreadFlag::RESTORE_SIGMASK != 0;
         Ok(Thread {
             tid,
             comm: comm(rec),
             regs: stopped.regs,
-            xstate: crate::sys::ptrace::xstate(tid)?,
+            xstate: threads::xstate(stopped)?,
             syscall: stopped.syscall,
             sigmask: if temporary {
                 rec.saved_sigmask
@@ -196,7 +209,7 @@ impl Assembly<'_> {
             },
             robust_list: (rec.robust_list, robust_len(rec.robust_list)),
             clear_child_tid: rec.clear_child_tid,
-            rseq: threads::rseq(stopped)?,
+            rseq: rseq.copied(),
             creds: credentials(rec, groups.unwrap_or_default()),
             sched: Scheduling {
                 policy: attributes::policy_flags(rec) | rec.policy,

@@ -1,13 +1,17 @@
-//! Stops the threads of a frozen cgroup under ptrace and lets them go again unharmed.
+//! Reads the threads of a frozen cgroup: their registers from the iterator's records, and, stopped
+//! under ptrace and let go again unharmed, those of which these do not tell all.
 
 use super::error::CheckpointError;
 use super::restart::{self, Now};
 use super::wakeups::Wakeups;
 use crate::bpf::events::ThreadRec;
+use crate::bpf::iter::Tasks;
 use crate::model::frozen::{Registers, Rseq, SigInfo, SyscallInProgress};
 use crate::model::ids::{Pid, Tid};
-use crate::sys::process::{CallError, read_memory_exact};
+use crate::sys::memory::read_words;
+use crate::sys::process::CallError;
 use crate::sys::ptrace::{self, Options, Stop};
+use crate::sys::xstate::Layout;
 use nix::errno::Errno;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -15,7 +19,7 @@ use std::time::{Duration, Instant};
 /// Of `task_struct.__state` (include/linux/sched.h): "D" to /proc.
 pub(super) const TASK_UNINTERRUPTIBLE: u32 = 2;
 
-/// What ptrace tells about one stopped thread.
+/// One thread that stands still.
 #[derive(Debug)]
 pub struct Stopped {
     /// Who.
@@ -27,35 +31,96 @@ pub struct Stopped {
     /// How that call goes on.
     pub syscall: SyscallInProgress,
     found: Registers,
+    /// Extended registers in the standard XSAVE format, if the iterator told them.
+    xstate: Option<Vec<u8>>,
 }
 
-/// Threads under ptrace. Dropping it lets them go, with calls that only the freeze had
-/// interrupted set to go on.
+/// Threads of a frozen cgroup, some of them under ptrace. Dropping it lets these go, with calls
+/// that only the freeze had interrupted set to go on.
 #[derive(Debug, Default)]
 pub struct Tracees {
     seized: Vec<Tid>,
-    /// In the order of the records given.
+    /// All of them.
     pub threads: Vec<Stopped>,
     /// Where each is among them.
     places: HashMap<Tid, usize>,
     untouched: bool,
 }
 
+/// What tells how the calls of threads go on.
+struct Records<'a> {
+    threads: Vec<&'a ThreadRec>,
+    /// Of the processes that have any.
+    shared_pending: HashMap<u32, u64>,
+    now: &'a Now,
+}
+
+impl<'a> Records<'a> {
+    /// Of live threads that are to be looked at.
+    fn of(tasks: &'a Tasks, now: &'a Now, wanted: impl Fn(&ThreadRec) -> bool) -> Self {
+        let threads = tasks.threads.iter();
+        let processes = tasks.processes.iter();
+        let pending = processes.filter(|process| process.shared_pending != 0);
+        Self {
+            threads: threads
+                .filter(|rec| !rec.is_zombie() && wanted(rec))
+                .collect(),
+            shared_pending: pending.map(|p| (p.pid, p.shared_pending)).collect(),
+            now,
+        }
+    }
+
+    fn signalled(&self, rec: &ThreadRec) -> bool {
+        let shared = self.shared_pending.get(&rec.tgid).unwrap_or(&0);
+        (rec.pending | shared) & !rec.blocked != 0
+    }
+
+    fn read(&self, rec: &ThreadRec, found: Registers, xstate: Option<Vec<u8>>) -> Stopped {
+        let (syscall, regs) = restart::classify(&found, rec, self.now, self.signalled(rec));
+        Stopped {
+            tid: Tid(rec.tid.cast_signed()),
+            pid: Pid(rec.tgid.cast_signed()),
+            regs,
+            syscall,
+            found,
+            xstate,
+        }
+    }
+
+    /// Whether ptrace has to tell, or to do, something about a thread whose registers are known:
+    /// which signals wait for it or for its process, what its filters are, and to have a call go
+    /// on that the kernel would not.
+    fn needs_ptrace(&self, rec: &ThreadRec, known: &Stopped) -> bool {
+        let leads = rec.tid == rec.tgid;
+        rec.pending != 0
+            || leads && (rec.seccomp_filters != 0 || self.shared_pending.contains_key(&rec.tgid))
+            || matches!(known.syscall, SyscallInProgress::Reissue { .. })
+    }
+}
+
 impl Tracees {
-    /// Seizes, interrupts and waits for all live threads among `recs`, then reads their
-    /// registers. The cgroup must be frozen, `recs` read since.
+    /// Reads the registers of all live threads among `tasks`, which were read since the cgroup was
+    /// frozen. Those of which ptrace tells more are seized and interrupted.
     ///
     /// # Errors
     /// A thread is traced by somebody else, or does not stop before the deadline (a
     /// parent in vfork(2), which no ptrace stops).
     pub fn stop(
-        recs: &[ThreadRec],
+        tasks: &Tasks,
         wakeups: &Wakeups,
         limit: Duration,
         now: &Now,
-        shared_pending: impl Fn(u32) -> u64,
     ) -> Result<Self, CheckpointError> {
-        Self::stop_unless(recs, Some(wakeups), limit, now, shared_pending)
+        let records = Records::of(tasks, now, |_| true);
+        let mut known = HashMap::new();
+        if let Some(layout) = Layout::ours() {
+            for told in &tasks.registers {
+                if let Some(xstate) = told.extended(layout) {
+                    known.insert(told.tid, (told.general(), xstate));
+                }
+            }
+        }
+        Self::read(&records, &mut known, Some(wakeups), limit)
     }
 
     /// Stops those that the freezer holds and lets them go at once, with calls that only the
@@ -65,55 +130,54 @@ impl Tracees {
     ///
     /// # Errors
     /// Some could not be stopped; they are let go when tracker ends.
-    pub fn repair(
-        recs: &[ThreadRec],
-        limit: Duration,
-        now: &Now,
-        shared_pending: impl Fn(u32) -> u64,
-    ) -> Result<(), CheckpointError> {
-        let held = |rec: &&ThreadRec| rec.state & TASK_UNINTERRUPTIBLE == 0;
-        let held: Vec<ThreadRec> = recs.iter().filter(held).copied().collect();
-        Self::stop_unless(&held, None, limit, now, shared_pending).map(drop)
+    pub fn repair(tasks: &Tasks, limit: Duration, now: &Now) -> Result<(), CheckpointError> {
+        let held = |rec: &ThreadRec| rec.state & TASK_UNINTERRUPTIBLE == 0;
+        let records = Records::of(tasks, now, held);
+        Self::read(&records, &mut HashMap::new(), None, limit).map(drop)
     }
 
-    fn stop_unless(
-        recs: &[ThreadRec],
+    fn read(
+        records: &Records<'_>,
+        known: &mut HashMap<u32, (Registers, Vec<u8>)>,
         wakeups: Option<&Wakeups>,
         limit: Duration,
-        now: &Now,
-        shared_pending: impl Fn(u32) -> u64,
     ) -> Result<Self, CheckpointError> {
         let deadline = Instant::now() + limit;
-        let live: Vec<&ThreadRec> = recs.iter().filter(|rec| !rec.is_zombie()).collect();
         let mut this = Self::default();
-        for rec in &live {
-            let tid = Tid(rec.tid.cast_signed());
-            ptrace::seize(tid, Options::SYSGOOD)?;
-            this.seized.push(tid);
+        for &rec in &records.threads {
+            let told = known.remove(&rec.tid);
+            let told = told.map(|(found, xstate)| records.read(rec, found, Some(xstate)));
+            match told {
+                Some(thread) if !records.needs_ptrace(rec, &thread) => this.add(thread),
+                _ => {
+                    let tid = Tid(rec.tid.cast_signed());
+                    ptrace::seize(tid, Options::SYSGOOD)?;
+                    this.seized.push(tid);
+                }
+            }
         }
         for &tid in &this.seized {
             ptrace::interrupt(tid)?;
         }
         let stopped = this.wait(wakeups, deadline, limit);
-        for rec in live {
-            let signalled = (rec.pending | shared_pending(rec.tgid)) & !rec.blocked != 0;
+        for &rec in &records.threads {
             let tid = Tid(rec.tid.cast_signed());
+            if this.places.contains_key(&tid) {
+                continue;
+            }
             let found = match ptrace::registers(tid) {
                 // Those that did stop are read all the same: dropping them repairs their calls.
                 Err(_) if stopped.is_err() => continue,
                 found => found?,
             };
-            let (syscall, regs) = restart::classify(&found, rec, now, signalled);
-            this.places.insert(tid, this.threads.len());
-            this.threads.push(Stopped {
-                tid,
-                pid: Pid(rec.tgid.cast_signed()),
-                regs,
-                syscall,
-                found,
-            });
+            this.add(records.read(rec, found, None));
         }
         stopped.map(|()| this)
+    }
+
+    fn add(&mut self, thread: Stopped) {
+        self.places.insert(thread.tid, self.threads.len());
+        self.threads.push(thread);
     }
 
     fn wait(
@@ -191,20 +255,50 @@ impl Drop for Tracees {
     }
 }
 
-/// The rseq registration of a stopped thread, with its critical section.
+/// Extended registers in the standard XSAVE format.
 ///
 /// # Errors
 /// `ESRCH`: it is not stopped.
-pub fn rseq(thread: &Stopped) -> Result<Option<Rseq>, CallError> {
-    let Some(mut rseq) = ptrace::rseq_configuration(thread.tid)? else {
-        return Ok(None);
-    };
-    // struct rseq: cpu_id_start, cpu_id, rseq_cs.
+pub fn xstate(thread: &Stopped) -> Result<Vec<u8>, CallError> {
+    match &thread.xstate {
+        Some(known) => Ok(known.clone()),
+        None => ptrace::xstate(thread.tid),
+    }
+}
+
+/// The rseq registrations of threads of one process, with their critical sections.
+///
+/// # Errors
+/// `ESRCH`: one is not stopped; `EFAULT`: its area cannot be read.
+pub fn rseqs(
+    pid: Pid,
+    threads: &[(&Stopped, &ThreadRec)],
+) -> Result<HashMap<Tid, Rseq>, CallError> {
+    /// struct rseq: cpu_id_start, cpu_id, rseq_cs; what follows was added later.
     const CS: u64 = 8;
-    let mut cs = [0_u8; 8];
-    read_memory_exact(thread.pid, rseq.addr + CS, &mut cs)?;
-    rseq.cs = u64::from_le_bytes(cs);
-    Ok(Some(rseq))
+    const ORIGINAL_LEN: u32 = 32;
+    let mut found = Vec::new();
+    for (thread, rec) in threads {
+        let rseq = match thread.xstate {
+            Some(_) => (rec.rseq != 0).then_some(Rseq {
+                addr: rec.rseq,
+                len: if rec.rseq_len == 0 {
+                    ORIGINAL_LEN
+                } else {
+                    rec.rseq_len
+                },
+                sig: rec.rseq_sig,
+                cs: 0,
+            }),
+            None => ptrace::rseq_configuration(thread.tid)?,
+        };
+        found.extend(rseq.map(|rseq| (thread.tid, rseq)));
+    }
+    let places: Vec<u64> = found.iter().map(|(_, rseq)| rseq.addr + CS).collect();
+    for ((_, rseq), cs) in found.iter_mut().zip(read_words(pid, &places)?) {
+        rseq.cs = cs;
+    }
+    Ok(found.into_iter().collect())
 }
 
 /// Signals queued for a thread or, with `shared`, for its process.

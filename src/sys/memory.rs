@@ -390,6 +390,30 @@ pub fn read_ranges(
     })
 }
 
+/// The words at these addresses of another process.
+///
+/// # Errors
+/// `EFAULT`: one of them cannot be read; `ESRCH`, `EPERM`.
+pub fn read_words(pid: Pid, places: &[u64]) -> Result<Vec<u64>, CallError> {
+    const IOV_MAX: usize = 1024;
+    const WORD: usize = size_of::<u64>();
+    let mut words = Vec::with_capacity(places.len());
+    for some in places.chunks(IOV_MAX) {
+        let ranges: Vec<_> = some.iter().map(|&addr| (addr, WORD)).collect();
+        let mut bytes = vec![0; some.len() * WORD];
+        if read_ranges(pid, &ranges, &mut bytes)? != bytes.len() {
+            return Err(CallError {
+                call: "process_vm_readv",
+                task: pid.0,
+                errno: Errno::EFAULT,
+            });
+        }
+        let (read, _) = bytes.as_chunks::<WORD>();
+        words.extend(read.iter().map(|word| u64::from_ne_bytes(*word)));
+    }
+    Ok(words)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

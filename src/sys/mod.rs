@@ -31,3 +31,4 @@ pub mod task;
 pub mod tcp;
 pub mod tty;
 pub mod uring;
+pub mod xstate;

@@ -8,6 +8,7 @@
 mod choices;
 mod files;
 mod lock;
+mod registers;
 mod scope;
 mod sets;
 mod sys;
@@ -56,6 +57,7 @@ fn main() -> Result<()> {
         ("locks", sets::locks),
         ("mappings", vmas::mappings),
         ("cgroup scope", scope::cgroup_scope),
+        ("registers of frozen threads", registers::frozen_registers),
     ];
     for (name, check) in checks {
         check(&mut iterators).with_context(|| format!("Check of {name}"))?;

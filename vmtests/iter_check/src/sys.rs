@@ -45,6 +45,18 @@ pub fn fork_pause() -> Result<Child> {
     Ok(Child(i32::try_from(pid)?))
 }
 
+/// A child that does this for ever.
+pub fn fork_running(program: fn()) -> Result<Child> {
+    // SAFETY: the child has one thread, and the programs allocate nothing.
+    let pid = check(unsafe { libc::fork() }.into(), "fork")?;
+    if pid == 0 {
+        loop {
+            program();
+        }
+    }
+    Ok(Child(i32::try_from(pid)?))
+}
+
 /// A child that sleeps once for this many seconds.
 pub fn fork_sleep(seconds: i64) -> Result<Child> {
     let time = libc::timespec {
