@@ -171,6 +171,17 @@ impl Iterators {
         }
     }
 
+    /// Bytes that the records of the largest pass so far take, or somewhat more.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.buffer.room()
+    }
+
+    /// Makes room for passes of so many bytes.
+    pub fn make_room(&mut self, bytes: usize) {
+        self.buffer.make_room(bytes);
+    }
+
     /// The loaded programs.
     ///
     /// # Errors

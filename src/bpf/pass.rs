@@ -21,6 +21,17 @@ impl Buffer {
         self.filled = 0;
     }
 
+    pub(super) fn room(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub(super) fn make_room(&mut self, bytes: usize) {
+        if self.bytes.len() < bytes {
+            // Not zeroes, which would be mapped only when they are written to.
+            self.bytes.resize(bytes, 1);
+        }
+    }
+
     pub(super) fn filled(&self) -> &[u8] {
         &self.bytes[..self.filled]
     }

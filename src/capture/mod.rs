@@ -48,6 +48,7 @@ pub use target::Selection;
 pub use timeline::{Durations, Timeline};
 
 use crate::agent::client::{SOCKET, borrow_iterators};
+use crate::bpf::events::RegistersRec;
 use crate::bpf::iter::{Files, Iterators, LoadError, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
@@ -57,7 +58,9 @@ use crate::model::frozen::{
 };
 use crate::model::ids::MmId;
 use crate::sys::cgroup::Event;
+use crate::sys::heap;
 use crate::sys::process::raise_descriptor_limit;
+use crate::sys::xstate::Layout;
 use clocks::Offsets;
 use eligibility::Namespaces;
 use files::{Alike, Repaired, Still};
@@ -194,6 +197,7 @@ impl Capture {
         iterators: SharedIterators,
     ) -> Result<Self, CheckpointError> {
         let timeline = Timeline::new();
+        heap::keep();
         // Connections are kept open all at once.
         raise_descriptor_limit()?;
         let wakeups = Wakeups::new()?;
@@ -285,8 +289,28 @@ impl Capture {
             slots,
             &self.wakeups,
         )?;
+        self.make_ready()?;
         self.timeline.done("precopy");
         Fault::Precopy.point()?;
+        Ok(())
+    }
+
+    /// Takes what the frozen window will need while the application runs: memory, which is dear
+    /// where it is touched for the first time, and what this processor tells of itself, for which a
+    /// hypervisor may have to be asked.
+    fn make_ready(&mut self) -> Result<(), CheckpointError> {
+        /// What is put together of records takes a few times their room.
+        const TIMES: usize = 3;
+        /// An application so large stands still for longer anyway.
+        const MOST: usize = 256 << 20;
+        let _ = Layout::ours();
+        let mut iterators = self.iterators.borrow_mut();
+        let tasks = iterators.threads(self.scope())?;
+        let registers = tasks.threads.len() * size_of::<RegistersRec>();
+        let room = iterators.room() + registers;
+        iterators.make_room(room);
+        drop((iterators, tasks));
+        heap::warm((room * TIMES).min(MOST));
         Ok(())
     }
 

@@ -10,6 +10,7 @@ pub mod eventfile;
 pub mod fanotify;
 pub mod fd;
 pub mod filesystem;
+pub mod heap;
 pub mod huge;
 pub mod identity;
 pub mod inode;
