@@ -111,15 +111,23 @@ impl Copier {
         let mut free = self.pending.free();
         // What a running process has is written at once: it may be copied again.
         let mut room = |part: &Part| (!moving).then(|| free.take(part.bytes())).flatten();
+        let pages: u64 = parts.iter().map(Part::pages).sum();
         let jobs: Vec<_> = parts.iter().map(|part| (part, room(part))).collect();
         let copied = Mutex::new(Copied::default());
-        each_with(&mut self.buffers, jobs, |(part, room), buffer| {
-            let done = copy_part(store, pid, part, room, buffer, moving)?;
-            let mut copied = copied.lock().unwrap_or_else(PoisonError::into_inner);
-            copied.add(&done.runs);
-            copied.kept.extend(done.kept);
-            Ok::<_, CheckpointError>(())
-        })?;
+        // To start another thread takes as long as to read some hundred pages.
+        let threads = usize::try_from(pages / PART).unwrap_or(usize::MAX).max(1);
+        let threads = threads.min(self.buffers.len());
+        each_with(
+            &mut self.buffers[..threads],
+            jobs,
+            |(part, room), buffer| {
+                let done = copy_part(store, pid, part, room, buffer, moving)?;
+                let mut copied = copied.lock().unwrap_or_else(PoisonError::into_inner);
+                copied.add(&done.runs);
+                copied.kept.extend(done.kept);
+                Ok::<_, CheckpointError>(())
+            },
+        )?;
         let mut copied = copied.into_inner().unwrap_or_else(PoisonError::into_inner);
         self.pending.keep(std::mem::take(&mut copied.kept));
         let unchanged = pieces.iter().filter(|piece| !piece.copy);

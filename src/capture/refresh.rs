@@ -20,7 +20,7 @@ const BRIEF: Duration = Duration::from_millis(500);
 impl Capture {
     /// Copies again what was written since [`Capture::precopy`], so that less is left for the
     /// frozen window. If that is much the application is stopped for as long as it takes to see
-    /// which pages these are. With `write_later`, pages that are copied in the frozen window wait in
+    /// which pages these are; where the kernel does not tell which they are nothing is copied. With `write_later`, pages that are copied in the frozen window wait in
     /// memory until [`Capture::write_rest`]: only for an application that is left running.
     ///
     /// # Errors
@@ -31,7 +31,8 @@ impl Capture {
         slots: &mut Slots,
         write_later: bool,
     ) -> Result<(), CheckpointError> {
-        if !self.memory.stats().dirty_tracking {
+        let tracking = self.memory.stats().dirty_tracking;
+        if !tracking && !write_later {
             return Ok(());
         }
         let scope = self.scope();
@@ -42,7 +43,7 @@ impl Capture {
             self.memory.reserve(written);
         }
         for _ in 0..ROUNDS {
-            if written < WORTHWHILE {
+            if written < WORTHWHILE || !tracking {
                 break;
             }
             let looked = self.look_frozen();
