@@ -9,6 +9,7 @@ use super::events::{
 use super::record::{Malformed, Raw, c_text};
 use crate::model::frozen::Registers;
 use crate::sys::xstate::Layout;
+use std::collections::HashMap;
 
 /// What a pass over the tasks found. Zombies are included.
 #[derive(Clone, Debug, Default)]
@@ -27,9 +28,18 @@ pub struct Tasks {
     pub aio: Vec<AioRec>,
     /// What is undone of System V semaphore operations when a process ends.
     pub sem_undos: Vec<SemUndoRec>,
-    /// Registers of frozen threads, if they were asked for; not of all, see
+    /// Registers of frozen threads by TID, if they were asked for; not of all, see
     /// [`Iterators::frozen_tasks`](super::iter::Iterators::frozen_tasks).
-    pub registers: Vec<RegistersRec>,
+    pub registers: HashMap<u32, ThreadRegisters>,
+}
+
+/// The registers of a thread, as ptrace(2) would tell them.
+#[derive(Clone, Debug)]
+pub struct ThreadRegisters {
+    /// General registers.
+    pub general: Registers,
+    /// Extended registers in the standard XSAVE format.
+    pub extended: Vec<u8>,
 }
 
 /// An open descriptor.
@@ -158,9 +168,17 @@ impl ThreadRec {
 }
 
 impl RegistersRec {
-    /// General registers as ptrace(2) would tell them.
+    /// What it says, if it is of a processor of this layout.
     #[must_use]
-    pub fn general(&self) -> Registers {
+    pub fn read(&self, layout: &Layout) -> Option<ThreadRegisters> {
+        let kept = self.xstate.get(..self.xstate_len as usize)?;
+        Some(ThreadRegisters {
+            general: self.general(),
+            extended: layout.standard(kept, self.user_xfeatures, self.pkru)?,
+        })
+    }
+
+    fn general(&self) -> Registers {
         let [
             r15,
             r14,
@@ -210,14 +228,6 @@ impl RegistersRec {
             fs: self.fs.into(),
             gs: self.gs.into(),
         }
-    }
-
-    /// Extended registers in the standard XSAVE format, as ptrace(2) would tell them; `None` if
-    /// the record is none of a processor of this layout.
-    #[must_use]
-    pub fn extended(&self, layout: &Layout) -> Option<Vec<u8>> {
-        let kept = self.xstate.get(..self.xstate_len as usize)?;
-        layout.standard(kept, self.user_xfeatures, self.pkru)
     }
 }
 

@@ -4,8 +4,10 @@
 //! (more than a second under emulation) and is done before anything is frozen, or was done by
 //! somebody who lends them; a pass in the frozen window costs about as much as copying the records.
 
-use super::events::{MqueueDataRec, ProcessRec, RecKind, TRK_WINDOW, VmaRec, WaitingRec};
-pub use super::found::{Detail, File, Files, Tasks, Waiting, user_dev};
+use super::events::{
+    MqueueDataRec, ProcessRec, RecKind, RegistersRec, TRK_WINDOW, VmaRec, WaitingRec,
+};
+pub use super::found::{Detail, File, Files, Tasks, ThreadRegisters, Waiting, user_dev};
 pub use super::instance::LoadError;
 use super::instance::{Instance, Pass};
 use super::lent::Lent;
@@ -13,6 +15,7 @@ pub use super::lent::{Loan, LoanError};
 use super::pass::{self, Buffer, Target};
 use super::programs::Programs;
 use super::record::{Malformed, Raw, records};
+use crate::sys::xstate::Layout;
 use libbpf_rs::{RingBuffer, RingBufferBuilder};
 use serde::Serialize;
 use std::io;
@@ -443,7 +446,11 @@ impl Iterators {
                 RecKind::PROCESS => found.processes.push(raw.decode()?),
                 RecKind::MM => found.mms.push(raw.decode()?),
                 RecKind::SIGACTIONS => found.sigactions.push(raw.decode()?),
-                RecKind::REGISTERS => found.registers.push(raw.decode()?),
+                RecKind::REGISTERS => {
+                    let rec: RegistersRec = raw.decode()?;
+                    let read = Layout::ours().and_then(|layout| rec.read(layout));
+                    found.registers.extend(read.map(|read| (rec.tid, read)));
+                }
                 _ => found.threads.push(raw.decode()?),
             }
         }

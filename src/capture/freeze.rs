@@ -138,13 +138,13 @@ impl Capture {
             return Err(self.late());
         }
         Fault::Freeze.point()?;
-        let tasks = self.settled_tasks()?;
+        let mut tasks = self.settled_tasks()?;
         let blockers = self.blockers_among(&tasks);
         if !blockers.is_empty() {
             return Ok(blockers);
         }
         let (now, clocks) = clocks::read(self.offsets)?;
-        let tracees = Tracees::stop(&tasks, &self.wakeups, limit, &now)?;
+        let tracees = Tracees::stop(&mut tasks, &self.wakeups, limit, &now)?;
         self.frozen = Some(Frozen {
             tasks,
             open: Files::default(),

@@ -300,7 +300,7 @@ impl Capture {
     /// hypervisor may have to be asked.
     fn make_ready(&mut self) -> Result<(), CheckpointError> {
         /// What is put together of records takes a few times their room.
-        const TIMES: usize = 3;
+        const TIMES: usize = 4;
         /// An application so large stands still for longer anyway.
         const MOST: usize = 256 << 20;
         let _ = Layout::ours();
@@ -345,7 +345,7 @@ impl Capture {
         self.view = Rc::new(View::of(&frozen.tasks, &self.ours)?);
         self.target.header.namespaces = namespaces::read(&frozen.tasks, &self.ours, &self.view)?;
         frozen.processes =
-            tasks::processes(&frozen.tasks, &frozen.tracees, &frozen.now, &self.view)?;
+            tasks::processes(&frozen.tasks, &mut frozen.tracees, &frozen.now, &self.view)?;
         let top = &self.target.cgroup;
         self.target.header.cgroups = cgroups::read(top, &frozen.tasks, &mut frozen.processes)?;
         self.target.header.semaphores = semaphores::read(&frozen.tasks)?;

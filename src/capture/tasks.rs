@@ -29,7 +29,7 @@ const MMF_DISABLE_THP: u64 = 1 << 24;
 /// A thread or a file of /proc cannot be read.
 pub fn processes(
     tasks: &Tasks,
-    tracees: &Tracees,
+    tracees: &mut Tracees,
     now: &Now,
     view: &View,
 ) -> Result<Vec<Process>, CheckpointError> {
@@ -55,6 +55,10 @@ pub fn processes(
             view,
         };
         found.push(one.process()?);
+    }
+    let live = found.iter_mut().filter(|process| process.zombie.is_none());
+    for thread in live.flat_map(|process| &mut process.threads) {
+        thread.xstate = tracees.take_xstate(thread.tid)?;
     }
     Ok(parents_first(found))
 }
@@ -194,7 +198,8 @@ impl Assembly<'_> {
             tid,
             comm: comm(rec),
             regs: stopped.regs,
-            xstate: threads::xstate(stopped)?,
+            // Read last of all.
+            xstate: Vec::new(),
             syscall: stopped.syscall,
             sigmask: if temporary {
                 rec.saved_sigmask

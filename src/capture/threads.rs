@@ -5,13 +5,12 @@ use super::error::CheckpointError;
 use super::restart::{self, Now};
 use super::wakeups::Wakeups;
 use crate::bpf::events::ThreadRec;
-use crate::bpf::iter::Tasks;
+use crate::bpf::iter::{Tasks, ThreadRegisters};
 use crate::model::frozen::{Registers, Rseq, SigInfo, SyscallInProgress};
 use crate::model::ids::{Pid, Tid};
 use crate::sys::memory::read_words;
 use crate::sys::process::CallError;
 use crate::sys::ptrace::{self, Options, Stop};
-use crate::sys::xstate::Layout;
 use nix::errno::Errno;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -106,20 +105,13 @@ impl Tracees {
     /// A thread is traced by somebody else, or does not stop before the deadline (a
     /// parent in vfork(2), which no ptrace stops).
     pub fn stop(
-        tasks: &Tasks,
+        tasks: &mut Tasks,
         wakeups: &Wakeups,
         limit: Duration,
         now: &Now,
     ) -> Result<Self, CheckpointError> {
+        let mut known = std::mem::take(&mut tasks.registers);
         let records = Records::of(tasks, now, |_| true);
-        let mut known = HashMap::new();
-        if let Some(layout) = Layout::ours() {
-            for told in &tasks.registers {
-                if let Some(xstate) = told.extended(layout) {
-                    known.insert(told.tid, (told.general(), xstate));
-                }
-            }
-        }
         Self::read(&records, &mut known, Some(wakeups), limit)
     }
 
@@ -138,7 +130,7 @@ impl Tracees {
 
     fn read(
         records: &Records<'_>,
-        known: &mut HashMap<u32, (Registers, Vec<u8>)>,
+        known: &mut HashMap<u32, ThreadRegisters>,
         wakeups: Option<&Wakeups>,
         limit: Duration,
     ) -> Result<Self, CheckpointError> {
@@ -146,7 +138,7 @@ impl Tracees {
         let mut this = Self::default();
         for &rec in &records.threads {
             let told = known.remove(&rec.tid);
-            let told = told.map(|(found, xstate)| records.read(rec, found, Some(xstate)));
+            let told = told.map(|told| records.read(rec, told.general, Some(told.extended)));
             match told {
                 Some(thread) if !records.needs_ptrace(rec, &thread) => this.add(thread),
                 _ => {
@@ -230,6 +222,19 @@ impl Tracees {
         self.threads.get(*at)
     }
 
+    /// The extended registers of one thread in the standard XSAVE format, to be asked for once.
+    ///
+    /// # Errors
+    /// `ESRCH`: it is not stopped.
+    pub fn take_xstate(&mut self, tid: Tid) -> Result<Vec<u8>, CallError> {
+        let at = self.places.get(&tid);
+        let thread = at.and_then(|at| self.threads.get_mut(*at));
+        match thread.and_then(|thread| thread.xstate.take()) {
+            Some(known) => Ok(known),
+            None => ptrace::xstate(tid),
+        }
+    }
+
     /// Lets go without undoing anything: the threads are about to be killed.
     pub fn abandon(mut self) {
         self.untouched = true;
@@ -252,17 +257,6 @@ impl Drop for Tracees {
                 tracing::debug!("{e}");
             }
         }
-    }
-}
-
-/// Extended registers in the standard XSAVE format.
-///
-/// # Errors
-/// `ESRCH`: it is not stopped.
-pub fn xstate(thread: &Stopped) -> Result<Vec<u8>, CallError> {
-    match &thread.xstate {
-        Some(known) => Ok(known.clone()),
-        None => ptrace::xstate(thread.tid),
     }
 }
 

@@ -12,7 +12,6 @@ use tracker::bpf::iter::{Iterators, Scope};
 use tracker::model::ids::{Pid, Tid};
 use tracker::sys::cgroup::{Cgroup, Event};
 use tracker::sys::ptrace::{self, Options};
-use tracker::sys::xstate::Layout;
 
 use crate::sys::{Child, fork_running};
 
@@ -102,7 +101,6 @@ pub fn frozen_registers(iterators: &mut Iterators) -> Result<()> {
 }
 
 fn compare(iterators: &mut Iterators, dir: &Path) -> Result<()> {
-    let layout = Layout::ours().context("This processor has no XSAVE")?;
     let scope = Scope::Cgroup(fs::metadata(dir)?.ino());
     let cgroup = Cgroup::open(dir)?;
     let mut children: Vec<Child> = Vec::new();
@@ -127,18 +125,18 @@ fn compare(iterators: &mut Iterators, dir: &Path) -> Result<()> {
             "{} threads",
             tasks.threads.len()
         );
-        for record in &tasks.registers {
-            let tid = Tid(record.tid.cast_signed());
+        for (tid, record) in tasks.registers {
+            let tid = Tid(tid.cast_signed());
             ptrace::seize(tid, Options::SYSGOOD)?;
             ptrace::interrupt(tid)?;
             ptrace::wait_stop(tid)?;
             let general = ptrace::registers(tid)?;
             ensure!(
-                record.general() == general,
+                record.general == general,
                 "round {round}: {:x?} where ptrace has {general:x?}",
-                record.general()
+                record.general
             );
-            let mut ours = record.extended(layout).context("No XSAVE area")?;
+            let mut ours = record.extended;
             let mut theirs = ptrace::xstate(tid)?;
             ours[MXCSR_MASK].fill(0);
             theirs[MXCSR_MASK].fill(0);
