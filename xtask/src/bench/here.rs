@@ -2,7 +2,8 @@
 //!
 //! An emulator hides what real processors are good at, and a virtual machine is all that CRIU can
 //! be compared in. Whether the frozen window grows with what is idle needs no peer: two programs
-//! of one kind have checkpoints in turns, and run on.
+//! of one kind have checkpoints in turns, and run on. What the kernel's freezer takes for the one
+//! with many, with nobody looking at it, no checkpoint can do without.
 
 use std::fs;
 use std::path::PathBuf;
@@ -49,22 +50,24 @@ pub fn run(arguments: &Arguments, wanted: &str) -> Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     println!("Linux {}; milliseconds, medians", release.trim());
     println!(
-        "{:<14}{:>8}{:>10}{:>8}{:>10}{:>8}{:>10}{:>8}",
-        "", "few", "frozen", "many", "frozen", "ratio", "us each", "goal"
+        "{:<14}{:>8}{:>10}{:>8}{:>10}{:>10}{:>8}{:>10}{:>8}",
+        "", "few", "frozen", "many", "frozen", "freezer", "ratio", "us each", "goal"
     );
     for (kind, [few, many], objects) in rows {
         let programs = [Program::start(kind, *few)?, Program::start(kind, *many)?];
-        let mut times = [Vec::new(), Vec::new()];
+        let (mut times, mut alone) = ([Vec::new(), Vec::new()], Vec::new());
         for _ in 0..arguments.rounds {
             for (program, times) in programs.iter().zip(&mut times) {
                 times.push(program.checkpoint()?.frozen);
             }
+            alone.push(programs[1].freeze()?);
         }
         let [short, long] = times.map(median);
         let each = (long - short) * 1000.0 / f64::from((many - few) * objects);
         let goal = GOAL.0 * short + GOAL.1 * f64::from(many * objects);
         println!(
-            "{kind:<14}{few:>8}{short:>10.2}{many:>8}{long:>10.2}{:>8.1}{each:>10.2}{goal:>8.1}",
+            "{kind:<14}{few:>8}{short:>10.2}{many:>8}{long:>10.2}{:>10.2}{:>8.1}{each:>10.2}{goal:>8.1}",
+            median(alone),
             long / short
         );
     }
@@ -146,6 +149,36 @@ impl Program {
         fs::remove_dir_all(&image).with_context(|| format!("Remove {}", image.display()))?;
         said(&output.stdout)
     }
+
+    /// Has the kernel freeze and thaw it, and says how many milliseconds that took.
+    fn freeze(&self) -> Result<f64> {
+        let pid = fs::read_to_string(self.dir.join("ready"))?;
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let own = groups.lines().find_map(|line| line.strip_prefix("0::/"));
+        let group = cgroup2()?.join(own.context("In no cgroup of the unified hierarchy")?);
+        let (freeze, events) = (group.join("cgroup.freeze"), group.join("cgroup.events"));
+        let begun = Instant::now();
+        fs::write(&freeze, "1")?;
+        while !fs::read_to_string(&events)?.contains("frozen 1") {
+            if begun.elapsed() > PATIENCE {
+                fs::write(&freeze, "0")?;
+                bail!("{} does not freeze", self.name);
+            }
+        }
+        fs::write(&freeze, "0")?;
+        Ok(begun.elapsed().as_secs_f64() * 1000.0)
+    }
+}
+
+/// Where the unified hierarchy is mounted.
+fn cgroup2() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let mut fields = mounts.lines().map(|line| line.split(' '));
+    let point = fields.find_map(|mut fields| {
+        let (point, kind) = (fields.nth(1)?, fields.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(point))
+    });
+    point.context("No cgroup2 is mounted")
 }
 
 impl Drop for Program {
