@@ -91,10 +91,18 @@ impl ParseCallbacks for RustNames {
         (ours && item.name.chars().all(snake)).then(|| camel_case(item.name))
     }
 
-    /// What tells whether two sockets are alike, and what a network lock has.
+    /// What tells whether two sockets are alike, what a network lock has, and whether a connection
+    /// is what it was.
     fn add_derives(&self, info: &DeriveInfo<'_>) -> Vec<String> {
-        let compared =
-            ["SockOpts", "SockChoices", "LockFlowKey", "LockPortKey"].contains(&info.name);
+        let compared = [
+            "SockOpts",
+            "SockChoices",
+            "LockFlowKey",
+            "LockPortKey",
+            "WaitingRec",
+            "RecHdr",
+        ]
+        .contains(&info.name);
         let derives = ["PartialEq", "Eq", "Hash"];
         derives
             .iter()

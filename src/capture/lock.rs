@@ -110,10 +110,17 @@ impl Capture {
                 .add_frozen_to_lock(&mut lock)
                 .and_then(|()| Ok(lock.silence()?));
             self.lock = Some(lock);
+            self.silenced = true;
             silenced?;
         }
         Fault::Silence.point()?;
         self.may_go_on()
+    }
+
+    /// Whether packets of the application's connections have been dropped.
+    #[must_use]
+    pub fn was_silenced(&self) -> bool {
+        self.silenced
     }
 
     /// Whether packets are being dropped, by this capture or by the lock it left behind.

@@ -5,6 +5,7 @@ mod aio;
 mod attributes;
 mod cgroups;
 mod clocks;
+mod collect;
 mod contents;
 mod copier;
 mod eligibility;
@@ -54,7 +55,7 @@ use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
 use crate::image::Store;
 use crate::model::frozen::{
-    Application, ApplicationHeader, Blocker, Clocks, MessageQueue, Mm, Process, TcpConnection,
+    ApplicationHeader, Blocker, Clocks, MessageQueue, Mm, Process, TcpConnection,
 };
 use crate::model::ids::MmId;
 use crate::sys::cgroup::Event;
@@ -63,10 +64,9 @@ use crate::sys::process::raise_descriptor_limit;
 use crate::sys::xstate::Layout;
 use clocks::Offsets;
 use eligibility::Namespaces;
-use files::{Alike, Repaired, Still};
+use files::{Alike, Repaired};
 use guard::{Guard, Watch};
 use memory::Memory;
-use mm::Mapper;
 use restart::Now;
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -164,6 +164,8 @@ pub struct Capture {
     accept_queues: OnceCell<Option<String>>,
     /// The lock stays behind for a restore.
     lock_left: bool,
+    /// The lock has dropped what came for the application's connections.
+    silenced: bool,
     code: vdso::Code,
     ours: Namespaces,
     view: Rc<View>,
@@ -217,6 +219,7 @@ impl Capture {
             alike: Alike::default(),
             accept_queues: OnceCell::new(),
             lock_left: false,
+            silenced: false,
             code: vdso::Code::ours(),
             ours: Namespaces::ours(),
             view: Rc::default(),
@@ -243,6 +246,16 @@ impl Capture {
     fn may_go_on(&self) -> Result<(), CheckpointError> {
         self.wakeups.check()?;
         self.timeline.within(self.options.max_freeze)
+    }
+
+    /// Fails if somebody else has let the application run: what was read of it is void.
+    fn still_stands(&self) -> Result<(), CheckpointError> {
+        if self.target.cgroup.holds(Event::Frozen)? {
+            return Ok(());
+        }
+        Err(CheckpointError::Unstable(
+            "Somebody else has thawed its cgroup".into(),
+        ))
     }
 
     /// What cannot be carried.
@@ -328,119 +341,6 @@ impl Capture {
         Ok(files::orphans(&mut self.iterators.borrow_mut(), scope)?)
     }
 
-    /// Reads processes and memory. The application stays frozen; what its peers send is taken
-    /// in and acknowledged until [`Capture::silence`].
-    ///
-    /// # Errors
-    /// Something cannot be read or carried, or tracker was asked to stop.
-    pub fn collect_memory(
-        &mut self,
-        store: &dyn Store,
-        slots: &mut Slots,
-    ) -> Result<(), CheckpointError> {
-        let scope = self.scope();
-        let Some(frozen) = &mut self.frozen else {
-            return Err(CheckpointError::Unstable("It is not frozen".into()));
-        };
-        self.view = Rc::new(View::of(&frozen.tasks, &self.ours)?);
-        self.target.header.namespaces = namespaces::read(&frozen.tasks, &self.ours, &self.view)?;
-        frozen.processes =
-            tasks::processes(&frozen.tasks, &mut frozen.tracees, &frozen.now, &self.view)?;
-        let top = &self.target.cgroup;
-        self.target.header.cgroups = cgroups::read(top, &frozen.tasks, &mut frozen.processes)?;
-        self.target.header.semaphores = semaphores::read(&frozen.tasks)?;
-        let waits = message_queues::frozen_waits(&frozen.processes);
-        let queues = message_queues::read(&frozen.tasks, &waits)?;
-        self.timeline.done("tasks");
-        Fault::Tasks.point()?;
-        self.wakeups.check()?;
-        self.timeline.within(self.options.max_freeze)?;
-
-        let mut iterators = self.iterators.borrow_mut();
-        let vmas = iterators.vmas_of(scope, &frozen.tasks.processes)?;
-        drop(iterators);
-        let segments = sysv::segments()?;
-        let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks);
-        blockers.extend(aio::unmapped(&frozen.tasks, &vmas));
-        blockers.extend(files::leased_and_mapped(&frozen.open, &vmas));
-        blockers.extend(uring::unopened(&vmas, &frozen.open));
-        let sets = &self.target.header.semaphores;
-        blockers.extend(semaphores::blockers(&frozen.tasks, sets));
-        blockers.extend(message_queues::blockers(&frozen.tasks, &queues));
-        if !blockers.is_empty() {
-            return Err(CheckpointError::Blocked(blockers));
-        }
-        frozen.message_queues = message_queues::carried(queues)?;
-        let mapper = Mapper::new(segments, frozen.tasks.aio.clone(), Rc::clone(&self.view));
-        frozen.mms =
-            self.memory
-                .collect(&frozen.tasks, &vmas, mapper, store, slots, &self.wakeups)?;
-        self.timeline.done("memory");
-        self.may_go_on()
-    }
-
-    /// Reads the descriptors, with the network silent, and returns all there is. The
-    /// application stays frozen.
-    ///
-    /// # Errors
-    /// Something cannot be read or carried, or tracker was asked to stop.
-    pub fn collect_files(
-        &mut self,
-        store: &dyn Store,
-        slots: &mut Slots,
-    ) -> Result<Application, CheckpointError> {
-        let Some(frozen) = &mut self.frozen else {
-            return Err(CheckpointError::Unstable("It is not frozen".into()));
-        };
-        let scope = Scope::Cgroup(self.target.cgroup.id());
-        let still = Still {
-            found: &frozen.open,
-            tasks: &frozen.tasks,
-            scope,
-            now: &frozen.now,
-            view: &self.view,
-        };
-        let read = files::collect(
-            still,
-            &mut self.iterators.borrow_mut(),
-            self.memory.contents(),
-            std::mem::take(&mut self.alike),
-        )?;
-        frozen.repaired = read.repaired;
-        self.timeline.done("files");
-        Fault::Files.point()?;
-        self.wakeups.check()?;
-        self.timeline.within(self.options.max_freeze)?;
-
-        let contents = self.memory.copy_contents(store, slots)?;
-        self.timeline.done("contents");
-
-        let release = nix::sys::utsname::uname().map(|u| u.release().to_owned());
-        Ok(Application {
-            header: ApplicationHeader {
-                kernel_release: release.unwrap_or_default().to_string_lossy().into_owned(),
-                clocks: frozen.clocks,
-                message_queues: std::mem::take(&mut frozen.message_queues),
-                ..self.target.header.clone()
-            },
-            processes: std::mem::take(&mut frozen.processes),
-            mms: std::mem::take(&mut frozen.mms),
-            files: read.files,
-            ofds: read.ofds,
-            contents,
-        })
-    }
-
-    /// Writes what was left to be written later.
-    ///
-    /// # Errors
-    /// The carrier is full.
-    pub fn write_rest(&mut self, store: &dyn Store) -> Result<(), CheckpointError> {
-        self.memory.write_pending(store)?;
-        self.timeline.done("write");
-        Ok(())
-    }
-
     /// Ends the application: call it when the image is sealed. The network lock stays behind,
     /// pinned, until a restore or the next boot.
     ///
@@ -452,6 +352,7 @@ impl Capture {
         if let Some(frozen) = &mut self.frozen {
             files::silence(&frozen.open, &mut frozen.repaired)?;
         }
+        self.still_stands()?;
         if let Some(lock) = &mut self.lock {
             std::fs::create_dir_all(PIN_DIR).map_err(CheckpointError::io("mkdir", PIN_DIR))?;
             lock.pin(&pin_dir(&self.target.header))?;

@@ -66,6 +66,7 @@ struct Outcome<'a> {
     iterators: Origin,
     verification: Option<&'a Verification>,
     network_locked: bool,
+    silenced: bool,
     left_running: bool,
     #[serde(flatten)]
     durations: Durations,
@@ -119,8 +120,12 @@ fn take(
     capture.freeze()?;
     let comparison = known.compare(|| vec![capture.found()]);
     capture.collect_memory(store, &mut slots)?;
-    capture.silence()?;
-    let application = capture.collect_files(store, &mut slots)?;
+    let application = if leave_running {
+        capture.collect_talking_files(store, &mut slots)?
+    } else {
+        capture.silence()?;
+        capture.collect_files(store, &mut slots)?
+    };
     let verification = comparison.result();
     capture.reached("verify");
     if leave_running {
@@ -162,6 +167,7 @@ fn report(
         iterators,
         verification,
         network_locked: capture.is_locked(),
+        silenced: capture.was_silenced(),
         left_running: args.leave_running,
         durations,
     };

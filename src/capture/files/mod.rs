@@ -98,6 +98,13 @@ impl Repaired {
         self.0.len()
     }
 
+    /// Has one of them talk again.
+    fn leave(&mut self, sock: u64) {
+        for connection in self.0.extract_if(.., |connection| connection.sock == sock) {
+            socket::undo(&connection);
+        }
+    }
+
     /// Leaves them in repair mode: the application is about to be killed, and a
     /// connection that is closed in repair mode sends nothing (tcp_close()).
     #[must_use]
@@ -143,7 +150,21 @@ pub(in crate::capture) struct Still<'a> {
     pub view: &'a View,
 }
 
-/// Reads the open files of frozen processes.
+/// Whether packets come while files are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::capture) enum Network {
+    /// None do: the network lock drops them.
+    Silent,
+    /// They do, and are answered.
+    Talking,
+}
+
+/// How often connections are read that something has arrived for meanwhile. With their application
+/// frozen, peers have soon said what they can without an answer.
+const READINGS: usize = 8;
+
+/// Reads the open files of frozen processes. Returns `None` if the network talks, and what comes
+/// does not cease, or waits to be accepted: with the network silent they can be read.
 ///
 /// `alike` is prepared for the kinds of their sockets. Bytes that no filesystem keeps are noted in
 /// `contents`. On an error everything borrowed is given back and every connection left as it was.
@@ -154,23 +175,40 @@ pub(in crate::capture) fn collect(
     still: Still<'_>,
     iterators: &mut Iterators,
     contents: &mut Contents,
-    alike: Alike,
-) -> Result<FrozenFiles, CollectError> {
+    alike: &mut Alike,
+    network: Network,
+) -> Result<Option<FrozenFiles>, CollectError> {
     let Still {
         found,
         tasks,
         scope,
         ..
     } = still;
+    let talking = network == Network::Talking;
+    let awaits = |file| accept::unaccepted(file).is_some();
+    if talking && (found.files.iter().any(awaits) || handshakes(found)) {
+        return Ok(None);
+    }
     let queues = accept::Queues::read(found, tasks, scope, iterators)?;
-    let connections = if connections(found).next().is_some() {
-        iterators.tcp_connections(scope, &tasks.processes)?
-    } else {
-        Vec::new()
+    let any = connections(found).next().is_some();
+    let mut look = || match any {
+        true => iterators.tcp_connections(scope, &tasks.processes),
+        false => Ok(Vec::new()),
     };
-    let mut reader = Reader::new(still, contents, alike, queues, connections);
+    let mut reader = Reader::new(still, contents, alike, queues, look()?);
     for file in &found.files {
         reader.describe(file)?;
+    }
+    let mut readings = 1;
+    while talking && reader.read_moved(found, look()?)? {
+        if readings == READINGS {
+            return Ok(None);
+        }
+        readings += 1;
+    }
+    if talking && reader.has_in_flight() {
+        // A connection may be among them, which no pass tells of.
+        return Ok(None);
     }
     reader.describe_in_flight(iterators)?;
     reader.describe_ended(iterators)?;
@@ -179,7 +217,7 @@ pub(in crate::capture) fn collect(
     reader.check_mqueues()?;
     let mut frozen = reader.finish();
     frozen.files = tables(found);
-    Ok(frozen)
+    Ok(Some(frozen))
 }
 
 /// The TCP connections among descriptors.

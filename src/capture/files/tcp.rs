@@ -40,6 +40,16 @@ pub fn is_told(rec: &WaitingRec) -> bool {
         && is_before(rec.snd_wl1, rec.rcv_nxt.wrapping_add(rec.rcv_wnd))
 }
 
+/// Whether nothing has happened to a connection between two records, and while they were made.
+pub fn is_still(before: &WaitingRec, now: &WaitingRec) -> bool {
+    // Our clock goes on whatever happens.
+    let told = |rec: &WaitingRec| WaitingRec {
+        timestamp: 0,
+        ..*rec
+    };
+    (before.flags | now.flags) & Flag::MOVING == 0 && told(before) == told(now)
+}
+
 /// Bytes that wait to be read, as `SIOCINQ` tells.
 pub fn unread(rec: &WaitingRec) -> usize {
     let waiting = rec.rcv_nxt.wrapping_sub(rec.copied_seq);
@@ -154,6 +164,29 @@ mod tests {
         assert_eq!(unread(&rec), 2);
         rec.copied_seq = rec.rcv_nxt;
         assert_eq!(unread(&rec), 0);
+    }
+
+    #[test]
+    fn what_stays_as_it_was_is_still() {
+        let before = idle();
+        let later = WaitingRec {
+            timestamp: before.timestamp + 5,
+            ..before
+        };
+        assert!(is_still(&before, &later));
+        let changes: [fn(&mut WaitingRec); 5] = [
+            |rec| rec.flags |= Flag::MOVING,
+            |rec| rec.rcv_nxt += 1,
+            |rec| rec.snd_una += 1,
+            |rec| rec.snd_wnd += 1,
+            |rec| rec.state = CLOSE_WAIT,
+        ];
+        for change in changes {
+            let mut other = later;
+            change(&mut other);
+            assert!(!is_still(&before, &other));
+            assert!(!is_still(&other, &later));
+        }
     }
 
     #[test]

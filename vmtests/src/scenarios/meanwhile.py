@@ -1,7 +1,9 @@
-"""Programs that are frozen, `server DIR` and `asks DIR`, and what reaches their sockets meanwhile,
-after the pass over their descriptors: `peer DIR CGROUP` and `forges DIR CGROUP`."""
+"""Programs that are frozen (`server DIR`, `asks DIR`, `echoes DIR`, `waits DIR`) and what reaches
+them meanwhile, most of it after the pass over their descriptors: `peer DIR CGROUP`, `forges DIR CGROUP`,
+`calls DIR CGROUP` and `thaws DIR CGROUP`."""
 
 import pathlib
+import selectors
 import socket
 import struct
 import sys
@@ -99,5 +101,61 @@ def forges(directory, cgroup):
         raw.sendto(message, ("127.0.0.1", 0))
 
 
-roles = {"server": server, "peer": peer, "asks": asks, "forges": forges}
+CALLERS = 30
+
+
+def echoes(directory):
+    with socket.create_server(ADDRESS) as listener, selectors.DefaultSelector() as selector:
+        publish(directory / "listens", "")
+        for _ in range(CALLERS):
+            selector.register(listener.accept()[0], selectors.EVENT_READ)
+        publish(directory / "ready", "")
+        count = 0
+        while selector.get_map():
+            for key, _ in selector.select():
+                asked = read(key.fileobj, 64)
+                if isinstance(asked, bytes) and asked:
+                    key.fileobj.sendall(asked)
+                    count += 1
+                else:
+                    selector.unregister(key.fileobj)
+        publish(directory / "result", str(count > CALLERS))
+
+
+def calls(directory, cgroup):
+    with selectors.DefaultSelector() as selector:
+        for _ in range(CALLERS):
+            connection = socket.create_connection(ADDRESS)
+            selector.register(connection, selectors.EVENT_READ, [0])
+            connection.sendall(b"0")
+        while not (directory / "go").exists():
+            for key, _ in selector.select(0.1):
+                answer = int(key.fileobj.recv(64))
+                if answer != key.data[0]:
+                    sys.exit(f"{answer} instead of {key.data[0]}")
+                key.data[0] += 1
+                key.fileobj.sendall(str(key.data[0]).encode())
+
+
+def waits(directory):
+    publish(directory / "ready", "")
+    await_that((directory / "go").exists)
+    publish(directory / "result", "went on")
+
+
+def thaws(directory, cgroup):
+    await_frozen(cgroup)
+    pathlib.Path(cgroup, "cgroup.freeze").write_text("0")
+
+
+roles = {
+    "server": server,
+    "peer": peer,
+    "asks": asks,
+    "forges": forges,
+    "echoes": echoes,
+    "calls": calls,
+    "waits": waits,
+    "thaws": thaws,
+}
 roles[sys.argv[1]](pathlib.Path(sys.argv[2]), *sys.argv[3:])

@@ -1,11 +1,12 @@
 //! What reaches sockets while their application is frozen, after the pass over its descriptors.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::services::PATIENCE;
 use super::{Kernels, Scenario};
 use crate::apps;
 use crate::image::Kernel;
+use crate::protocol::Status;
 use crate::vm::{Exec, Output, Vm};
 
 /// The scenarios of this file.
@@ -22,6 +23,18 @@ pub const SCENARIOS: &[Scenario] = &[
         configure: |builder| builder,
         run: error_frozen,
     },
+    Scenario {
+        name: "talks_frozen",
+        kernels: Kernels::Both,
+        configure: |builder| builder,
+        run: talks_frozen,
+    },
+    Scenario {
+        name: "thawed_frozen",
+        kernels: Kernels::Either,
+        configure: |builder| builder,
+        run: thawed_frozen,
+    },
 ];
 
 const PROGRAM: &str = "/root/meanwhile.py";
@@ -29,8 +42,9 @@ const NAME: &str = "meanwhile";
 const DIR: &str = "/root/meanwhile";
 const IMAGE: &str = "/root/meanwhile.image";
 
-/// Exit code of `tracker` for "not eligible".
+/// Exit codes of `tracker` for "not eligible" and "rolled back".
 const NOT_ELIGIBLE: i32 = 3;
+const ABORTED: i32 = 6;
 
 /// Starts the program that will be frozen.
 fn start(vm: &Vm, role: &str) -> Result<()> {
@@ -121,5 +135,75 @@ fn error_frozen(vm: &Vm) -> Result<()> {
 
     let result = result(vm)?;
     ensure!(result == "111, then b'answer'", "{result}");
+    Ok(())
+}
+
+/// Segments that this kernel has sent again (proc_net_snmp(5)): names in one line, numbers in the
+/// next.
+fn sent_again(vm: &Vm) -> Result<u64> {
+    let text = String::from_utf8(vm.read_file("/proc/net/snmp")?)?;
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, numbers) = (lines.next(), lines.next());
+    let mut pairs = std::iter::zip(
+        names.unwrap_or_default().split(' '),
+        numbers.unwrap_or_default().split(' '),
+    );
+    let (_, number) = pairs
+        .find(|(name, _)| *name == "RetransSegs")
+        .context("No RetransSegs in /proc/net/snmp")?;
+    Ok(number.parse()?)
+}
+
+/// Peers ask and ask again. An application that is left running misses nothing of it: no packet is
+/// dropped that its sender would have to send again.
+fn talks_frozen(vm: &Vm) -> Result<()> {
+    const CHECKPOINTS: usize = 15;
+    start(vm, "echoes")?;
+    let listens = vm.await_file(&format!("{DIR}/listens"), PATIENCE)?;
+    ensure!(listens, "The program does not listen");
+    let callers = start_other(vm, "calls")?;
+    await_ready(vm)?;
+
+    let before = sent_again(vm)?;
+    for _ in 0..CHECKPOINTS {
+        let checkpoint = apps::checkpoint(NAME, IMAGE, &["--leave-running", "--json"]);
+        let output = vm.exec(checkpoint.timeout(PATIENCE))?.check()?;
+        let said: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        ensure!(said["silenced"] == false, "It was silenced: {said}");
+        vm.sh(&format!("rm -r {IMAGE}"))?.check()?;
+    }
+    let after = sent_again(vm)?;
+    ensure!(
+        before == after,
+        "Sent again: {before} before, {after} after"
+    );
+
+    let result = result(vm)?;
+    ensure!(result == "True", "No call was answered");
+    let status = vm.wait(callers, PATIENCE)?;
+    ensure!(
+        status == Some(Status::Exited(0)),
+        "The callers ended with {status:?}"
+    );
+    Ok(())
+}
+
+/// Somebody lets the application run in the middle of a checkpoint, which is void then.
+fn thawed_frozen(vm: &Vm) -> Result<()> {
+    start(vm, "waits")?;
+    await_ready(vm)?;
+    let other = start_other(vm, "thaws")?;
+
+    let failed = checkpoint(vm)?;
+    let said = failed.error_text();
+    ensure!(
+        failed.code() == Some(ABORTED) && said.contains("Somebody else has thawed"),
+        "The checkpoint ended with {}:\n{said}",
+        failed.status
+    );
+    await_end(vm, other)?;
+
+    let result = result(vm)?;
+    ensure!(result == "went on", "{result}");
     Ok(())
 }

@@ -42,7 +42,7 @@ pub(super) struct Reader<'a> {
     watches: Map<u64, Vec<&'a WatchRec>>,
     locks: Map<u64, Vec<&'a LockRec>>,
     members: Map<u64, Vec<&'a MemberRec>>,
-    alike: Alike,
+    alike: &'a mut Alike,
     lender: Lender,
     ofds: BTreeMap<OfdId, OpenFile>,
     repaired: Repaired,
@@ -58,7 +58,7 @@ pub(super) struct Reader<'a> {
     terminals: BTreeMap<u64, (Pid, Fd, TtyRec, pty::Ends)>,
     messages: mqueue::Messages,
     accept_queues: accept::Queues,
-    /// TCP sockets now that nothing comes any more, by their addresses.
+    /// TCP sockets as they were just before they were read, by their addresses.
     connections: Map<u64, WaitingRec>,
     /// By the address of a message queue's inode: where it is open, and how often.
     mqueues: BTreeMap<u64, (Pid, Fd, MqueueRec, u32)>,
@@ -76,7 +76,7 @@ impl<'a> Reader<'a> {
     pub(super) fn new(
         still: Still<'a>,
         contents: &'a mut Contents,
-        alike: Alike,
+        alike: &'a mut Alike,
         accept_queues: accept::Queues,
         connections: Vec<WaitingRec>,
     ) -> Self {

@@ -1,15 +1,15 @@
 //! Sockets, and what is in flight over them.
 
 use super::Reader;
-use crate::bpf::events::SockRec;
-use crate::bpf::iter::{Detail, File, Iterators, ReadError, Scope};
+use crate::bpf::events::{SockRec, WaitingRec};
+use crate::bpf::iter::{Detail, File, Files, Iterators, ReadError, Scope};
 use crate::capture::files::borrow::place;
-use crate::capture::files::{CollectError, ended, filter, mqueue, socket, unix};
+use crate::capture::files::{CollectError, connections, ended, filter, mqueue, socket, tcp, unix};
 use crate::model::frozen::{
     Blocker, FileKind, Interfaces, Socket, SocketState, UnixMessage, UnixState,
 };
 use crate::model::ids::{Fd, OfdId, Pid};
-use crate::model::map::Map;
+use crate::model::map::{Map, Set};
 use crate::sys::tcp::state::LISTEN;
 use nix::libc;
 use std::io::ErrorKind;
@@ -45,7 +45,7 @@ impl Reader<'_> {
         }
         let from = self.lender.borrow(file)?;
         if i32::from(sock.family) != libc::AF_UNIX {
-            let read = socket::read(from, sock, now, &mut self.alike, members)?;
+            let read = socket::read(from, sock, now, self.alike, members)?;
             self.repaired.0.extend(read.repaired);
             self.ended.extend(read.ended.map(|from| (id, from)));
             return self.with_accept_queue(file, sock, read.socket);
@@ -79,6 +79,42 @@ impl Reader<'_> {
             interfaces: Interfaces::default(),
             state: SocketState::Unix(unix),
         })))
+    }
+
+    /// Reads those connections again that are not what they were before they were read; returns
+    /// whether there were any. `now` is a pass made since.
+    pub(in crate::capture::files) fn read_moved(
+        &mut self,
+        found: &Files,
+        now: Vec<WaitingRec>,
+    ) -> Result<bool, CollectError> {
+        let before = std::mem::take(&mut self.connections);
+        let moved =
+            |rec: &WaitingRec| !before.get(&rec.sock).is_some_and(|b| tcp::is_still(b, rec));
+        let moved: Set<u64> = now
+            .iter()
+            .filter(|rec| moved(rec))
+            .map(|r| r.sock)
+            .collect();
+        self.connections = now.into_iter().map(|rec| (rec.sock, rec)).collect();
+        for (file, sock) in connections(found) {
+            // One that has no record any more has moved, too.
+            if self.connections.contains_key(&sock.sock) && !moved.contains(&sock.sock) {
+                continue;
+            }
+            let id = OfdId(file.rec.file);
+            self.repaired.leave(sock.sock);
+            self.ended.retain(|(ended, _)| *ended != id);
+            self.ofds.remove(&id);
+            self.describe(file)?;
+        }
+        Ok(!moved.is_empty())
+    }
+
+    /// Whether any messages are known that have descriptors with them.
+    pub(in crate::capture::files) fn has_in_flight(&self) -> bool {
+        let mut messages = self.in_flight.iter().flat_map(|(_, queue)| queue);
+        messages.any(|message| !message.fds.is_empty())
     }
 
     /// Descriptors in flight are in no table but, as duplicates, in ours: a pass
