@@ -230,16 +230,11 @@ TRK_ASSERT_SIZE(struct thread_rec, 512);
 /* The registers of a frozen thread, as x86-64 has them. */
 #define TRK_GENERAL_REGS 21
 #define TRK_XSTATE_LEN 3072
-enum general_register { /* places in struct pt_regs, which ptrace(2) has as well */
-	REG_CS = 17,
-	REG_FLAGS = 18,
-	REG_SS = 20,
-};
 struct registers_rec {
 	struct rec_hdr hdr;
 	__u32 tid;
 	__u32 xstate_len;
-	__u64 general[TRK_GENERAL_REGS]; /* what a kernel with FRED keeps above segments included */
+	__u64 general[TRK_GENERAL_REGS]; /* struct pt_regs */
 	__u64 fs_base;
 	__u64 gs_base;
 	__u16 ds;

@@ -2,6 +2,7 @@
 /* iter/task: the registers of threads that stand in the freezer. */
 
 #define X86_EFLAGS_TF 0x100
+#define EFLAGS 18 /* place in struct pt_regs */
 #define TASK_UNINTERRUPTIBLE 2
 
 struct registers_rec out_registers;
@@ -52,7 +53,7 @@ static __always_inline bool fill_registers(struct registers_rec *r, struct task_
 	if (bpf_core_type_size(struct pt_regs) < sizeof(r->general) ||
 	    bpf_probe_read_kernel(&r->general, sizeof(r->general), regs))
 		return false;
-	if (r->general[REG_FLAGS] & X86_EFLAGS_TF)
+	if (r->general[EFLAGS] & X86_EFLAGS_TF)
 		return false;
 	fpstate = BPF_CORE_READ(fpu_of(task), fpstate);
 	size = BPF_CORE_READ(fpstate, size);
@@ -62,7 +63,6 @@ static __always_inline bool fill_registers(struct registers_rec *r, struct task_
 	if (size > sizeof(r->xstate))
 		return false;
 	r->xstate_len = size;
-	return !bpf_probe_read_kernel(&r->xstate, size,
-				      (void *)fpstate +
-					      bpf_core_field_offset(struct fpstate, regs));
+	return !bpf_probe_read_kernel(
+		&r->xstate, size, (void *)fpstate + bpf_core_field_offset(struct fpstate, regs));
 }

@@ -167,7 +167,7 @@ mod tests {
     const USER: u64 = FP | SSE | AVX | 1 << PKRU | 1 << 17;
 
     fn kept(present: u64, compacted: u64, rest: &[u8]) -> Vec<u8> {
-        let mut kept: Vec<u8> = (0..HEADER_END).map(|at| (at % 251) as u8 + 1).collect();
+        let mut kept: Vec<u8> = (1..=251).cycle().take(HEADER_END).collect();
         kept[XSTATE_BV..][..8].copy_from_slice(&present.to_le_bytes());
         kept[XCOMP_BV..][..8].copy_from_slice(&compacted.to_le_bytes());
         kept.extend(rest);
