@@ -47,6 +47,8 @@ pub enum Fault {
     BeforeKexec,
     /// In early boot: nothing was restored yet.
     Stage,
+    /// The restorer was born in the application's cgroup; `kill` is what some kernels do to it.
+    RestoreBirth,
     /// Everything the application had open was opened; it has no process yet.
     RestoreFiles,
     /// Its processes and their memory are back.
@@ -122,6 +124,7 @@ impl Fault {
             Self::KexecLoad => "kexec-load",
             Self::BeforeKexec => "before-kexec",
             Self::Stage => "stage",
+            Self::RestoreBirth => "restore-birth",
             Self::RestoreFiles => "restore-files",
             Self::RestoreMemory => "restore-memory",
             Self::RestoreRelease => "restore-release",

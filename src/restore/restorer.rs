@@ -27,18 +27,20 @@ use crate::model::ids::Pid;
 use crate::model::plan::{self, Step};
 use crate::sys::area::exit_now;
 use crate::sys::process::{
-    Fork, fork_in_cgroup, fork_with_pid, quiet_signals, raise_descriptor_limit, raise_limit,
+    CallError, Fork, fork_in_cgroup, fork_with_pid, quiet_signals, raise_descriptor_limit,
+    raise_limit,
 };
 use crate::sys::ptrace;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
@@ -80,7 +82,6 @@ pub fn restore(
     options: &RestoreOptions,
     stands: impl FnOnce() -> Result<(), RestoreError>,
 ) -> Result<Restored, RestoreError> {
-    let pipe = || unistd::pipe().map_err(RestoreError::system("pipe"));
     check_supported(app)?;
     let is_taken = |number| options.led_elsewhere.contains(&number);
     let restorer = pids::restorer_pid(app, options.spare.clone(), is_taken)?;
@@ -104,66 +105,133 @@ pub fn restore(
     }
     huge::check(app)?;
     let cgroup = cgroups::make_all(app, options)?;
-    let ((reader, writer), (gate, opener)) = (pipe()?, pipe()?);
-    let forked = match &cgroup {
-        // Sockets and memory are accounted where their maker is.
-        Some(cgroup) => fork_in_cgroup(Some(restorer), libc::SIGCHLD, cgroup.as_fd()),
-        None => fork_with_pid(Some(restorer), libc::SIGCHLD),
-    };
+    let Begun {
+        pid,
+        mut reader,
+        opener,
+    } = begin(&task, restorer, cgroup.as_ref())?;
     drop(cgroup);
-    match forked? {
+    let mut opener = Some(opener);
+    let mut allowed = Ok(());
+    let mut allow = |step: Result<(), RestoreError>| {
+        if let Some(opener) = &mut opener
+            && step.is_ok()
+        {
+            let _ = opener.write_all(&[OPEN]);
+        } else {
+            // One whose gate is closed ends.
+            opener = None;
+            allowed = step;
+        }
+    };
+    let mut said = read_byte(&mut reader);
+    if said == Some(MAPPED) {
+        allow(fill::fill(app, image));
+        said = read_byte(&mut reader);
+    }
+    if said == Some(STANDS) {
+        allow(stands());
+        said = read_byte(&mut reader);
+    }
+    let report = said.map(|code| (code, rest(reader)));
+    let status = reap(pid)?;
+    allowed?;
+    match report {
+        Some((0, _)) => {
+            cgroups::limit(app, options);
+            Ok(Restored {
+                roots: roots(app).collect(),
+            })
+        }
+        Some((code, message)) => Err(RestoreError::Restorer { code, message }),
+        None => Err(ended(pid, status)),
+    }
+}
+
+/// A restorer that has begun, and our side of what it and we tell each other.
+struct Begun {
+    pid: Pid,
+    reader: File,
+    opener: File,
+}
+
+/// Has the restorer begin in the application's cgroup: sockets and memory are accounted where their
+/// maker is.
+fn begin(task: &Task<'_>, restorer: Pid, cgroup: Option<&File>) -> Result<Begun, RestoreError> {
+    if let Some(cgroup) = cgroup {
+        let fork = || fork_in_cgroup(Some(restorer), libc::SIGCHLD, cgroup.as_fd());
+        match attempt(task, fork, None)? {
+            Ok(begun) => return Ok(begun),
+            // Some kernels compare how often the parent's cgroup and this one had all their
+            // processes killed (`kill_seq` in kernel/cgroup/cgroup.c, of 6.18 for one), and take
+            // the child for one that was forked while this one had.
+            Err(WaitStatus::Signaled(_, Signal::SIGKILL, _)) => {
+                tracing::debug!("the restorer, born in its cgroup, was killed; it is moved there");
+            }
+            Err(status) => return Err(ended(restorer, status)),
+        }
+    }
+    let fork = || fork_with_pid(Some(restorer), libc::SIGCHLD);
+    attempt(task, fork, cgroup)?.map_err(|status| ended(restorer, status))
+}
+
+/// Forks a restorer, which is moved into `cgroup` before it does anything. The inner error is how
+/// one ended that has not begun.
+fn attempt(
+    task: &Task<'_>,
+    fork: impl FnOnce() -> Result<Fork, CallError>,
+    cgroup: Option<&File>,
+) -> Result<Result<Begun, WaitStatus>, RestoreError> {
+    let pipe = || unistd::pipe().map_err(RestoreError::system("pipe"));
+    let ((reader, writer), (gate, opener)) = (pipe()?, pipe()?);
+    match fork()? {
         Fork::Child => {
             drop((reader, opener));
+            let name = &task.app.header.name;
+            if cgroup.is_none() && Fault::RestoreBirth.point_of(name).is_err() {
+                exit_now(i32::from(ExitCode::RestoreFailed as u8));
+            }
             let caller = Caller {
                 gate: File::from(gate),
                 report: File::from(writer),
             };
-            child(&task, caller)
+            child(task, caller)
         }
         Fork::Parent(pid) => {
             drop((writer, gate));
-            let mut reader = File::from(reader);
-            let mut opener = Some(File::from(opener));
-            let mut allowed = Ok(());
-            let mut allow = |step: Result<(), RestoreError>| {
-                if let Some(opener) = &mut opener
-                    && step.is_ok()
-                {
-                    let _ = opener.write_all(&[OPEN]);
-                } else {
+            let (mut reader, mut opener) = (File::from(reader), File::from(opener));
+            if read_byte(&mut reader) != Some(BEGUN) {
+                return Ok(Err(reap(pid)?));
+            }
+            if let Some(cgroup) = cgroup {
+                let file = format!("/proc/self/fd/{}/cgroup.procs", cgroup.as_raw_fd());
+                if let Err(error) = fs::write(&file, pid.to_string()) {
                     // One whose gate is closed ends.
-                    opener = None;
-                    allowed = step;
+                    drop(opener);
+                    reap(pid)?;
+                    let what = "Moving the restorer into the application's cgroup";
+                    return Err(RestoreError::io(what)(error));
                 }
-            };
-            let mut said = read_byte(&mut reader);
-            if said == Some(MAPPED) {
-                allow(fill::fill(app, image));
-                said = read_byte(&mut reader);
             }
-            if said == Some(STANDS) {
-                allow(stands());
-                said = read_byte(&mut reader);
-            }
-            let report = said.map(|code| (code, rest(reader)));
-            let raw = unistd::Pid::from_raw(pid.0);
-            let status = nix::sys::wait::waitpid(raw, None)
-                .map_err(RestoreError::system(format!("waitpid {pid}")))?;
-            allowed?;
-            match report {
-                Some((0, _)) => {
-                    cgroups::limit(app, options);
-                    Ok(Restored {
-                        roots: roots(app).collect(),
-                    })
-                }
-                Some((code, message)) => Err(RestoreError::Restorer { code, message }),
-                None => Err(RestoreError::Restorer {
-                    code: ExitCode::RestoreFailed as u8,
-                    message: format!("The restorer, PID {pid}, ended with {status:?}"),
-                }),
-            }
+            let _ = opener.write_all(&[OPEN]);
+            Ok(Ok(Begun {
+                pid,
+                reader,
+                opener,
+            }))
         }
+    }
+}
+
+fn reap(pid: Pid) -> Result<WaitStatus, RestoreError> {
+    let raw = unistd::Pid::from_raw(pid.0);
+    waitpid(raw, None).map_err(RestoreError::system(format!("waitpid {pid}")))
+}
+
+fn ended(pid: Pid, status: WaitStatus) -> RestoreError {
+    RestoreError::Restorer {
+        code: ExitCode::RestoreFailed as u8,
+        message: format!("The restorer, PID {pid}, ended with {status:?}"),
     }
 }
 
@@ -186,6 +254,9 @@ fn rest(mut pipe: File) -> String {
 
 /// What the restorer is told when it may go on.
 const OPEN: u8 = b'o';
+
+/// What the restorer says first of all.
+const BEGUN: u8 = b'b';
 
 /// What the restorer says when all memory is mapped and waits to be filled.
 const MAPPED: u8 = b'm';
@@ -271,6 +342,7 @@ fn run(task: &Task<'_>, caller: &mut Caller, made: &mut Made) -> Result<(), Rest
         image,
         options,
     } = *task;
+    caller.await_leave(BEGUN)?;
     let steps = plan::processes(&app.processes)?;
     become_supervisor(app)?;
     let mut lock = silence::open(app, options)?;

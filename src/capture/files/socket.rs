@@ -136,16 +136,26 @@ fn untold_error(rec: &SockRec) -> Option<Errno> {
     (rec.err != 0 && !carried).then(|| Errno::from_raw(rec.err.cast_signed()))
 }
 
+fn untold(errno: Errno) -> String {
+    format!(
+        "an error that it was not told yet ({}) is not carried; try again",
+        errno.desc()
+    )
+}
+
+/// Why a connection is not carried by now, though it was when its descriptor was looked at.
+pub fn new_error(now: &WaitingRec) -> Option<String> {
+    let connected = CONNECTED.contains(&now.state);
+    (connected && now.err != 0).then(|| untold(Errno::from_raw(now.err.cast_signed())))
+}
+
 /// Why a socket is not carried; `None` when it is.
 pub fn refusal(rec: &SockRec) -> Option<String> {
     if let Some((_, reason)) = UNTOLD.iter().find(|(flag, _)| rec.flags & flag != 0) {
         return Some((*reason).into());
     }
     if let Some(errno) = untold_error(rec) {
-        return Some(format!(
-            "an error that it was not told yet ({}) is not carried; try again",
-            errno.desc()
-        ));
+        return Some(untold(errno));
     }
     let (family, kind) = (i32::from(rec.family), i32::from(rec.type_));
     if is_tcp(rec) {

@@ -36,6 +36,15 @@ impl Reader<'_> {
     ) -> Result<FileKind, CollectError> {
         let members = self.members.get(&sock.sock).map_or(&[][..], Vec::as_slice);
         let now = self.connections.get(&sock.sock);
+        if let Some(reason) = now.and_then(socket::new_error) {
+            let (pid, fd) = place(file);
+            return Err(CollectError::Blocked(Blocker {
+                pid,
+                fd: Some(fd),
+                object: "TCP socket".into(),
+                reason,
+            }));
+        }
         if (sock.state == LISTEN || now.is_some())
             && members.is_empty()
             && let Some(options) = self.alike.options(sock)
