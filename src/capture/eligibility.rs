@@ -75,8 +75,9 @@ impl Namespaces {
 }
 
 /// How often the running application is looked at for objects that are not carried: those that
-/// it holds for a moment only, as a program that reads a file of /proc does, block nothing.
-const LOOKS: u32 = 4;
+/// it holds for a moment only, as a program that reads a file of /proc does, block nothing. On a
+/// busy machine it may hold them for as long as it has to wait for a CPU.
+const LOOKS: u32 = 12;
 
 /// What of a running application cannot be carried.
 ///
@@ -88,11 +89,12 @@ pub fn survey(
     ours: &Namespaces,
 ) -> Result<Vec<Blocker>, CheckpointError> {
     let mut found = look(iterators, cgroup, ours)?;
-    for _ in 1..LOOKS {
+    for round in 1..LOOKS {
         if found.is_empty() {
             break;
         }
-        std::thread::sleep(PAUSE);
+        // An eighth of a second in all.
+        std::thread::sleep(PAUSE * (round * round / 4).max(1));
         let still = look(iterators, cgroup, ours)?;
         found.retain(|blocker| still.contains(blocker));
     }

@@ -2,7 +2,7 @@
 //!
 //! What is allocated for the first time costs a page fault for each 4 KiB, which is more than what
 //! is then done with it. A command that has a window in which every microsecond counts takes the
-//! memory for it beforehand (mallopt(3), mallinfo(3); glibc only, elsewhere nothing is done).
+//! memory for it beforehand (mallopt(3); glibc only, elsewhere nothing is kept).
 
 use std::hint::black_box;
 
@@ -16,16 +16,6 @@ pub fn keep() {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
     }
-}
-
-/// Bytes that the heap of the main thread has from the kernel.
-#[must_use]
-pub fn size() -> usize {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: it takes no arguments.
-    return unsafe { nix::libc::mallinfo2() }.arena;
-    #[cfg(not(target_env = "gnu"))]
-    0
 }
 
 /// Has so many bytes in the heap that are free and backed by memory, after [`keep`].
@@ -46,18 +36,33 @@ pub fn warm(bytes: usize) {
 }
 
 #[cfg(test)]
+#[cfg(target_env = "gnu")]
 mod tests {
     use super::*;
+    use nix::sys::resource::{UsageWho, getrusage};
 
+    fn faults() -> i64 {
+        let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
+        usage.minor_page_faults()
+    }
+
+    /// Some in pieces that glibc would map each for itself, and give back, as it comes.
     #[test]
-    #[cfg(target_env = "gnu")]
-    fn what_was_taken_is_kept() {
+    fn what_was_taken_is_there_when_it_is_needed() {
         const BYTES: usize = 20 << 20;
         keep();
-        // The tests' threads have heaps of their own, the main thread's is the one that is kept:
-        // what matters is that it takes any size.
-        for bytes in [0, 1, 4096, BYTES] {
-            warm(bytes);
+        let before = faults();
+        warm(BYTES);
+        let warmed = faults();
+        for size in [100 << 10, 1 << 20, 4 << 20] {
+            let some: Vec<Vec<u8>> = (0..BYTES / 2 / size).map(|_| vec![1; size]).collect();
+            black_box(some);
         }
+        let (taken, needed) = (warmed - before, faults() - warmed);
+        // Huge pages would take fewer.
+        assert!(
+            needed * 10 < taken.max(100),
+            "{taken}, then {needed} faults"
+        );
     }
 }
