@@ -15,6 +15,8 @@ pub use super::lent::{Loan, LoanError};
 use super::pass::{self, Buffer, Target};
 use super::programs::Programs;
 use super::record::{Malformed, Raw, records};
+pub use super::scope::Scope;
+use super::scope::{over_files, targets};
 use crate::sys::xstate::Layout;
 use libbpf_rs::{RingBuffer, RingBufferBuilder};
 use serde::Serialize;
@@ -38,9 +40,6 @@ const ALL_OF_FILES: u32 =
 /// What [`Tasks`] has.
 const ALL_OF_TASKS: u32 =
     want::TASKS | want::SIGACTIONS | want::TIMERS | want::AIO | want::SEM_UNDO;
-
-/// How many processes are walked one by one; each walk has to be begun.
-const FEW_WALKS: usize = 64;
 
 /// Why a pass failed. Nothing was changed, and another pass may be tried.
 #[derive(Debug, thiserror::Error)]
@@ -74,17 +73,6 @@ pub enum ReadError {
     /// The kernel side wrote something this side does not know: a bug of ours.
     #[error(transparent)]
     Malformed(#[from] Malformed),
-}
-
-/// Which tasks a pass reports. Kernel threads are never reported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
-    /// All of them.
-    System,
-    /// Those in the cgroup v2 with this id (its inode number) and below.
-    Cgroup(u64),
-    /// The threads of the process with this PID in the initial PID namespace.
-    Process(u32),
 }
 
 /// Who loaded iterators.
@@ -554,36 +542,6 @@ impl Iterators {
         }
         Ok(bytes)
     }
-}
-
-impl Target {
-    fn of(process: &ProcessRec) -> Self {
-        Self::Process(process.pid)
-    }
-}
-
-impl Scope {
-    /// What the kernel has to walk for it.
-    fn target(self) -> Target {
-        match self {
-            Self::System | Self::Cgroup(_) => Target::System,
-            Self::Process(pid) => Target::Process(pid),
-        }
-    }
-}
-
-/// The walks over a scope of these processes: of a few alone, so that whatever else the machine
-/// has open takes no time.
-fn targets(scope: Scope, processes: &[ProcessRec]) -> Vec<Target> {
-    match processes.len() {
-        1..=FEW_WALKS => processes.iter().map(Target::of).collect(),
-        _ => vec![scope.target()],
-    }
-}
-
-fn over_files(scope: Scope, processes: &[ProcessRec]) -> Vec<(Pass, Target)> {
-    let targets = targets(scope, processes).into_iter();
-    targets.map(|target| (Pass::Files, target)).collect()
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ pub mod programs;
 pub mod reading;
 pub mod record;
 pub mod rings;
+mod scope;
 mod shared;
 mod skeleton;
 pub mod track;
