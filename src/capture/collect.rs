@@ -24,9 +24,7 @@ impl Capture {
         slots: &mut Slots,
     ) -> Result<(), CheckpointError> {
         let scope = self.scope();
-        let Some(frozen) = &mut self.frozen else {
-            return Err(CheckpointError::Unstable("It is not frozen".into()));
-        };
+        let frozen = self.frozen.as_mut().ok_or_else(not_frozen)?;
         self.view = Rc::new(View::of(&frozen.tasks, &self.ours)?);
         self.target.header.namespaces = namespaces::read(&frozen.tasks, &self.ours, &self.view)?;
         frozen.processes =
@@ -103,9 +101,7 @@ impl Capture {
     }
 
     fn read_files(&mut self, network: Network) -> Result<Option<FrozenFiles>, CheckpointError> {
-        let Some(frozen) = &self.frozen else {
-            return Err(CheckpointError::Unstable("It is not frozen".into()));
-        };
+        let frozen = self.frozen.as_ref().ok_or_else(not_frozen)?;
         let still = Still {
             found: &frozen.open,
             tasks: &frozen.tasks,
@@ -133,16 +129,13 @@ impl Capture {
         }
         self.timeline.done("files");
         Fault::Files.point()?;
-        self.wakeups.check()?;
-        self.timeline.within(self.options.max_freeze)?;
+        self.may_go_on()?;
 
         let contents = self.memory.copy_contents(store, slots)?;
         self.timeline.done("contents");
         self.still_stands()?;
 
-        let Some(frozen) = &mut self.frozen else {
-            return Err(CheckpointError::Unstable("It is not frozen".into()));
-        };
+        let frozen = self.frozen.as_mut().ok_or_else(not_frozen)?;
         let release = nix::sys::utsname::uname().map(|u| u.release().to_owned());
         Ok(Application {
             header: ApplicationHeader {
@@ -168,4 +161,8 @@ impl Capture {
         self.timeline.done("write");
         Ok(())
     }
+}
+
+fn not_frozen() -> CheckpointError {
+    CheckpointError::Unstable("It is not frozen".into())
 }

@@ -1,7 +1,7 @@
 //! What keeps an application from being checkpointed, found before anything is touched.
 
 use super::error::CheckpointError;
-use super::freeze::PAUSE;
+use super::freeze::longer;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
 use super::view::View;
 use super::{
@@ -75,8 +75,7 @@ impl Namespaces {
 }
 
 /// How often the running application is looked at for objects that are not carried: those that
-/// it holds for a moment only, as a program that reads a file of /proc does, block nothing. On a
-/// busy machine it may hold them for as long as it has to wait for a CPU.
+/// it holds for a moment only, as a program that reads a file of /proc does, block nothing.
 const LOOKS: u32 = 12;
 
 /// What of a running application cannot be carried.
@@ -94,7 +93,7 @@ pub fn survey(
             break;
         }
         // An eighth of a second in all.
-        std::thread::sleep(PAUSE * (round * round / 4).max(1));
+        std::thread::sleep(longer(round));
         let still = look(iterators, cgroup, ours)?;
         found.retain(|blocker| still.contains(blocker));
     }

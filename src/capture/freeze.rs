@@ -29,7 +29,13 @@ const CLIENTS_ATTEMPTS: u32 = 10;
 const VDSO_ATTEMPTS: u32 = 300;
 
 /// Between two attempts: long enough for a thread to return from a clock function.
-pub(super) const PAUSE: Duration = Duration::from_millis(1);
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// After so many attempts to meet an application without what keeps it from being carried: on a
+/// busy machine it holds that for as long as it has to wait for a CPU.
+pub(super) fn longer(attempt: u32) -> Duration {
+    PAUSE * (attempt * attempt / 4).max(1)
+}
 
 impl Capture {
     /// Asks the kernel to freeze the application, which it does as the threads come by;
@@ -70,13 +76,12 @@ impl Capture {
                     "A thread stands in a vDSO function each time it is frozen".into(),
                 ));
             }
-            let longer = if blockers.is_empty() && settled {
+            std::thread::sleep(if blockers.is_empty() && settled {
                 // Not always the same, or it may be found in the same place.
-                attempt % 4 + 1
+                PAUSE * (attempt % 4 + 1)
             } else {
-                (attempt * attempt / 4).max(1)
-            };
-            std::thread::sleep(PAUSE * longer);
+                longer(attempt)
+            });
             if !blockers.is_empty() {
                 self.await_better()?;
             }

@@ -20,8 +20,9 @@ const BRIEF: Duration = Duration::from_millis(500);
 impl Capture {
     /// Copies again what was written since [`Capture::precopy`], so that less is left for the
     /// frozen window. If that is much the application is stopped for as long as it takes to see
-    /// which pages these are; where the kernel does not tell which they are nothing is copied. With `write_later`, pages that are copied in the frozen window wait in
-    /// memory until [`Capture::write_rest`]: only for an application that is left running.
+    /// which pages these are; where the kernel does not tell which they are nothing is copied. With
+    /// `write_later`, pages that are copied in the frozen window wait in memory until
+    /// [`Capture::write_rest`]: only for an application that is left running.
     ///
     /// # Errors
     /// The carrier is full, something cannot be read, or tracker was asked to stop.
@@ -42,8 +43,9 @@ impl Capture {
             // Before the rounds, though less may be left after them: to make room takes its time.
             self.memory.reserve(written);
         }
-        for _ in 0..ROUNDS {
-            if written < WORTHWHILE || !tracking {
+        let rounds = if tracking { ROUNDS } else { 0 };
+        for _ in 0..rounds {
+            if written < WORTHWHILE {
                 break;
             }
             let looked = self.look_frozen();

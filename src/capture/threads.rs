@@ -110,9 +110,9 @@ impl Tracees {
         limit: Duration,
         now: &Now,
     ) -> Result<Self, CheckpointError> {
-        let mut known = std::mem::take(&mut tasks.registers);
+        let known = std::mem::take(&mut tasks.registers);
         let records = Records::of(tasks, now, |_| true);
-        Self::read(&records, &mut known, Some(wakeups), limit)
+        Self::read(&records, known, Some(wakeups), limit)
     }
 
     /// Stops those that the freezer holds and lets them go at once, with calls that only the
@@ -125,12 +125,12 @@ impl Tracees {
     pub fn repair(tasks: &Tasks, limit: Duration, now: &Now) -> Result<(), CheckpointError> {
         let held = |rec: &ThreadRec| rec.state & TASK_UNINTERRUPTIBLE == 0;
         let records = Records::of(tasks, now, held);
-        Self::read(&records, &mut HashMap::new(), None, limit).map(drop)
+        Self::read(&records, HashMap::new(), None, limit).map(drop)
     }
 
     fn read(
         records: &Records<'_>,
-        known: &mut HashMap<u32, ThreadRegisters>,
+        mut known: HashMap<u32, ThreadRegisters>,
         wakeups: Option<&Wakeups>,
         limit: Duration,
     ) -> Result<Self, CheckpointError> {

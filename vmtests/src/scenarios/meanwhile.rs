@@ -65,8 +65,12 @@ fn start_other(vm: &Vm, role: &str) -> Result<i32> {
 }
 
 fn await_ready(vm: &Vm) -> Result<()> {
-    let ready = vm.await_file(&format!("{DIR}/ready"), PATIENCE)?;
-    ensure!(ready, "The program is not ready");
+    await_said(vm, "ready")
+}
+
+fn await_said(vm: &Vm, what: &str) -> Result<()> {
+    let said = vm.await_file(&format!("{DIR}/{what}"), PATIENCE)?;
+    ensure!(said, "The program does not say {what}");
     Ok(())
 }
 
@@ -74,6 +78,17 @@ fn await_ready(vm: &Vm) -> Result<()> {
 fn checkpoint(vm: &Vm) -> Result<Output> {
     let checkpoint = apps::checkpoint(NAME, IMAGE, &[]).timeout(PATIENCE);
     vm.exec(checkpoint.env("TRACKER_FAULT", "memory:slow"))
+}
+
+/// That a checkpoint has failed with this code, and has said why.
+fn ensure_failed(checkpoint: &Output, code: i32, why: &str) -> Result<()> {
+    let said = checkpoint.error_text();
+    ensure!(
+        checkpoint.code() == Some(code) && said.contains(why),
+        "The checkpoint ended with {}:\n{said}",
+        checkpoint.status
+    );
+    Ok(())
 }
 
 /// What the program says once it may go on.
@@ -124,13 +139,8 @@ fn error_frozen(vm: &Vm) -> Result<()> {
     await_ready(vm)?;
     let forger = start_other(vm, "forges")?;
 
-    let refused = checkpoint(vm)?;
-    let said = refused.error_text();
-    ensure!(
-        refused.code() == Some(NOT_ELIGIBLE) && said.contains("an error that it was not told yet"),
-        "The checkpoint ended with {}:\n{said}",
-        refused.status
-    );
+    let why = "an error that it was not told yet";
+    ensure_failed(&checkpoint(vm)?, NOT_ELIGIBLE, why)?;
     await_end(vm, forger)?;
 
     let result = result(vm)?;
@@ -159,8 +169,7 @@ fn sent_again(vm: &Vm) -> Result<u64> {
 fn talks_frozen(vm: &Vm) -> Result<()> {
     const CHECKPOINTS: usize = 15;
     start(vm, "echoes")?;
-    let listens = vm.await_file(&format!("{DIR}/listens"), PATIENCE)?;
-    ensure!(listens, "The program does not listen");
+    await_said(vm, "listens")?;
     let callers = start_other(vm, "calls")?;
     await_ready(vm)?;
 
@@ -194,13 +203,7 @@ fn thawed_frozen(vm: &Vm) -> Result<()> {
     await_ready(vm)?;
     let other = start_other(vm, "thaws")?;
 
-    let failed = checkpoint(vm)?;
-    let said = failed.error_text();
-    ensure!(
-        failed.code() == Some(ABORTED) && said.contains("Somebody else has thawed"),
-        "The checkpoint ended with {}:\n{said}",
-        failed.status
-    );
+    ensure_failed(&checkpoint(vm)?, ABORTED, "Somebody else has thawed")?;
     await_end(vm, other)?;
 
     let result = result(vm)?;

@@ -106,15 +106,18 @@ impl Reader<'_> {
             .map(|r| r.sock)
             .collect();
         self.connections = now.into_iter().map(|rec| (rec.sock, rec)).collect();
-        for (file, sock) in connections(found) {
-            // One that has no record any more has moved, too.
-            if self.connections.contains_key(&sock.sock) && !moved.contains(&sock.sock) {
-                continue;
-            }
+        // One that has no record any more has moved, too.
+        let stays = |sock| self.connections.contains_key(sock) && !moved.contains(sock);
+        let again = connections(found).filter(|(_, sock)| !stays(&sock.sock));
+        let again: Vec<_> = again.collect();
+        for (file, sock) in &again {
             let id = OfdId(file.rec.file);
             self.repaired.leave(sock.sock);
             self.ended.retain(|(ended, _)| *ended != id);
             self.ofds.remove(&id);
+        }
+        // Each once, however many descriptors it has.
+        for (file, _) in again {
             self.describe(file)?;
         }
         Ok(!moved.is_empty())
