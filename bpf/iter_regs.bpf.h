@@ -3,21 +3,23 @@
 
 #define X86_EFLAGS_TF 0x100
 #define EFLAGS 18 /* place in struct pt_regs */
-#define TASK_UNINTERRUPTIBLE 2
+#define TASK_INTERRUPTIBLE 1
+#define __TASK_STOPPED 4
 
 struct registers_rec out_registers;
 
 /*
  * Whether its registers lie in memory and stay as they are: it has been switched out (the flag
  * goes after the extended registers were saved, finish_task()), and what it comes back to is the
- * freezer, or a stop within it. A parent in vfork(2) counts as frozen as well, and a tracer may
+ * freezer, or a stop within it. A parent in vfork(2) counts as frozen as well: it sleeps
+ * uninterruptibly and, once its child is gone, waits for a CPU to end its call on. A tracer may
  * have any thread run.
  */
 static __always_inline bool stands_still(struct task_struct *task)
 {
 	if (!BPF_CORE_READ_BITFIELD(task, frozen) || task->ptrace)
 		return false;
-	if (task->__state & TASK_UNINTERRUPTIBLE)
+	if (!(task->__state & (TASK_INTERRUPTIBLE | __TASK_STOPPED)))
 		return false;
 	return !bpf_core_field_exists(task->on_cpu) || !task->on_cpu;
 }

@@ -37,17 +37,25 @@ pub const CASES: &[Entry] = &[
 
 /// A program that has children by vfork(2), as one that starts others does. As long as such a
 /// child has its parent's memory nothing can be carried, and the parent cannot be stopped; the
-/// freeze is repeated, and none of that is noticed by the other threads.
+/// freeze is repeated, and none of that is noticed by the other threads. These and the child have
+/// another CPU than the parent may be bound to.
 fn vforks(case: &Case) -> Result<()> {
     const WAIT: Duration = Duration::from_millis(10);
+    /// No function of a library: a child has its parent's memory.
+    fn leave() -> libc::c_int {
+        let first: libc::c_ulong = 1;
+        // SAFETY: the mask is only read.
+        unsafe { libc::sched_setaffinity(0, size_of_val(&first), (&raw const first).cast()) }
+    }
     extern "C" fn child(_: *mut libc::c_void) -> libc::c_int {
         let wait = libc::timespec {
             tv_sec: 0,
             tv_nsec: WAIT.subsec_nanos().into(),
         };
+        let moved = leave();
         // SAFETY: the time is read, and nothing is written.
         unsafe { libc::nanosleep(&raw const wait, std::ptr::null_mut()) };
-        0
+        moved
     }
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let end = EventFd::new()?;
@@ -55,6 +63,7 @@ fn vforks(case: &Case) -> Result<()> {
     let waiter = std::thread::spawn(move || {
         // A child's end is none of this thread's business.
         SigSet::all().thread_block()?;
+        leave();
         let mut events = [EpollEvent::empty()];
         epoll
             .wait(&mut events, EpollTimeout::NONE)

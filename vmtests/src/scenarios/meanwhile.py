@@ -1,6 +1,6 @@
 """Programs that are frozen (`server DIR`, `asks DIR`, `echoes DIR`, `waits DIR`) and what reaches
-them meanwhile, most of it after the pass over their descriptors: `peer DIR CGROUP`, `forges DIR CGROUP`,
-`calls DIR CGROUP` and `thaws DIR CGROUP`."""
+them meanwhile, most of it after the pass over their descriptors: `peer DIR CGROUP`, `forges DIR
+CGROUP`, `calls DIR CGROUP` and `thaws DIR CGROUP`. `occupies DIR` has a CPU half of the time."""
 
 import pathlib
 import selectors
@@ -148,6 +148,14 @@ def thaws(directory, cgroup):
     pathlib.Path(cgroup, "cgroup.freeze").write_text("0")
 
 
+def occupies(_):
+    while True:
+        until = time.monotonic() + 0.05
+        while time.monotonic() < until:
+            pass
+        time.sleep(0.05)
+
+
 roles = {
     "server": server,
     "peer": peer,
@@ -157,5 +165,6 @@ roles = {
     "calls": calls,
     "waits": waits,
     "thaws": thaws,
+    "occupies": occupies,
 }
 roles[sys.argv[1]](pathlib.Path(sys.argv[2]), *sys.argv[3:])

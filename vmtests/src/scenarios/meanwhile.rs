@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 
 use super::services::PATIENCE;
-use super::{Kernels, Scenario};
+use super::{Kernels, Scenario, single_case};
 use crate::apps;
 use crate::image::Kernel;
 use crate::protocol::Status;
@@ -34,6 +34,12 @@ pub const SCENARIOS: &[Scenario] = &[
         kernels: Kernels::Either,
         configure: |builder| builder,
         run: thawed_frozen,
+    },
+    Scenario {
+        name: "vforks_frozen",
+        kernels: Kernels::Both,
+        configure: |builder| builder,
+        run: vforks_frozen,
     },
 ];
 
@@ -209,4 +215,23 @@ fn thawed_frozen(vm: &Vm) -> Result<()> {
     let result = result(vm)?;
     ensure!(result == "went on", "{result}");
     Ok(())
+}
+
+/// A parent in vfork(2) counts as frozen, and still does when its child is gone and it waits for
+/// a CPU to go on with: its call has not ended then. It shares its CPU with one that goes first.
+fn vforks_frozen(vm: &Vm) -> Result<()> {
+    const ROUNDS: usize = 5;
+    single_case::start_by(vm, &["taskset", "-c", "1"], "process_vforks")?;
+    vm.write_file(PROGRAM, include_bytes!("meanwhile.py"))?;
+    let first = [
+        "chrt", "-f", "1", "taskset", "-c", "1", "python3", PROGRAM, "occupies", DIR,
+    ];
+    let first = vm.spawn(Exec::new(first), None)?;
+    for _ in 0..ROUNDS {
+        single_case::checkpoint(vm)?;
+        vm.exec(single_case::restore())?.check()?;
+        single_case::forget(vm)?;
+    }
+    vm.kill(first, libc::SIGKILL)?;
+    single_case::passes(vm)
 }

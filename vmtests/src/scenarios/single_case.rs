@@ -13,8 +13,14 @@ const IMAGE: &str = "/root/single.image";
 
 /// Starts a case and waits until it is ready.
 pub fn start(vm: &Vm, case: &str) -> Result<()> {
+    start_by(vm, &[], case)
+}
+
+/// The same with a command before it, as taskset(1) is.
+pub fn start_by(vm: &Vm, before: &[&str], case: &str) -> Result<()> {
     let program = format!("{TESTS_DIR}/cases");
-    let run = ["tracker", "run", "--name", NAME, "--", &program, case, DIR];
+    let run = ["tracker", "run", "--name", NAME, "--"];
+    let run = [&run, before, &[&program, case, DIR]].concat();
     vm.spawn(Exec::new(run), Some("/root/single.log"))?;
     let ready = vm.await_file(&format!("{DIR}/ready"), PATIENCE)?;
     ensure!(ready, "The case does not get ready");
@@ -30,6 +36,11 @@ pub fn checkpoint(vm: &Vm) -> Result<()> {
 /// What restores it.
 pub fn restore() -> Exec {
     Exec::new(["tracker", "restore", "--image", IMAGE, "--detach"]).timeout(PATIENCE)
+}
+
+/// Removes the image, to make room for the next.
+pub fn forget(vm: &Vm) -> Result<()> {
+    vm.sh(&format!("rm -r {IMAGE}"))?.check().map(drop)
 }
 
 /// A restore that fails, with this text on stderr.
