@@ -39,6 +39,9 @@ pub struct Arguments {
     /// Megabytes of data in redis
     #[arg(long, value_name = "MB", default_value_t = 200)]
     data: usize,
+    /// Programs beside redis that do nothing but keep a CPU busy each
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    busy: usize,
     /// Only this tool
     #[arg(long, value_enum)]
     only: Option<Tool>,

@@ -36,6 +36,8 @@ struct Sample {
 struct Report {
     kernel: String,
     clients: usize,
+    /// Programs beside it that keep a CPU busy each.
+    busy: usize,
     data_mb: usize,
     /// Gaps without any checkpoint: guest and host, in milliseconds.
     idle_guest_gap: f64,
@@ -52,6 +54,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let vm = apps::forwarded(builder).start()?;
     arguments.start_agent(&vm)?;
     apps::start_redis(&vm, arguments.data)?;
+    for _ in 0..arguments.busy {
+        vm.spawn(Exec::new(["sh", "-c", "while :; do :; done"]), None)?;
+    }
     let load = Load::start(&apps::targets(&vm, arguments.clients, 0))?;
     load.progress(20, PATIENCE)?;
     let (_, idle) = heard(&vm, &load, || {
@@ -61,6 +66,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let mut report = Report {
         kernel: vm.hello().release,
         clients: arguments.clients,
+        busy: arguments.busy,
         data_mb: arguments.data,
         idle_guest_gap: idle.0,
         idle_host_gap: idle.1,
@@ -138,8 +144,8 @@ fn table(report: &Report) -> Result<String> {
     let mut text = String::new();
     writeln!(
         text,
-        "Linux {}, redis with {} MB and {} clients; milliseconds",
-        report.kernel, report.data_mb, report.clients
+        "Linux {}, redis with {} MB and {} clients, {} busy programs beside it; milliseconds",
+        report.kernel, report.data_mb, report.clients, report.busy
     )?;
     writeln!(
         text,
