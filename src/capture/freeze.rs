@@ -13,6 +13,7 @@ use crate::fault::Fault;
 use crate::model::frozen::Blocker;
 use crate::model::ids::Tid;
 use crate::sys::cgroup::{Event, Waited};
+use crate::sys::precedence::Precedence;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -45,9 +46,9 @@ impl Capture {
     /// # Errors
     /// The cgroup cannot be written. Drop or [`Capture::thaw`] lets it go on.
     pub fn begin_freeze(&mut self) -> Result<(), CheckpointError> {
-        if !self.freezing {
+        if self.freezing.is_none() {
             self.timeline.freeze();
-            self.freezing = true;
+            self.freezing = Some(Precedence::take());
             self.target.cgroup.set_frozen(true)?;
         }
         Ok(())

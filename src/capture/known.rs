@@ -8,6 +8,7 @@ use crate::agent::client::{ClientError, Follower, SOCKET};
 use crate::bpf::reading::{add_files, add_tasks};
 use crate::model::snapshot::Snapshot;
 use crate::model::verify::{Verification, verify};
+use crate::sys::precedence::Precedence;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -60,6 +61,7 @@ impl Asking {
         let (answer, outcome) = channel();
         let thread = move || {
             let Ok(found) = work.recv() else { return };
+            let _precedence = Precedence::take();
             let result = follower.catch_up(LIMIT).map(|state| {
                 let each = found.iter().map(|found| verify(&state, found));
                 each.fold(Verification::default(), Verification::and)

@@ -60,6 +60,7 @@ use crate::model::frozen::{
 use crate::model::ids::MmId;
 use crate::sys::cgroup::Event;
 use crate::sys::heap;
+use crate::sys::precedence::Precedence;
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::xstate::Layout;
 use clocks::Offsets;
@@ -173,7 +174,8 @@ pub struct Capture {
     blockers: Vec<Blocker>,
     memory: Memory,
     frozen: Option<Frozen>,
-    freezing: bool,
+    /// Present while it freezes or is frozen: what has to be done until it runs again goes first.
+    freezing: Option<Precedence>,
     timeline: Timeline,
 }
 
@@ -181,7 +183,7 @@ impl std::fmt::Debug for Capture {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Capture")
             .field("name", &self.target.header.name)
-            .field("frozen", &self.freezing)
+            .field("frozen", &self.freezing.is_some())
             .finish_non_exhaustive()
     }
 }
@@ -227,7 +229,7 @@ impl Capture {
             blockers: Vec::new(),
             memory: Memory::new(),
             frozen: None,
-            freezing: false,
+            freezing: None,
             timeline,
         };
         let shared = Rc::clone(&this.iterators);
@@ -373,7 +375,7 @@ impl Capture {
         // The last reference to each connection: closed in repair mode, it sends nothing.
         drop(silent);
         self.timeline.release();
-        self.freezing = false;
+        self.freezing = None;
         // A frozen cgroup would freeze what is restored into it.
         self.target.cgroup.set_frozen(false)?;
         if self.target.moved_from.is_some() {
@@ -407,15 +409,15 @@ impl Capture {
             drop(frozen.tracees);
         }
         let mut repaired = Ok(());
-        if self.freezing {
+        if self.freezing.is_some() {
             if !had_tracees {
                 repaired = self.repair_calls();
             }
             if let Err(e) = self.target.cgroup.set_frozen(false) {
                 tracing::error!("{e}");
             }
-            self.freezing = false;
             self.timeline.release();
+            self.freezing = None;
         }
         repaired
     }

@@ -22,6 +22,7 @@ pub mod message;
 pub mod mount;
 pub mod mqueue;
 pub mod pidfds;
+pub mod precedence;
 pub mod process;
 pub mod ptrace;
 pub mod seccomp;

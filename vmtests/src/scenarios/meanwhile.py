@@ -1,7 +1,9 @@
 """Programs that are frozen (`server DIR`, `asks DIR`, `echoes DIR`, `waits DIR`) and what reaches
 them meanwhile, most of it after the pass over their descriptors: `peer DIR CGROUP`, `forges DIR
-CGROUP`, `calls DIR CGROUP` and `thaws DIR CGROUP`. `occupies DIR` has a CPU half of the time."""
+CGROUP`, `calls DIR CGROUP` and `thaws DIR CGROUP`. `observes DIR CGROUP` looks at who does that,
+and `occupies DIR` has a CPU half of the time."""
 
+import os
 import pathlib
 import selectors
 import socket
@@ -148,6 +150,15 @@ def thaws(directory, cgroup):
     pathlib.Path(cgroup, "cgroup.freeze").write_text("0")
 
 
+def observes(directory, cgroup):
+    await_frozen(cgroup)
+    policies = []
+    for name in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        if name.read_bytes().startswith(b"tracker\0checkpoint\0"):
+            policies.append(os.sched_getscheduler(int(name.parent.name)))
+    publish(directory / "observed", str(sorted(policies)))
+
+
 def occupies(_):
     while True:
         until = time.monotonic() + 0.05
@@ -165,6 +176,7 @@ roles = {
     "calls": calls,
     "waits": waits,
     "thaws": thaws,
+    "observes": observes,
     "occupies": occupies,
 }
 roles[sys.argv[1]](pathlib.Path(sys.argv[2]), *sys.argv[3:])

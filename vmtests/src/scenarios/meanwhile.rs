@@ -1,4 +1,5 @@
-//! What reaches sockets while their application is frozen, after the pass over its descriptors.
+//! What goes on around an application while it is frozen: what reaches its sockets after the pass
+//! over its descriptors, who thaws it, who has the CPUs.
 
 use anyhow::{Context, Result, ensure};
 
@@ -34,6 +35,12 @@ pub const SCENARIOS: &[Scenario] = &[
         kernels: Kernels::Either,
         configure: |builder| builder,
         run: thawed_frozen,
+    },
+    Scenario {
+        name: "first_frozen",
+        kernels: Kernels::Either,
+        configure: |builder| builder,
+        run: first_frozen,
     },
     Scenario {
         name: "vforks_frozen",
@@ -212,6 +219,27 @@ fn thawed_frozen(vm: &Vm) -> Result<()> {
     ensure_failed(&checkpoint(vm)?, ABORTED, "Somebody else has thawed")?;
     await_end(vm, other)?;
 
+    let result = result(vm)?;
+    ensure!(result == "went on", "{result}");
+    Ok(())
+}
+
+/// Whoever has an application stand still goes before all that is ordinary, and the guard, which
+/// the checkpoint has forked, does not.
+fn first_frozen(vm: &Vm) -> Result<()> {
+    let first = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
+    start(vm, "waits")?;
+    await_ready(vm)?;
+    let other = start_other(vm, "observes")?;
+
+    let checkpoint = apps::checkpoint(NAME, IMAGE, &["--leave-running"]).timeout(PATIENCE);
+    vm.exec(checkpoint.env("TRACKER_FAULT", "memory:slow"))?
+        .check()?;
+    await_end(vm, other)?;
+
+    let observed = String::from_utf8(vm.read_file(&format!("{DIR}/observed"))?)?;
+    let expected = format!("[{}, {first}]", libc::SCHED_OTHER);
+    ensure!(observed == expected, "{observed} instead of {expected}");
     let result = result(vm)?;
     ensure!(result == "went on", "{result}");
     Ok(())
