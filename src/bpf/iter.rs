@@ -191,6 +191,15 @@ impl Iterators {
         self.read_tasks(scope, want::TASKS)
     }
 
+    /// The same of a frozen scope, with registers as [`Self::frozen_tasks`] has them.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn frozen_threads(&mut self, scope: Scope) -> Result<Tasks, ReadError> {
+        self.read_tasks(scope, want::TASKS | want::REGISTERS)
+    }
+
     /// Everything a [`Tasks`] holds but registers.
     ///
     /// # Errors

@@ -177,7 +177,7 @@ fn continue_calls(members: &[Pid]) {
         offset: 0,
     };
     // Dropping them is what sets the calls to go on.
-    let _ = Tracees::repair(&tasks, Duration::from_secs(1), &now);
+    let _ = Tracees::repair(&mut tasks, None, Duration::from_secs(1), &now);
 }
 
 /// What [`Tracees::repair`] looks at, from /proc/TID/status.

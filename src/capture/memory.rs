@@ -76,8 +76,8 @@ impl Memory {
         self.stats
     }
 
-    /// Copies all private pages of the running application, and those that processes share. What is written after the soft-dirty
-    /// bits are cleared here is copied again later.
+    /// Copies all private pages of the running application, and those that processes share. What
+    /// is written after the soft-dirty bits are cleared here is copied again later.
     pub fn precopy(
         &mut self,
         iterators: &mut Iterators,

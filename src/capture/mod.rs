@@ -59,6 +59,7 @@ use crate::model::frozen::{
 };
 use crate::model::ids::MmId;
 use crate::sys::cgroup::Event;
+use crate::sys::fd;
 use crate::sys::heap;
 use crate::sys::precedence::Precedence;
 use crate::sys::process::raise_descriptor_limit;
@@ -311,8 +312,8 @@ impl Capture {
     }
 
     /// Takes what the frozen window will need while the application runs: memory, which is dear
-    /// where it is touched for the first time, and what this processor tells of itself, for which a
-    /// hypervisor may have to be asked.
+    /// where it is touched for the first time, room for as many descriptors as it has, and what
+    /// this processor tells of itself, for which a hypervisor may have to be asked.
     fn make_ready(&mut self) -> Result<(), CheckpointError> {
         /// What is put together of records takes a few times their room.
         const TIMES: usize = 4;
@@ -321,6 +322,8 @@ impl Capture {
         let _ = Layout::ours();
         let mut iterators = self.iterators.borrow_mut();
         let tasks = iterators.threads(self.scope())?;
+        let open = iterators.descriptors_of(self.scope(), &tasks.processes)?;
+        fd::make_room(open.len());
         let registers = tasks.threads.len() * size_of::<RegistersRec>();
         let room = iterators.room() + registers;
         iterators.make_room(room);
@@ -422,15 +425,15 @@ impl Capture {
         repaired
     }
 
-    /// The freezer alone ends some waits with `EINTR`: threads that are frozen and were not
-    /// stopped yet are stopped once, to set those waits to go on.
+    /// The freezer alone ends some waits with `EINTR`: threads in such a wait that are frozen and
+    /// were not stopped yet are stopped once, to set it to go on.
     fn repair_calls(&mut self) -> Result<(), CheckpointError> {
         /// For machines that are very busy: what is frozen and can stop at all does so at once.
         const LIMIT: Duration = Duration::from_secs(5);
-        let mut tasks = self.iterators.borrow_mut().threads(self.scope())?;
+        let mut tasks = self.iterators.borrow_mut().frozen_threads(self.scope())?;
         uring::leave_out_workers(&mut tasks);
         let (now, _) = clocks::read(self.offsets)?;
-        Tracees::repair(&tasks, LIMIT, &now)
+        Tracees::repair(&mut tasks, Some(&self.wakeups), LIMIT, &now)
     }
 }
 

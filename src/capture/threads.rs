@@ -115,17 +115,24 @@ impl Tracees {
         Self::read(&records, known, Some(wakeups), limit)
     }
 
-    /// Stops those that the freezer holds and lets them go at once, with calls that only the
-    /// freeze had interrupted set to go on. A request to abort does not keep it from that.
+    /// Stops those that the freezer holds, but for whom their registers say that nothing has to be
+    /// done, and lets them go at once, with calls that only the freeze had interrupted set to go
+    /// on. A request to abort does not keep it from that.
     /// A thread that sleeps without the freezer (a parent in vfork(2)) has not been woken by it
     /// either: nothing of it is interrupted, and seized it would stop later, and stay.
     ///
     /// # Errors
     /// Some could not be stopped; they are let go when tracker ends.
-    pub fn repair(tasks: &Tasks, limit: Duration, now: &Now) -> Result<(), CheckpointError> {
+    pub fn repair(
+        tasks: &mut Tasks,
+        wakeups: Option<&Wakeups>,
+        limit: Duration,
+        now: &Now,
+    ) -> Result<(), CheckpointError> {
+        let known = std::mem::take(&mut tasks.registers);
         let held = |rec: &ThreadRec| rec.state & TASK_UNINTERRUPTIBLE == 0;
         let records = Records::of(tasks, now, held);
-        Self::read(&records, HashMap::new(), None, limit).map(drop)
+        Self::read(&records, known, wakeups, limit).map(drop)
     }
 
     fn read(

@@ -4,7 +4,8 @@ use crate::model::event::Owner;
 use crate::model::frozen::{FileLock, FileOwner, LockKind};
 use nix::errno::Errno;
 use nix::libc;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 /// What a system call returned that makes a descriptor.
 ///
@@ -14,6 +15,24 @@ pub(super) fn owned(result: i32) -> Result<OwnedFd, Errno> {
     Errno::result(result)?;
     // SAFETY: the kernel has just handed out this descriptor to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(result) })
+}
+
+/// Makes room in this process's table for so many descriptors more than it was made for before. One
+/// that grows when it is full has a process with several threads wait until all CPUs have passed a
+/// quiet moment (`expand_fdtable()` of fs/file.c), which takes longer than to open hundreds of files.
+///
+/// Where there cannot be as much room (`RLIMIT_NOFILE`) there is as much as before.
+pub fn make_room(descriptors: usize) {
+    /// What a process has open besides.
+    const OTHERS: usize = 64;
+    static MADE: Mutex<usize> = Mutex::new(OTHERS);
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    let more = made.saturating_add(descriptors);
+    let last = i32::try_from(more).unwrap_or(i32::MAX);
+    // Any descriptor will do. The table does not get smaller when it is closed.
+    if duplicate_above(std::io::stderr().as_fd(), last).is_ok() {
+        *made = more;
+    }
 }
 
 /// A duplicate at the lowest free number from `least` on, with `FD_CLOEXEC`.
@@ -168,4 +187,28 @@ pub fn lease(number: i32, exclusive: bool) -> Result<(), Errno> {
 pub fn received(number: i32) -> OwnedFd {
     // SAFETY: the kernel installed it for this message; the caller has it from the control data.
     unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many descriptors there is room for (proc_pid_status(5)).
+    fn room() -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let mut lines = status.lines();
+        let size = lines.find_map(|line| line.strip_prefix("FDSize:")).unwrap();
+        size.trim().parse().unwrap()
+    }
+
+    #[test]
+    fn room_is_made_on_top_of_what_was_made() {
+        let before = room();
+        make_room(300);
+        make_room(300);
+        assert!(room() >= 600 && room() > before);
+        let made = room();
+        make_room(usize::MAX);
+        assert_eq!(room(), made);
+    }
 }
