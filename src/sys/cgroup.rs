@@ -3,13 +3,13 @@
 
 use crate::model::ids::Pid;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A cgroup operation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -165,20 +165,29 @@ impl Cgroup {
         deadline: Instant,
         other: Option<BorrowedFd<'_>>,
     ) -> Result<Waited, CgroupError> {
+        /// The kernel tells of an event at once only if it has told of none for some 10 ms
+        /// (`CGROUP_FILE_NOTIFY_MIN_INTV` of kernel/cgroup/cgroup.c): that long there is a look now
+        /// and then.
+        const UNTOLD: Duration = Duration::from_millis(20);
+        let begun = Instant::now();
         loop {
             // Reading also arms the next POLLPRI (kernfs_notify).
             if self.holds(event)? {
                 return Ok(Waited::Reached);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            let left = deadline.saturating_duration_since(now);
             if left.is_zero() {
                 return Ok(Waited::Late);
             }
-            let millis = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
-            let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
+            let waited = now - begun;
+            let pause = match waited < UNTOLD {
+                true => left.min(Duration::from_micros(50).max(waited / 8)),
+                false => left,
+            };
             let mut fds = vec![PollFd::new(self.events.as_fd(), PollFlags::POLLPRI)];
             fds.extend(other.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-            match poll(&mut fds, timeout) {
+            match ppoll(&mut fds, Some(pause.into()), None) {
                 Err(Errno::EINTR) | Ok(_) => {}
                 Err(e) => return Err(failed("poll cgroup.events of", &self.path)(e.into())),
             }
