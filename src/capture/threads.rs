@@ -34,11 +34,20 @@ pub struct Stopped {
     xstate: Option<Vec<u8>>,
 }
 
+impl Stopped {
+    /// Whether ptrace has to have its call go on, which the kernel would not.
+    fn is_reissued(&self) -> bool {
+        matches!(self.syscall, SyscallInProgress::Reissue { .. })
+    }
+}
+
 /// Threads of a frozen cgroup, some of them under ptrace. Dropping it lets these go, with calls
 /// that only the freeze had interrupted set to go on.
 #[derive(Debug, Default)]
 pub struct Tracees {
     seized: Vec<Tid>,
+    /// Of these, who may not have stopped yet.
+    stopping: Vec<Tid>,
     /// All of them.
     pub threads: Vec<Stopped>,
     /// Where each is among them.
@@ -86,14 +95,12 @@ impl<'a> Records<'a> {
         }
     }
 
-    /// Whether ptrace has to tell, or to do, something about a thread whose registers are known:
-    /// which signals wait for it or for its process, what its filters are, and to have a call go
-    /// on that the kernel would not.
-    fn needs_ptrace(&self, rec: &ThreadRec, known: &Stopped) -> bool {
+    /// Whether ptrace has to tell something about a thread whose registers are known: which
+    /// signals wait for it or for its process, what its filters are.
+    fn asks_ptrace(&self, rec: &ThreadRec) -> bool {
         let leads = rec.tid == rec.tgid;
         rec.pending != 0
             || leads && (rec.seccomp_filters != 0 || self.shared_pending.contains_key(&rec.tgid))
-            || matches!(known.syscall, SyscallInProgress::Reissue { .. })
     }
 }
 
@@ -143,22 +150,28 @@ impl Tracees {
     ) -> Result<Self, CheckpointError> {
         let deadline = Instant::now() + limit;
         let mut this = Self::default();
+        let mut awaited = Vec::new();
         for &rec in &records.threads {
-            let told = known.remove(&rec.tid);
+            let told = known.remove(&rec.tid).filter(|_| !records.asks_ptrace(rec));
             let told = told.map(|told| records.read(rec, told.general, Some(told.extended)));
+            let tid = Tid(rec.tid.cast_signed());
+            if told.as_ref().is_none_or(Stopped::is_reissued) {
+                ptrace::seize(tid, Options::SYSGOOD)?;
+                this.seized.push(tid);
+                ptrace::interrupt(tid)?;
+            }
             match told {
-                Some(thread) if !records.needs_ptrace(rec, &thread) => this.add(thread),
-                _ => {
-                    let tid = Tid(rec.tid.cast_signed());
-                    ptrace::seize(tid, Options::SYSGOOD)?;
-                    this.seized.push(tid);
+                Some(thread) => {
+                    if thread.is_reissued() {
+                        // It has to have stopped when it is to run again, and not before.
+                        this.stopping.push(tid);
+                    }
+                    this.add(thread);
                 }
+                None => awaited.push(tid),
             }
         }
-        for &tid in &this.seized {
-            ptrace::interrupt(tid)?;
-        }
-        let stopped = this.wait(wakeups, deadline, limit);
+        let stopped = wait(&awaited, wakeups, deadline, limit);
         for &rec in &records.threads {
             let tid = Tid(rec.tid.cast_signed());
             if this.places.contains_key(&tid) {
@@ -177,49 +190,6 @@ impl Tracees {
     fn add(&mut self, thread: Stopped) {
         self.places.insert(thread.tid, self.threads.len());
         self.threads.push(thread);
-    }
-
-    fn wait(
-        &self,
-        wakeups: Option<&Wakeups>,
-        deadline: Instant,
-        limit: Duration,
-    ) -> Result<(), CheckpointError> {
-        // One after another: all will have stopped when the last one has, and each that reports
-        // wakes us.
-        for &tid in &self.seized {
-            loop {
-                match ptrace::poll_stop(tid)? {
-                    None => {}
-                    Some(Stop::Exited(_) | Stop::Killed(_)) => {
-                        return Err(CallError {
-                            call: "ptrace(INTERRUPT)",
-                            task: tid.0,
-                            errno: Errno::ESRCH,
-                        }
-                        .into());
-                    }
-                    Some(_) => break,
-                }
-                // A request to abort waits until all have stopped: one that is let go before
-                // could not have its call repaired.
-                let rest = deadline.saturating_duration_since(Instant::now());
-                if rest.is_zero() {
-                    return Err(CheckpointError::Deadline {
-                        task: format!("Thread {tid}"),
-                        limit,
-                        hint: "it is in vfork(2) or waits for a device: try again later",
-                    });
-                }
-                // SIGCHLD wakes us; should another thread of tracker have taken it, look again.
-                let pause = rest.min(Duration::from_millis(20));
-                match wakeups {
-                    Some(wakeups) => wakeups.wait_for_child(pause)?,
-                    None => std::thread::sleep(pause.min(Duration::from_millis(1))),
-                }
-            }
-        }
-        Ok(())
     }
 
     /// The registers of one thread.
@@ -248,14 +218,63 @@ impl Tracees {
     }
 }
 
+/// Waits until all of these have stopped.
+fn wait(
+    seized: &[Tid],
+    wakeups: Option<&Wakeups>,
+    deadline: Instant,
+    limit: Duration,
+) -> Result<(), CheckpointError> {
+    // One after another: all will have stopped when the last one has, and each that reports
+    // wakes us.
+    for &tid in seized {
+        loop {
+            match ptrace::poll_stop(tid)? {
+                None => {}
+                Some(Stop::Exited(_) | Stop::Killed(_)) => {
+                    return Err(CallError {
+                        call: "ptrace(INTERRUPT)",
+                        task: tid.0,
+                        errno: Errno::ESRCH,
+                    }
+                    .into());
+                }
+                Some(_) => break,
+            }
+            // A request to abort waits until all have stopped: one that is let go before
+            // could not have its call repaired.
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Err(CheckpointError::Deadline {
+                    task: format!("Thread {tid}"),
+                    limit,
+                    hint: "it is in vfork(2) or waits for a device: try again later",
+                });
+            }
+            // SIGCHLD wakes us; should another thread of tracker have taken it, look again.
+            let pause = rest.min(Duration::from_millis(20));
+            match wakeups {
+                Some(wakeups) => wakeups.wait_for_child(pause)?,
+                None => std::thread::sleep(pause.min(Duration::from_millis(1))),
+            }
+        }
+    }
+    Ok(())
+}
+
 impl Drop for Tracees {
     fn drop(&mut self) {
-        for thread in &self.threads {
-            if let SyscallInProgress::Reissue { .. } = thread.syscall
-                && !self.untouched
-                && let Err(e) = ptrace::set_registers(thread.tid, &restart::reissued(&thread.found))
-            {
-                tracing::warn!("{e}; its system call ends with EINTR");
+        /// For machines that are very busy, as in a repair.
+        const LIMIT: Duration = Duration::from_secs(5);
+        if !self.untouched {
+            if let Err(e) = wait(&self.stopping, None, Instant::now() + LIMIT, LIMIT) {
+                tracing::warn!("{e}");
+            }
+            for thread in self.threads.iter().filter(|thread| thread.is_reissued()) {
+                let registers = restart::reissued(&thread.found);
+                if let Err(e) = ptrace::set_registers(thread.tid, &registers) {
+                    tracing::warn!("{e}; its system call ends with EINTR");
+                }
             }
         }
         for &tid in &self.seized {
