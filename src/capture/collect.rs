@@ -25,6 +25,10 @@ impl Capture {
     ) -> Result<(), CheckpointError> {
         let scope = self.scope();
         let frozen = self.frozen.as_mut().ok_or_else(not_frozen)?;
+        let mut iterators = self.iterators.borrow_mut();
+        let vmas = iterators.vmas_of(scope, &frozen.tasks.processes)?;
+        drop(iterators);
+        self.memory.begin(&frozen.tasks, &vmas, *slots)?;
         self.view = Rc::new(View::of(&frozen.tasks, &self.ours)?);
         self.target.header.namespaces = namespaces::read(&frozen.tasks, &self.ours, &self.view)?;
         frozen.processes =
@@ -39,9 +43,6 @@ impl Capture {
         self.wakeups.check()?;
         self.timeline.within(self.options.max_freeze)?;
 
-        let mut iterators = self.iterators.borrow_mut();
-        let vmas = iterators.vmas_of(scope, &frozen.tasks.processes)?;
-        drop(iterators);
         let segments = sysv::segments()?;
         let mut blockers = sysv::blockers(&segments, &vmas, &frozen.tasks);
         blockers.extend(aio::unmapped(&frozen.tasks, &vmas));
@@ -55,9 +56,11 @@ impl Capture {
         }
         frozen.message_queues = message_queues::carried(queues)?;
         let mapper = Mapper::new(segments, frozen.tasks.aio.clone(), Rc::clone(&self.view));
-        frozen.mms =
+        frozen.mms = self.memory.describe(mapper, &self.wakeups)?;
+        if !self.memory.is_beside() {
             self.memory
-                .collect(&frozen.tasks, &vmas, mapper, store, slots, &self.wakeups)?;
+                .finish(&mut frozen.mms, store, slots, &self.wakeups)?;
+        }
         self.timeline.done("memory");
         self.may_go_on()
     }
@@ -124,11 +127,15 @@ impl Capture {
         store: &dyn Store,
         slots: &mut Slots,
     ) -> Result<Application, CheckpointError> {
-        if let Some(frozen) = &mut self.frozen {
-            frozen.repaired = read.repaired;
-        }
+        let frozen = self.frozen.as_mut().ok_or_else(not_frozen)?;
+        frozen.repaired = read.repaired;
         self.timeline.done("files");
         Fault::Files.point()?;
+        if self.memory.is_beside() {
+            self.memory
+                .finish(&mut frozen.mms, store, slots, &self.wakeups)?;
+            self.timeline.done("pages");
+        }
         self.may_go_on()?;
 
         let contents = self.memory.copy_contents(store, slots)?;

@@ -3,7 +3,7 @@
 
 use super::error::CheckpointError;
 use super::pages::{Piece, joined};
-use super::pending::{Kept, Pending, Room, len_of, write_summed};
+use super::pending::{Kept, Pending, len_of, write_summed};
 use crate::fault::Fault;
 use crate::image::{Buffer, PART, Store, each_with, threads};
 use crate::model::frozen::{PAGE_SIZE, PageRun};
@@ -15,23 +15,37 @@ use std::sync::{Mutex, PoisonError};
 /// What became of a copy.
 #[derive(Debug, Default)]
 pub struct Copied {
-    /// Pages read and written.
+    /// Pages read and written, or kept to be written.
     pub pages: u64,
-    /// Pieces that are whole in the image now.
-    pub runs: Vec<PageRun>,
-    /// What of it is still to be written.
-    kept: Vec<Kept>,
+    /// Where they are, in no order.
+    runs: Vec<PageRun>,
 }
 
 impl Copied {
-    fn add(&mut self, runs: &[PageRun]) {
+    fn note(&mut self, runs: &[PageRun]) {
         self.pages += runs.iter().map(|run| run.pages).sum::<u64>();
         self.runs.extend(runs);
+    }
+
+    /// Adds what was copied in another way.
+    pub fn add(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.runs.extend(other.runs);
+    }
+
+    /// All that is in the image now of these pieces, in address order.
+    #[must_use]
+    pub fn with_unchanged(mut self, pieces: &[Piece]) -> Vec<PageRun> {
+        let unchanged = pieces.iter().filter(|piece| !piece.copy);
+        self.runs.extend(unchanged.map(|piece| piece.run));
+        self.runs.sort_unstable_by_key(|run| run.addr);
+        joined(self.runs)
     }
 }
 
 /// Copies pages into images, through buffers that stay: in a frozen window there is no time for
 /// new memory to be mapped.
+#[derive(Default)]
 pub struct Copier {
     buffers: Vec<Buffer>,
     /// What is not written yet, as far as there is room.
@@ -75,6 +89,22 @@ impl Part {
         last.is_some_and(|run| (run.slot + run.pages).is_multiple_of(PART))
     }
 
+    /// Addresses and bytes.
+    fn ranges(&self) -> Vec<(u64, usize)> {
+        let ranges = self.runs.iter().map(|run| (run.addr, len_of(run)));
+        ranges.collect()
+    }
+
+    /// Some of its runs, to be copied still.
+    fn pieces(&self, runs: &[PageRun]) -> impl Iterator<Item = Piece> {
+        let readable = self.readable;
+        runs.iter().map(move |run| Piece {
+            run: *run,
+            copy: true,
+            readable,
+        })
+    }
+
     /// How many more pages there is room for.
     fn room(&self) -> u64 {
         if self.ends_stripe() {
@@ -95,6 +125,46 @@ impl Copier {
         }
     }
 
+    /// Reads what `pieces` ask for of a frozen process, as far as there is room for it to wait to
+    /// be written. Returns what was read, and what is left for [`Copier::copy`].
+    pub fn read(&mut self, pid: Pid, pieces: &[Piece]) -> (Copied, Vec<Piece>) {
+        #[derive(Default)]
+        struct Done {
+            copied: Copied,
+            kept: Vec<Kept>,
+            rest: Vec<Piece>,
+        }
+        let mut free = self.pending.free();
+        let (mut jobs, mut done) = (Vec::new(), Done::default());
+        for part in parts(pieces) {
+            let wanted = part.readable.then(|| free.take(part.bytes()));
+            match wanted.flatten() {
+                Some(room) => jobs.push((part, room)),
+                None => done.rest.extend(part.pieces(&part.runs)),
+            }
+        }
+        // One CPU is for who reads all else.
+        let most = self.buffers.len().saturating_sub(1).max(1);
+        let threads = threads_for(jobs.iter().map(|(part, _)| part), most);
+        let done = Mutex::new(done);
+        each_with(&mut self.buffers[..threads], jobs, |(part, room), _| {
+            let got = read_ranges(pid, &part.ranges(), room.bytes).unwrap_or(0);
+            let (arrived, others) = part.runs.split_at(whole(&part.runs, got));
+            let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+            done.copied.note(arrived);
+            done.rest.extend(part.pieces(others));
+            done.kept.push(Kept {
+                at: room.at,
+                runs: arrived.to_vec(),
+            });
+            Ok::<_, std::convert::Infallible>(())
+        })
+        .unwrap_or_else(|never| match never {});
+        let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.pending.keep(done.kept);
+        (done.copied, done.rest)
+    }
+
     /// Copies what `pieces` ask for. While the process runs (`moving`), pages may vanish:
     /// they are left out of the result. In a frozen one that is an error.
     ///
@@ -108,34 +178,24 @@ impl Copier {
         moving: bool,
     ) -> Result<Copied, CheckpointError> {
         let parts = parts(pieces);
-        let mut free = self.pending.free();
-        // What a running process has is written at once: it may be copied again.
-        let mut room = |part: &Part| (!moving).then(|| free.take(part.bytes())).flatten();
-        let pages: u64 = parts.iter().map(Part::pages).sum();
-        let jobs: Vec<_> = parts.iter().map(|part| (part, room(part))).collect();
+        let threads = threads_for(&parts, self.buffers.len());
         let copied = Mutex::new(Copied::default());
-        // To start another thread takes as long as to read some hundred pages.
-        let threads = usize::try_from(pages / PART).unwrap_or(usize::MAX).max(1);
-        let threads = threads.min(self.buffers.len());
-        each_with(
-            &mut self.buffers[..threads],
-            jobs,
-            |(part, room), buffer| {
-                let done = copy_part(store, pid, part, room, buffer, moving)?;
-                let mut copied = copied.lock().unwrap_or_else(PoisonError::into_inner);
-                copied.add(&done.runs);
-                copied.kept.extend(done.kept);
-                Ok::<_, CheckpointError>(())
-            },
-        )?;
-        let mut copied = copied.into_inner().unwrap_or_else(PoisonError::into_inner);
-        self.pending.keep(std::mem::take(&mut copied.kept));
-        let unchanged = pieces.iter().filter(|piece| !piece.copy);
-        copied.runs.extend(unchanged.map(|piece| piece.run));
-        copied.runs.sort_unstable_by_key(|run| run.addr);
-        copied.runs = joined(std::mem::take(&mut copied.runs));
-        Ok(copied)
+        each_with(&mut self.buffers[..threads], parts, |part, buffer| {
+            let done = copy_part(store, pid, &part, buffer, moving)?;
+            let mut copied = copied.lock().unwrap_or_else(PoisonError::into_inner);
+            copied.add(done);
+            Ok::<_, CheckpointError>(())
+        })?;
+        Ok(copied.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// How many threads are of use to read these: to start another one takes as long as to read some
+/// hundred pages.
+fn threads_for<'a>(parts: impl IntoIterator<Item = &'a Part>, most: usize) -> usize {
+    let pages: u64 = parts.into_iter().map(Part::pages).sum();
+    let threads = usize::try_from(pages / PART).unwrap_or(usize::MAX);
+    threads.max(1).min(most)
 }
 
 /// What is to be copied, in parts.
@@ -162,39 +222,24 @@ fn parts(pieces: &[Piece]) -> Vec<Part> {
     parts
 }
 
-/// Copies a part into the image, or to where it waits for that.
+/// Copies a part into the image.
 fn copy_part(
     store: &dyn Store,
     pid: Pid,
     part: &Part,
-    room: Option<Room<'_>>,
     buffer: &mut [u8],
     moving: bool,
 ) -> Result<Copied, CheckpointError> {
     Fault::PageWrite.point()?;
     let mut done = Copied::default();
-    let ranges: Vec<_> = part
-        .runs
-        .iter()
-        .map(|run| (run.addr, len_of(run)))
-        .collect();
-    let (at, buffer) = match room {
-        Some(Room { at, bytes }) => (Some(at), bytes),
-        None => (None, &mut buffer[..part.bytes()]),
-    };
+    let buffer = &mut buffer[..part.bytes()];
     let got = match part.readable {
-        true => read_ranges(pid, &ranges, buffer).unwrap_or(0),
+        true => read_ranges(pid, &part.ranges(), buffer).unwrap_or(0),
         false => 0,
     };
     let (arrived, others) = part.runs.split_at(whole(&part.runs, got));
-    match at {
-        Some(at) => done.kept.push(Kept {
-            at,
-            runs: arrived.to_vec(),
-        }),
-        None => write_summed(store, arrived, buffer)?,
-    }
-    done.add(arrived);
+    write_summed(store, arrived, buffer)?;
+    done.note(arrived);
     for run in others {
         by_mem(store, pid, run, moving, &mut done)?;
     }
@@ -233,7 +278,7 @@ fn by_mem(
             slot: run.slot + page,
         };
         write_summed(store, &[copied], &bytes)?;
-        done.add(&[copied]);
+        done.note(&[copied]);
     }
     Ok(())
 }
@@ -324,12 +369,19 @@ mod tests {
             let mut copier = Copier::new();
             copier.pending = Pending::with_room(room);
             assert!(copier.copy(&store, this, &pieces, false).is_err());
+            let (none, rest) = copier.read(this, &pieces[..1]);
+            assert_eq!((none.pages, &rest[..]), (0, &pieces[..1]));
             let vanished = copier.copy(&store, this, &pieces[..1], true).unwrap();
             assert_eq!((vanished.pages, vanished.runs), (0, vec![]));
-            let copied = copier.copy(&store, this, &pieces[1..], moving).unwrap();
+            let (mut copied, rest) = match moving {
+                true => (Copied::default(), pieces[1..].to_vec()),
+                false => copier.read(this, &pieces[1..]),
+            };
+            copied.add(copier.copy(&store, this, &rest, moving).unwrap());
             std::mem::take(&mut copier.pending).write(&store).unwrap();
             assert_eq!(copied.pages, 550);
-            assert_eq!(copied.runs, [run(first, 500, 5), run(first + 550, 50, 700)]);
+            let runs = copied.with_unchanged(&pieces[1..]);
+            assert_eq!(runs, [run(first, 500, 5), run(first + 550, 50, 700)]);
             let mut read = vec![0; 500 * 4096];
             store.read_pages(5, &mut read).unwrap();
             assert_eq!(read, pages[..500 * 4096]);

@@ -10,6 +10,7 @@ use super::mm::{self, Mapper};
 use super::pages::{Need, plan, select};
 use super::pending::Pending;
 use super::shared::Shared;
+use super::spaces::{self, Beside, Done, Space, Work};
 use super::tracked::Tracked;
 use super::wakeups::Wakeups;
 use crate::bpf::events::{MmRec, VmaKind, VmaRec};
@@ -21,6 +22,7 @@ use crate::model::ids::{MmId, Pid};
 use crate::sys::memory::{Pagemap, clear_soft_dirty, soft_dirty_works, zero_frame};
 use crate::sys::process::read_memory_exact;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 /// An address space at a moment: the kernel may give its address to another one later.
 type Key = (u64, u32, u64);
@@ -53,6 +55,12 @@ pub struct Memory {
     shared: Shared,
     /// With what was read and is written once the application runs again.
     copier: Copier,
+    /// Reads beside what else is read, if the application is left running.
+    beside: Option<Beside>,
+    /// Address spaces that are being read.
+    spaces: Vec<(MmRec, Arc<Vec<VmaRec>>)>,
+    /// What was read of these, if it is not done beside.
+    done: Option<Done>,
     stats: MemoryStats,
 }
 
@@ -65,6 +73,9 @@ impl Memory {
             contents: Contents::default(),
             shared: Shared::new(),
             copier: Copier::new(),
+            beside: None,
+            spaces: Vec::new(),
+            done: None,
             stats: MemoryStats {
                 dirty_tracking: soft_dirty_works(),
                 ..MemoryStats::default()
@@ -119,7 +130,7 @@ impl Memory {
             self.stats.precopied += copied.pages;
             let entry = Precopied {
                 tracked: Tracked::new(vmas),
-                have: copied.runs,
+                have: copied.with_unchanged(&pieces),
                 needs: Vec::new(),
             };
             self.precopied.insert(key(rec, &tasks), entry);
@@ -198,7 +209,7 @@ impl Memory {
                 copied => {
                     let copied = copied?;
                     self.stats.precopied += copied.pages;
-                    entry.have = copied.runs;
+                    entry.have = copied.with_unchanged(&pieces);
                 }
             }
         }
@@ -208,10 +219,14 @@ impl Memory {
         Ok(())
     }
 
-    /// Makes room for about so many pages, which [`Memory::collect`] leaves to
-    /// [`Memory::write_pending`].
+    /// Makes ready for an application that is left running: room for about so many pages, which
+    /// [`Memory::finish`] leaves to [`Memory::write_pending`], and a thread that reads them.
     pub fn reserve(&mut self, pages: u64) {
         self.copier.pending = Pending::with_room((pages + pages / 4 + 512).min(MOST_PENDING));
+        match Beside::start(self.zero_frame) {
+            Ok(beside) => self.beside = Some(beside),
+            Err(error) => tracing::debug!(%error, "memory is not read beside the rest"),
+        }
     }
 
     /// Writes what was read and not written.
@@ -219,33 +234,65 @@ impl Memory {
         std::mem::take(&mut self.copier.pending).write(store)
     }
 
-    /// Reads all address spaces of the frozen application; [`Memory::copy_contents`] follows
-    /// once it is known what is open as well.
-    pub fn collect(
+    /// Begins to read the private memory of the frozen application, and does all of it unless it
+    /// is read beside the rest.
+    ///
+    /// # Errors
+    /// A pagemap cannot be read.
+    pub fn begin(
         &mut self,
         tasks: &Tasks,
         vmas: &[VmaRec],
+        slots: Slots,
+    ) -> Result<(), CheckpointError> {
+        let mut by_mm = grouped(vmas);
+        let mut spaces = Vec::new();
+        self.spaces = Vec::new();
+        for rec in address_spaces(tasks) {
+            let vmas = Arc::new(by_mm.remove(&rec.mm).unwrap_or_default());
+            let before = self.precopied.remove(&key(rec, tasks));
+            let (tracked, have) = before.map(|b| (b.tracked, b.have)).unzip();
+            spaces.push(Space {
+                pid: pid(rec),
+                vmas: Arc::clone(&vmas),
+                tracked,
+                have: have.unwrap_or_default(),
+            });
+            self.spaces.push((*rec, vmas));
+        }
+        let copier = std::mem::take(&mut self.copier);
+        let work = Work {
+            spaces,
+            copier,
+            slots,
+        };
+        match &self.beside {
+            Some(beside) => beside.begin(work),
+            None => self.done = Some(spaces::read(work, self.zero_frame)?),
+        }
+        Ok(())
+    }
+
+    /// Whether memory is read beside the rest: [`Memory::finish`] had better be left for when that
+    /// was read.
+    #[must_use]
+    pub fn is_beside(&self) -> bool {
+        self.beside.is_some()
+    }
+
+    /// Tells of all address spaces of the frozen application but for their pages.
+    ///
+    /// # Errors
+    /// A mapping cannot be carried, or what is behind it cannot be read.
+    pub fn describe(
+        &mut self,
         mut mapper: Mapper,
-        store: &dyn Store,
-        slots: &mut Slots,
         wakeups: &Wakeups,
     ) -> Result<BTreeMap<MmId, Mm>, CheckpointError> {
-        let by_mm = grouped(vmas);
         self.contents = Contents::default();
         let mut found = BTreeMap::new();
-        for rec in address_spaces(tasks) {
+        for (rec, vmas) in &self.spaces {
             wakeups.check()?;
-            let vmas = of(&by_mm, rec);
-            let before = self.precopied.remove(&key(rec, tasks));
-            let have = before.as_ref().map_or(&[][..], |b| &b.have);
-            let tracked = before.as_ref().map(|b| &b.tracked);
-            let mut pagemap = Pagemap::open(pid(rec))?;
-            let needs = select(&mut pagemap, vmas, tracked, self.zero_frame)?;
-            let pieces = plan(&needs, have, |pages| slots.take(pages));
-            Fault::Memory.point()?;
-            let copied = self.copier.copy(store, pid(rec), &pieces, false)?;
-            self.stats.copied_frozen += copied.pages;
-            self.stats.pages += copied.runs.iter().map(|run| run.pages).sum::<u64>();
             let vmas = vmas
                 .iter()
                 .map(|vma| mapper.convert(vma, &mut self.contents))
@@ -255,7 +302,7 @@ impl Memory {
                 auxv: mm::auxv(rec),
                 vdso: vdso_of(pid(rec), &vmas)?,
                 vmas,
-                pages: copied.runs,
+                pages: Vec::new(),
                 def_flags: rec.def_flags,
                 pkeys: rec.pkeys,
                 mdwe: attributes::mdwe(rec),
@@ -265,6 +312,41 @@ impl Memory {
             found.insert(MmId(rec.mm), mm);
         }
         Ok(found)
+    }
+
+    /// Copies what is left of the pages of address spaces that were described, whose slots are taken
+    /// since [`Memory::begin`]; [`Memory::copy_contents`] follows once it is known what is open as
+    /// well.
+    ///
+    /// # Errors
+    /// A page cannot be read, or the carrier is full.
+    pub fn finish(
+        &mut self,
+        mms: &mut BTreeMap<MmId, Mm>,
+        store: &dyn Store,
+        slots: &mut Slots,
+        wakeups: &Wakeups,
+    ) -> Result<(), CheckpointError> {
+        let done = match (&self.beside, self.done.take()) {
+            (Some(beside), _) => beside.done()?,
+            (None, Some(done)) => done,
+            (None, None) => return Ok(()),
+        };
+        self.copier = done.copier;
+        *slots = done.slots;
+        for ((rec, _), read) in self.spaces.drain(..).zip(done.read) {
+            wakeups.check()?;
+            Fault::Memory.point()?;
+            let mut copied = read.copied;
+            copied.add(self.copier.copy(store, pid(&rec), &read.rest, false)?);
+            self.stats.copied_frozen += copied.pages;
+            let runs = copied.with_unchanged(&read.pieces);
+            self.stats.pages += runs.iter().map(|run| run.pages).sum::<u64>();
+            if let Some(mm) = mms.get_mut(&MmId(rec.mm)) {
+                mm.pages = runs;
+            }
+        }
+        Ok(())
     }
 
     /// What the frozen application maps that only memory keeps; what it has open besides is to

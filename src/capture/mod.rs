@@ -28,6 +28,7 @@ mod refresh;
 mod restart;
 mod semaphores;
 mod shared;
+mod spaces;
 mod sysv;
 mod target;
 mod tasks;
