@@ -6,6 +6,7 @@ use super::shared::Shared;
 use super::{AgentError, share};
 use crate::model::diff::{diff, patch};
 use crate::model::state::State;
+use crate::sys::precedence::Precedence;
 use crate::track::{Settle, View};
 use crossbeam_channel::Sender;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -68,11 +69,12 @@ pub(super) fn serve(listener: &UnixListener, shared: &Arc<Shared>, stop: &Sender
 fn may(client: &UnixStream, request: Request) -> io::Result<bool> {
     match request {
         Request::Status | Request::Audit | Request::Model | Request::Delta => Ok(true),
-        Request::Iterators | Request::Shutdown => {
-            let peer = getsockopt(client, PeerCredentials)?;
-            Ok(peer.uid() == 0)
-        }
+        Request::Iterators | Request::Shutdown => is_root(client),
     }
+}
+
+fn is_root(client: &UnixStream) -> io::Result<bool> {
+    Ok(getsockopt(client, PeerCredentials)?.uid() == 0)
 }
 
 /// Answers one client until it goes away.
@@ -82,6 +84,8 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
     // The model as this client has it.
     let mut sent = State::default();
     let mut lease = None;
+    // Whoever has a model asks for what has happened since while applications stand still.
+    let mut first = None;
     loop {
         let request = match receive(&mut client) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
@@ -98,10 +102,12 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
                 .map(|status| Answer::Status(Box::new(status))),
             Request::Audit => shared.audit().map(Answer::Audit),
             Request::Model => shared.tracking.state(Settle::Suspects).map(|state| {
+                first = is_root(&client).unwrap_or(false).then(Precedence::take);
                 sent.clone_from(&state);
                 Answer::Model(Box::new(state))
             }),
             Request::Delta => {
+                let _urged = first.is_some().then(|| shared.tracking.urge());
                 let before = std::mem::take(&mut sent);
                 let look = move |view: View<'_>| (diff(&before, view.state), before);
                 shared

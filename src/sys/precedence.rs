@@ -1,18 +1,23 @@
 //! Going first while somebody stands still for it.
 
+use crate::model::ids::Tid;
 use nix::libc;
+use std::io;
+use std::marker::PhantomData;
 
-/// The calling thread runs before all ordinary ones for as long as this lives: with the lowest
-/// real-time priority (`SCHED_FIFO`, sched(7)), of which threads that it starts inherit nothing. A
+/// A thread runs before all ordinary ones for as long as this lives: with the lowest real-time
+/// priority (`SCHED_FIFO`, sched(7)), of which threads that it starts inherit nothing. A
 /// thread of real-time priority goes before it, and the kernel keeps 5 % of each CPU for ordinary
 /// ones (`sched_rt_runtime_us`).
 ///
 /// Does nothing if the thread has real-time priority already, or may not have it (`CAP_SYS_NICE`).
-/// It belongs to the thread that has taken it, and cannot be sent to another one.
+/// What a thread has taken for itself ends there: it cannot be sent to another one.
 #[derive(Debug)]
 pub struct Precedence {
+    /// 0: the one that has taken it.
+    thread: libc::pid_t,
     before: Option<Policy>,
-    here: std::marker::PhantomData<*const ()>,
+    here: PhantomData<*const ()>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,13 +29,13 @@ struct Policy {
 }
 
 impl Policy {
-    /// That of the calling thread, if the kernel tells.
-    fn ours() -> Option<Self> {
+    /// That of a thread, if the kernel tells.
+    fn of(thread: libc::pid_t) -> Option<Self> {
         let mut param = libc::sched_param { sched_priority: 0 };
         // SAFETY: the kernel writes the one structure it is given.
         let (policy, told) = unsafe {
-            let told = libc::sched_getparam(0, &raw mut param);
-            (libc::sched_getscheduler(0), told)
+            let told = libc::sched_getparam(thread, &raw mut param);
+            (libc::sched_getscheduler(thread), told)
         };
         (policy >= 0 && told == 0).then_some(Self {
             policy,
@@ -43,35 +48,46 @@ impl Policy {
         [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE].contains(&policy)
     }
 
-    /// Gives it to the calling thread; its nice value stays.
-    fn set(self) -> std::io::Result<()> {
+    /// Gives it to a thread, whose nice value stays.
+    fn set(self, thread: libc::pid_t) -> io::Result<()> {
         let param = libc::sched_param {
             sched_priority: self.priority,
         };
         // SAFETY: the structure is only read.
-        match unsafe { libc::sched_setscheduler(0, self.policy, &raw const param) } {
+        match unsafe { libc::sched_setscheduler(thread, self.policy, &raw const param) } {
             0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
+            _ => Err(io::Error::last_os_error()),
         }
     }
 }
 
 impl Precedence {
-    /// Takes it until it is dropped.
+    /// Takes it for the calling thread.
     #[must_use]
     pub fn take() -> Self {
+        Self::of(0)
+    }
+
+    /// Gives it to another thread of this process, which may be asleep: one that is to answer.
+    #[must_use]
+    pub fn lend(to: Tid) -> Self {
+        Self::of(to.0)
+    }
+
+    fn of(thread: libc::pid_t) -> Self {
         const FIRST: Policy = Policy {
             policy: libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK,
             priority: 1,
         };
-        let ordinary = Policy::ours().filter(|policy| policy.is_ordinary());
-        let taken = ordinary.map(|_| FIRST.set());
+        let ordinary = Policy::of(thread).filter(|policy| policy.is_ordinary());
+        let taken = ordinary.map(|_| FIRST.set(thread));
         if let Some(Err(error)) = &taken {
             tracing::debug!("sched_setscheduler: {error}; others may go before this thread");
         }
         Self {
+            thread,
             before: ordinary.filter(|_| matches!(taken, Some(Ok(())))),
-            here: std::marker::PhantomData,
+            here: PhantomData,
         }
     }
 }
@@ -79,7 +95,7 @@ impl Precedence {
 impl Drop for Precedence {
     fn drop(&mut self) {
         if let Some(before) = self.before
-            && let Err(error) = before.set()
+            && let Err(error) = before.set(self.thread)
         {
             tracing::warn!("sched_setscheduler: {error}; this thread keeps its precedence");
         }
@@ -93,16 +109,17 @@ mod tests {
     /// Also of a user who may not have it.
     #[test]
     fn it_ends_with_whoever_took_it_first() {
-        let before = Policy::ours().unwrap();
+        let before = Policy::of(0).unwrap();
         assert!(before.is_ordinary());
         let first = Precedence::take();
-        let during = Policy::ours().unwrap();
+        let during = Policy::of(0).unwrap();
         assert_eq!(during != before, first.before.is_some());
-        let child = std::thread::spawn(|| Policy::ours().unwrap().policy);
+        let child = std::thread::spawn(|| Policy::of(0).unwrap().policy);
         assert_eq!(child.join().unwrap(), libc::SCHED_OTHER);
         drop(Precedence::take());
-        assert_eq!(Policy::ours().unwrap(), during);
+        drop(Precedence::lend(Tid(nix::unistd::gettid().as_raw())));
+        assert_eq!(Policy::of(0).unwrap(), during);
         drop(first);
-        assert_eq!(Policy::ours().unwrap(), before);
+        assert_eq!(Policy::of(0).unwrap(), before);
     }
 }

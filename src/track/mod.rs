@@ -13,8 +13,11 @@ use crate::bpf::iter::Iterators;
 use crate::bpf::programs::Programs;
 use crate::bpf::rings::Kick;
 use crate::bpf::track::{HookSet, Hooks, Options};
+use crate::model::ids::Tid;
 use crate::model::state::State;
+use crate::sys::precedence::Precedence;
 use crossbeam_channel::{RecvTimeoutError, SendTimeoutError, Sender, bounded};
+use nix::unistd::gettid;
 use roots::Root;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -113,6 +116,8 @@ pub struct Tracking {
     stop: Arc<AtomicBool>,
     kick: Kick,
     threads: Vec<JoinHandle<()>>,
+    /// The thread that owns the model.
+    model: Tid,
     /// What is tracked.
     pub roots: Vec<Root>,
     /// The hooks' programs, for what the kernel counts of them.
@@ -163,16 +168,19 @@ impl Tracking {
             kick: kick.clone(),
         };
         let engine = engine::Engine::new(hooks, iterators, roots.clone(), inbox, requested)?;
-        threads.push(
-            thread::Builder::new()
-                .name("model".into())
-                .spawn(move || engine.run())?,
-        );
+        let (model, who) = bounded(1);
+        let run = move || {
+            let _ = model.send(Tid(gettid().as_raw()));
+            engine.run();
+        };
+        threads.push(thread::Builder::new().name("model".into()).spawn(run)?);
+        let model = who.recv().map_err(io::Error::other)?;
         Ok(Self {
             requests,
             stop,
             kick,
             threads,
+            model,
             roots,
             programs,
             fills,
@@ -199,6 +207,13 @@ impl Tracking {
             .send(Request::Look { settle, look })
             .map_err(|_| Gone)?;
         answer.recv().map_err(|_| Gone)
+    }
+
+    /// Has the model's thread go first for as long as the result lives: applications stand still
+    /// until it has answered.
+    #[must_use]
+    pub fn urge(&self) -> Precedence {
+        Precedence::lend(self.model)
     }
 
     /// A copy of the state.
