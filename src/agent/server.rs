@@ -84,7 +84,7 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
     // The model as this client has it.
     let mut sent = State::default();
     let mut lease = None;
-    // Whoever has a model asks for what has happened since while applications stand still.
+    // While whoever has a model may ask for what has happened since: applications stand still then.
     let mut first = None;
     loop {
         let request = match receive(&mut client) {
@@ -102,7 +102,6 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
                 .map(|status| Answer::Status(Box::new(status))),
             Request::Audit => shared.audit().map(Answer::Audit),
             Request::Model => shared.tracking.state(Settle::Suspects).map(|state| {
-                first = is_root(&client).unwrap_or(false).then(Precedence::take);
                 sent.clone_from(&state);
                 Answer::Model(Box::new(state))
             }),
@@ -123,6 +122,9 @@ fn answer(mut client: UnixStream, shared: &Shared, stop: &Sender<()>) -> io::Res
         };
         let reply = reply.unwrap_or_else(|error| Answer::Error(error.to_string()));
         send(&mut client, &reply)?;
+        if request == Request::Model && first.is_none() && is_root(&client)? {
+            first = Some(Precedence::take());
+        }
         if request == Request::Shutdown {
             // If the channel is full, it stops already.
             let _ = stop.try_send(());

@@ -144,7 +144,7 @@ impl Copier {
             }
         }
         // One CPU is for who reads all else.
-        let most = self.buffers.len().saturating_sub(1).max(1);
+        let most = self.buffers.len().saturating_sub(1);
         let threads = threads_for(jobs.iter().map(|(part, _)| part), most);
         let done = Mutex::new(done);
         each_with(&mut self.buffers[..threads], jobs, |(part, room), _| {
@@ -195,7 +195,7 @@ impl Copier {
 fn threads_for<'a>(parts: impl IntoIterator<Item = &'a Part>, most: usize) -> usize {
     let pages: u64 = parts.into_iter().map(Part::pages).sum();
     let threads = usize::try_from(pages / PART).unwrap_or(usize::MAX);
-    threads.max(1).min(most)
+    threads.min(most).max(1)
 }
 
 /// What is to be copied, in parts.
