@@ -220,9 +220,16 @@ impl Memory {
     }
 
     /// Makes ready for an application that is left running: room for about so many pages, which
-    /// [`Memory::finish`] leaves to [`Memory::write_pending`], and a thread that reads them.
+    /// [`Memory::finish`] leaves to [`Memory::write_pending`], and a thread that reads them, if
+    /// that takes longer than to wake one.
     pub fn reserve(&mut self, pages: u64) {
+        /// To look at, and to copy.
+        const MANY: (u64, u64) = (8192, 512);
         self.copier.pending = Pending::with_room((pages + pages / 4 + 512).min(MOST_PENDING));
+        let have = self.precopied.values().flat_map(|before| &before.have);
+        if have.map(|run| run.pages).sum::<u64>() < MANY.0 && pages < MANY.1 {
+            return;
+        }
         match Beside::start(self.zero_frame) {
             Ok(beside) => self.beside = Some(beside),
             Err(error) => tracing::debug!(%error, "memory is not read beside the rest"),
