@@ -9,6 +9,7 @@ use nix::unistd::getsid;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// All PIDs and TIDs of an application.
 #[must_use]
@@ -70,14 +71,31 @@ pub fn is_free(number: i32) -> bool {
         && kill(nix::unistd::Pid::from_raw(-number), None) == Err(Errno::ESRCH)
 }
 
-/// Checks that every PID and TID of the application can be given out.
+/// Whether a task is on its way out, or has ended and was not waited for yet (proc_pid_stat(5)).
+fn is_ending(number: i32) -> bool {
+    const PF_EXITING: u32 = 4;
+    let stat = std::fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
+    let (_, rest) = stat.rsplit_once(") ").unwrap_or_default();
+    let mut fields = rest.split(' ');
+    let state = fields.next().unwrap_or_default();
+    let flags = fields.nth(5).and_then(|flags| flags.parse().ok());
+    ["Z", "X"].contains(&state) || flags.unwrap_or(0) & PF_EXITING != 0
+}
+
+/// Checks that every PID and TID of the application can be given out. Those of tasks that are just
+/// ending are waited for: a cgroup is empty before they have ended, and a CPU may be long in coming.
 ///
 /// # Errors
 /// The first that is in use, with the name of its user.
 pub fn check_free(app: &Application) -> Result<(), RestoreError> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let begun = Instant::now();
     for process in &app.processes {
         let tids = process.threads.iter().map(|t| ("TID", t.tid.0));
         for (kind, number) in std::iter::once(("PID", process.pid.0)).chain(tids) {
+            while is_ending(number) && begun.elapsed() < PATIENCE {
+                std::thread::sleep(Duration::from_millis(2));
+            }
             if is_free(number) {
                 continue;
             }
@@ -171,6 +189,24 @@ mod tests {
             error.starts_with(&format!("PID {this} is in use by ")),
             "{error}"
         );
+    }
+
+    #[test]
+    fn who_has_ended_is_told_from_who_runs() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        while !is_ending(pid) {
+            std::thread::yield_now();
+        }
+        assert!(!is_ending(std::process::id().cast_signed()));
+        assert!(check_free(&app(pid, pid)).is_err());
+        let waiting = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            child.wait().unwrap()
+        });
+        check_free(&app(pid, pid)).unwrap();
+        assert!(waiting.join().unwrap().success());
+        assert!(!is_ending(pid));
     }
 
     #[test]
