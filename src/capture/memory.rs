@@ -223,11 +223,12 @@ impl Memory {
     /// [`Memory::finish`] leaves to [`Memory::write_pending`], and a thread that reads them, if
     /// that takes longer than to wake one.
     pub fn reserve(&mut self, pages: u64) {
-        /// To look at, and to copy.
-        const MANY: (u64, u64) = (8192, 512);
+        /// Pages to look at, and to copy, from which on that is so.
+        const LOOKED_AT: u64 = 8192;
+        const COPIED: u64 = 512;
         self.copier.pending = Pending::with_room((pages + pages / 4 + 512).min(MOST_PENDING));
         let have = self.precopied.values().flat_map(|before| &before.have);
-        if have.map(|run| run.pages).sum::<u64>() < MANY.0 && pages < MANY.1 {
+        if have.map(|run| run.pages).sum::<u64>() < LOOKED_AT && pages < COPIED {
             return;
         }
         match Beside::start(self.zero_frame) {

@@ -148,7 +148,6 @@ impl Tracees {
         wakeups: Option<&Wakeups>,
         limit: Duration,
     ) -> Result<Self, CheckpointError> {
-        let deadline = Instant::now() + limit;
         let mut this = Self::default();
         let mut awaited = Vec::new();
         for &rec in &records.threads {
@@ -171,7 +170,7 @@ impl Tracees {
                 None => awaited.push(tid),
             }
         }
-        let stopped = wait(&awaited, wakeups, deadline, limit);
+        let stopped = wait(&awaited, wakeups, limit);
         for &rec in &records.threads {
             let tid = Tid(rec.tid.cast_signed());
             if this.places.contains_key(&tid) {
@@ -219,12 +218,8 @@ impl Tracees {
 }
 
 /// Waits until all of these have stopped.
-fn wait(
-    seized: &[Tid],
-    wakeups: Option<&Wakeups>,
-    deadline: Instant,
-    limit: Duration,
-) -> Result<(), CheckpointError> {
+fn wait(seized: &[Tid], wakeups: Option<&Wakeups>, limit: Duration) -> Result<(), CheckpointError> {
+    let deadline = Instant::now() + limit;
     // One after another: all will have stopped when the last one has, and each that reports
     // wakes us.
     for &tid in seized {
@@ -267,7 +262,7 @@ impl Drop for Tracees {
         /// For machines that are very busy, as in a repair.
         const LIMIT: Duration = Duration::from_secs(5);
         if !self.untouched {
-            if let Err(e) = wait(&self.stopping, None, Instant::now() + LIMIT, LIMIT) {
+            if let Err(e) = wait(&self.stopping, None, LIMIT) {
                 tracing::warn!("{e}");
             }
             for thread in self.threads.iter().filter(|thread| thread.is_reissued()) {

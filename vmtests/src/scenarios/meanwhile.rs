@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 
 use super::services::PATIENCE;
+use super::single_case::ensure_failed;
 use super::{Kernels, Scenario, single_case};
 use crate::apps;
 use crate::image::Kernel;
@@ -91,17 +92,6 @@ fn await_said(vm: &Vm, what: &str) -> Result<()> {
 fn checkpoint(vm: &Vm) -> Result<Output> {
     let checkpoint = apps::checkpoint(NAME, IMAGE, &[]).timeout(PATIENCE);
     vm.exec(checkpoint.env("TRACKER_FAULT", "memory:slow"))
-}
-
-/// That a checkpoint has failed with this code, and has said why.
-fn ensure_failed(checkpoint: &Output, code: i32, why: &str) -> Result<()> {
-    let said = checkpoint.error_text();
-    ensure!(
-        checkpoint.code() == Some(code) && said.contains(why),
-        "The checkpoint ended with {}:\n{said}",
-        checkpoint.status
-    );
-    Ok(())
 }
 
 /// What the program says once it may go on.

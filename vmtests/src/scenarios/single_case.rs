@@ -46,11 +46,15 @@ pub fn forget(vm: &Vm) -> Result<()> {
 /// A restore that fails, with this text on stderr.
 pub fn refused(vm: &Vm, restore: Exec, text: &str) -> Result<()> {
     const RESTORE_FAILED: i32 = 7;
-    let output: Output = vm.exec(restore)?;
+    ensure_failed(&vm.exec(restore)?, RESTORE_FAILED, text)
+}
+
+/// That a command has failed with this code, and has said why on stderr.
+pub fn ensure_failed(output: &Output, code: i32, why: &str) -> Result<()> {
     let said = output.error_text();
     ensure!(
-        output.code() == Some(RESTORE_FAILED) && said.contains(text),
-        "Not refused with {text:?}: {} {said}",
+        output.code() == Some(code) && said.contains(why),
+        "Not {code} with {why:?}: {}\n{said}",
         output.status
     );
     Ok(())
