@@ -353,6 +353,7 @@ struct sched_entity {
 	u64 slice;
 };
 struct task_struct {
+	void *stack;
 	unsigned int __state;
 	unsigned int flags;
 	unsigned int ptrace;

@@ -293,12 +293,16 @@ static __always_inline void state_changed(struct sock *sk, int state)
  * The kernel leaves a program out where it runs on that CPU already: here whenever the network
  * interrupts a task that changes a state, and then changes others. A second program has the
  * other's turns then. Nothing interrupts the network's changes with more of them, so one is enough.
+ * The first program begins to count as running some instructions before its own first one, so
+ * it cannot say that it is interrupted: it says instead of each change of the network that it saw
+ * it, and the second one, right after, does what nobody saw.
  */
 #define CHANGING_CPUS 1024
 
-struct {
-	u32 now;
-	u32 unused[15]; /* a cache line for each CPU */
+struct changing {
+	u64 ctx[2]; /* of the two programs: the verifier takes what comes from here for numbers */
+	u64 seen;
+	u64 unused[5]; /* a cache line for each CPU */
 } changing[CHANGING_CPUS];
 
 /* Turns that the stand-in took: user space does not count them as missed. */
@@ -309,30 +313,45 @@ struct {
 	__type(value, u64);
 } stood_in SEC(".maps");
 
-static __always_inline volatile u32 *changing_here(void)
+static __always_inline volatile struct changing *changing_here(void)
 {
-	return &changing[bpf_get_smp_processor_id() & (CHANGING_CPUS - 1)].now;
+	return &changing[bpf_get_smp_processor_id() & (CHANGING_CPUS - 1)];
+}
+
+#define STACK_LEN (16 << 10) /* THREAD_SIZE */
+
+/* Whether this is not what the current task itself does: soft interrupts have a stack of their
+ * own, or are in ksoftirqd, which no other one interrupts. The arguments are on the stack. */
+static __always_inline bool by_network(u64 ctx)
+{
+	return ctx - (u64)bpf_get_current_task_btf()->stack >= STACK_LEN;
 }
 
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(inet_sock_set_state, struct sock *sk, int old, int state)
 {
-	volatile u32 *now = changing_here();
+	volatile struct changing *here = changing_here();
 
-	*now = 1;
+	here->ctx[0] = (u64)ctx;
+	here->seen = by_network(here->ctx[0]);
 	state_changed(sk, state);
-	*now = 0;
 	return 0;
 }
 
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(inet_sock_set_state_stand_in, struct sock *sk, int old, int state)
 {
+	volatile struct changing *here = changing_here();
 	u32 key = 0;
 	u64 *count;
 
-	if (!*changing_here())
+	here->ctx[1] = (u64)ctx;
+	/* While this runs for a task, it does not for the network that interrupts the task: what
+	 * was said of those changes ends here. */
+	if (here->seen || !by_network(here->ctx[1])) {
+		here->seen = 0;
 		return 0;
+	}
 	count = bpf_map_lookup_elem(&stood_in, &key);
 	if (count)
 		++*count;

@@ -30,7 +30,10 @@ fn tracking(vm: &Vm, hooks: &str) -> Result<()> {
 
     let redis = ["redis-server", "--save", "", "--maxclients", "1000"];
     let redis = start(vm, "redis", &redis, "Ready to accept")?;
-    let load = "redis-benchmark -q -c 200 -n 10000 -t set,get";
+    // With connections that stay, and with one for each request: the network then changes the
+    // state of one while it interrupts who changes that of another.
+    let load = "redis-benchmark -q -c 200 -n 10000 -t set,get && \
+                redis-benchmark -q -c 200 -n 2000 -t set -k 0";
     vm.exec(Exec::new(["sh", "-c", load]).timeout(PATIENCE))?
         .check()?;
     audit(vm, "redis after 200 connections", 6)?;
