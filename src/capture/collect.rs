@@ -23,12 +23,11 @@ impl Capture {
         store: &dyn Store,
         slots: &mut Slots,
     ) -> Result<(), CheckpointError> {
-        let scope = self.scope();
         let frozen = self.frozen.as_mut().ok_or_else(not_frozen)?;
-        let mut iterators = self.iterators.borrow_mut();
-        let vmas = iterators.vmas_of(scope, &frozen.tasks.processes)?;
-        drop(iterators);
-        self.memory.begin(&frozen.tasks, &vmas, *slots)?;
+        let vmas = std::mem::take(&mut frozen.vmas);
+        if !self.memory.is_beside() {
+            self.memory.begin(&frozen.tasks, &vmas, *slots)?;
+        }
         self.view = Rc::new(View::of(&frozen.tasks, &self.ours)?);
         self.target.header.namespaces = namespaces::read(&frozen.tasks, &self.ours, &self.view)?;
         frozen.processes =

@@ -5,7 +5,7 @@ use super::error::CheckpointError;
 use super::pages::{Piece, joined};
 use super::pending::{Kept, Pending, len_of, write_summed};
 use crate::fault::Fault;
-use crate::image::{Buffer, PART, Store, each_with, threads};
+use crate::image::{Buffer, PART, Store, bytes, each_with, threads};
 use crate::model::frozen::{PAGE_SIZE, PageRun};
 use crate::model::ids::Pid;
 use crate::sys::memory::read_ranges;
@@ -69,17 +69,23 @@ pub fn buffers() -> Vec<Buffer> {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Part {
     runs: Vec<PageRun>,
+    /// Of these.
+    pages: u64,
     /// As in [`Piece`].
     readable: bool,
 }
 
 impl Part {
-    fn pages(&self) -> u64 {
-        self.runs.iter().map(|run| run.pages).sum()
+    fn new(readable: bool) -> Self {
+        Self {
+            readable,
+            ..Self::default()
+        }
     }
 
-    fn bytes(&self) -> usize {
-        self.runs.iter().map(len_of).sum()
+    fn push(&mut self, run: PageRun) {
+        self.pages += run.pages;
+        self.runs.push(run);
     }
 
     /// Whether its last slot is the last of a stripe: what goes beyond would be written to
@@ -110,7 +116,7 @@ impl Part {
         if self.ends_stripe() {
             0
         } else {
-            PART - self.pages()
+            PART - self.pages
         }
     }
 }
@@ -137,7 +143,7 @@ impl Copier {
         let mut free = self.pending.free();
         let (mut jobs, mut done) = (Vec::new(), Done::default());
         for part in parts(pieces) {
-            let wanted = part.readable.then(|| free.take(part.bytes()));
+            let wanted = part.readable.then(|| free.take(bytes(part.pages)));
             match wanted.flatten() {
                 Some(room) => jobs.push((part, room)),
                 None => done.rest.extend(part.pieces(&part.runs)),
@@ -193,7 +199,7 @@ impl Copier {
 /// How many threads are of use to read these: to start another one takes as long as to read some
 /// hundred pages.
 fn threads_for<'a>(parts: impl IntoIterator<Item = &'a Part>, most: usize) -> usize {
-    let pages: u64 = parts.into_iter().map(Part::pages).sum();
+    let pages: u64 = parts.into_iter().map(|part| part.pages).sum();
     let threads = usize::try_from(pages / PART).unwrap_or(usize::MAX);
     threads.min(most).max(1)
 }
@@ -206,13 +212,10 @@ fn parts(pieces: &[Piece]) -> Vec<Part> {
         while rest.pages > 0 {
             let last = parts
                 .pop_if(|last| last.readable == piece.readable && last.room() > 0)
-                .unwrap_or(Part {
-                    runs: Vec::new(),
-                    readable: piece.readable,
-                });
+                .unwrap_or_else(|| Part::new(piece.readable));
             let mut part = last;
             let pages = rest.pages.min(part.room()).min(PART - rest.slot % PART);
-            part.runs.push(PageRun { pages, ..rest });
+            part.push(PageRun { pages, ..rest });
             parts.push(part);
             rest.addr += pages * PAGE_SIZE;
             rest.slot += pages;
@@ -232,7 +235,7 @@ fn copy_part(
 ) -> Result<Copied, CheckpointError> {
     Fault::PageWrite.point()?;
     let mut done = Copied::default();
-    let buffer = &mut buffer[..part.bytes()];
+    let buffer = &mut buffer[..bytes(part.pages)];
     let got = match part.readable {
         true => read_ranges(pid, &part.ranges(), buffer).unwrap_or(0),
         false => 0,
@@ -312,9 +315,10 @@ mod tests {
             piece(run(30, 2 * PART, PART - 2), true),
             piece(run(1000, 1, 3), false),
         ];
-        let part = |readable, runs: &[PageRun]| Part {
-            runs: runs.to_vec(),
-            readable,
+        let part = |readable, runs: &[PageRun]| {
+            let mut part = Part::new(readable);
+            runs.iter().for_each(|run| part.push(*run));
+            part
         };
         let expected = [
             part(

@@ -2,7 +2,7 @@
 
 use super::eligibility;
 use super::error::CheckpointError;
-use super::files::{self, Repaired};
+use super::files::{self, Repaired, Slots};
 use super::threads::Tracees;
 use super::timers;
 use super::vdso::Standing;
@@ -54,19 +54,21 @@ impl Capture {
         Ok(())
     }
 
-    /// Freezes the application and stops its threads where their registers can be read.
+    /// Freezes the application and stops its threads where their registers can be read. Memory
+    /// that is read beside the rest begins to be read, into `slots`.
     ///
     /// # Errors
     /// It does not freeze before the deadline, or something that cannot be carried has
     /// appeared. Drop or [`Capture::thaw`] lets it go on.
-    pub fn freeze(&mut self) -> Result<(), CheckpointError> {
+    pub fn freeze(&mut self, slots: Slots) -> Result<(), CheckpointError> {
         for attempt in 1.. {
-            let blockers = self.freeze_once()?;
+            let blockers = self.freeze_once(slots)?;
             let settled = !self.awaits_clients() || attempt >= CLIENTS_ATTEMPTS;
             if blockers.is_empty() && settled && self.worst_standing() == Standing::Outside {
                 break;
             }
             self.let_run()?;
+            self.memory.take_back();
             if !blockers.is_empty() && attempt >= BLOCKED_ATTEMPTS {
                 self.thaw();
                 return Err(CheckpointError::Blocked(blockers));
@@ -138,7 +140,7 @@ impl Capture {
     }
 
     /// Freezes and stops it; returns what is not carried and has appeared since it was examined.
-    fn freeze_once(&mut self) -> Result<Vec<Blocker>, CheckpointError> {
+    fn freeze_once(&mut self, slots: Slots) -> Result<Vec<Blocker>, CheckpointError> {
         let limit = self.options.deadline;
         if !self.freezes_within(limit)? {
             return Err(self.late());
@@ -160,15 +162,32 @@ impl Capture {
             clocks,
             processes: Vec::new(),
             message_queues: Vec::new(),
+            vmas: Vec::new(),
             mms: BTreeMap::new(),
         });
         if self.worst_standing() == Standing::Inside {
             // To be tried again, maybe often.
             return Ok(Vec::new());
         }
+        self.read_mappings(slots)?;
         let mut blockers = self.not_64_bit();
         blockers.extend(self.read_open()?);
         Ok(blockers)
+    }
+
+    /// Notes what the stopped application has mapped, and has it read if that is done beside the
+    /// rest: it takes longest.
+    fn read_mappings(&mut self, slots: Slots) -> Result<(), CheckpointError> {
+        let scope = self.scope();
+        let Some(frozen) = &mut self.frozen else {
+            return Ok(());
+        };
+        let mut iterators = self.iterators.borrow_mut();
+        frozen.vmas = iterators.vmas_of(scope, &frozen.tasks.processes)?;
+        if self.memory.is_beside() {
+            self.memory.begin(&frozen.tasks, &frozen.vmas, slots)?;
+        }
+        Ok(())
     }
 
     /// Reads the frozen tasks: again if requests are on their way, which a disk ends without them.

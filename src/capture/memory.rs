@@ -29,8 +29,8 @@ type Key = (u64, u32, u64);
 
 #[derive(Debug)]
 struct Precopied {
-    tracked: Tracked,
-    have: Vec<PageRun>,
+    tracked: Arc<Tracked>,
+    have: Arc<Vec<PageRun>>,
     /// What it had when it was looked at last, while frozen; to be copied.
     needs: Vec<Need>,
 }
@@ -129,8 +129,8 @@ impl Memory {
             };
             self.stats.precopied += copied.pages;
             let entry = Precopied {
-                tracked: Tracked::new(vmas),
-                have: copied.with_unchanged(&pieces),
+                tracked: Arc::new(Tracked::new(vmas)),
+                have: Arc::new(copied.with_unchanged(&pieces)),
                 needs: Vec::new(),
             };
             self.precopied.insert(key(rec, &tasks), entry);
@@ -148,8 +148,8 @@ impl Memory {
         for rec in address_spaces(&tasks) {
             let vmas = of(&by_mm, rec);
             let before = self.precopied.get(&key(rec, &tasks));
-            let tracked = before.map(|b| &b.tracked);
-            let have = before.map_or(&[][..], |b| &b.have);
+            let tracked = before.map(|b| &*b.tracked);
+            let have = before.map_or(&[][..], |b| b.have.as_slice());
             // One that ends meanwhile needs nothing.
             let Ok(mut pagemap) = Pagemap::open(pid(rec)) else {
                 continue;
@@ -178,11 +178,11 @@ impl Memory {
             // Whatever fails, it is as if nothing had been copied.
             let before = self.precopied.remove(&key(rec, &tasks));
             let mut pagemap = Pagemap::open(pid(rec))?;
-            let tracked = before.as_ref().map(|b| &b.tracked);
+            let tracked = before.as_ref().map(|b| &*b.tracked);
             let needs = select(&mut pagemap, vmas, tracked, self.zero_frame)?;
             clear_soft_dirty(pid(rec))?;
             let entry = Precopied {
-                tracked: Tracked::new(vmas),
+                tracked: Arc::new(Tracked::new(vmas)),
                 have: before.map(|b| b.have).unwrap_or_default(),
                 needs,
             };
@@ -209,7 +209,7 @@ impl Memory {
                 copied => {
                     let copied = copied?;
                     self.stats.precopied += copied.pages;
-                    entry.have = copied.with_unchanged(&pieces);
+                    entry.have = Arc::new(copied.with_unchanged(&pieces));
                 }
             }
         }
@@ -227,7 +227,7 @@ impl Memory {
         const LOOKED_AT: u64 = 8192;
         const COPIED: u64 = 512;
         self.copier.pending = Pending::with_room((pages + pages / 4 + 512).min(MOST_PENDING));
-        let have = self.precopied.values().flat_map(|before| &before.have);
+        let have = self.precopied.values().flat_map(|before| &*before.have);
         if have.map(|run| run.pages).sum::<u64>() < LOOKED_AT && pages < COPIED {
             return;
         }
@@ -258,13 +258,12 @@ impl Memory {
         self.spaces = Vec::new();
         for rec in address_spaces(tasks) {
             let vmas = Arc::new(by_mm.remove(&rec.mm).unwrap_or_default());
-            let before = self.precopied.remove(&key(rec, tasks));
-            let (tracked, have) = before.map(|b| (b.tracked, b.have)).unzip();
+            let before = self.precopied.get(&key(rec, tasks));
             spaces.push(Space {
                 pid: pid(rec),
                 vmas: Arc::clone(&vmas),
-                tracked,
-                have: have.unwrap_or_default(),
+                tracked: before.map(|b| Arc::clone(&b.tracked)),
+                have: before.map(|b| Arc::clone(&b.have)).unwrap_or_default(),
             });
             self.spaces.push((*rec, vmas));
         }
@@ -274,15 +273,32 @@ impl Memory {
             copier,
             slots,
         };
-        match &self.beside {
+        match &mut self.beside {
             Some(beside) => beside.begin(work),
             None => self.done = Some(spaces::read(work, self.zero_frame)?),
         }
         Ok(())
     }
 
-    /// Whether memory is read beside the rest: [`Memory::finish`] had better be left for when that
-    /// was read.
+    /// Takes back what was begun to be read beside the rest of an application that runs again, and
+    /// is to be frozen once more.
+    pub fn take_back(&mut self) {
+        let begun = self.beside.as_mut().filter(|beside| beside.is_busy());
+        let Some(done) = begun.map(Beside::done) else {
+            return;
+        };
+        self.copier = match done {
+            Ok(done) => done.copier,
+            Err(error) => {
+                tracing::debug!(%error, "memory was not read while it stood still");
+                Copier::new()
+            }
+        };
+        self.copier.pending.clear();
+    }
+
+    /// Whether memory is read beside the rest: [`Memory::begin`] had better come as soon as nothing
+    /// writes to it any more, and [`Memory::finish`] when the rest was read.
     #[must_use]
     pub fn is_beside(&self) -> bool {
         self.beside.is_some()
@@ -335,7 +351,7 @@ impl Memory {
         slots: &mut Slots,
         wakeups: &Wakeups,
     ) -> Result<(), CheckpointError> {
-        let done = match (&self.beside, self.done.take()) {
+        let done = match (&mut self.beside, self.done.take()) {
             (Some(beside), _) => beside.done()?,
             (None, Some(done)) => done,
             (None, None) => return Ok(()),

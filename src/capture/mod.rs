@@ -50,7 +50,7 @@ pub use target::Selection;
 pub use timeline::{Durations, Timeline};
 
 use crate::agent::client::{SOCKET, borrow_iterators};
-use crate::bpf::events::RegistersRec;
+use crate::bpf::events::{RegistersRec, VmaRec};
 use crate::bpf::iter::{Files, Iterators, LoadError, Scope, Tasks};
 use crate::bpf::netlock::NetLock;
 use crate::fault::Fault;
@@ -149,6 +149,7 @@ struct Frozen {
     /// As the image carries them, once read.
     processes: Vec<Process>,
     message_queues: Vec<MessageQueue>,
+    vmas: Vec<VmaRec>,
     mms: BTreeMap<MmId, Mm>,
 }
 

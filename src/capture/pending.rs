@@ -88,6 +88,12 @@ impl Pending {
         }
     }
 
+    /// Forgets what was kept.
+    pub fn clear(&mut self) {
+        self.used = 0;
+        self.kept.clear();
+    }
+
     /// Writes what was kept, by all CPUs.
     ///
     /// # Errors

@@ -25,9 +25,9 @@ pub struct Space {
     /// Its mappings, in address order.
     pub vmas: Arc<Vec<VmaRec>>,
     /// As for [`select`].
-    pub tracked: Option<Tracked>,
+    pub tracked: Option<Arc<Tracked>>,
     /// What the image has of it already, in address order.
-    pub have: Vec<PageRun>,
+    pub have: Arc<Vec<PageRun>>,
 }
 
 /// Address spaces to be read, by what and into what.
@@ -75,7 +75,7 @@ pub fn read(work: Work, zero_frame: Option<u64>) -> Result<Done, CheckpointError
     } = work;
     let read = spaces.iter().map(|space| {
         let mut pagemap = Pagemap::open(space.pid)?;
-        let tracked = space.tracked.as_ref();
+        let tracked = space.tracked.as_deref();
         let needs = select(&mut pagemap, &space.vmas, tracked, zero_frame)?;
         let pieces = plan(&needs, &space.have, |pages| slots.take(pages));
         let (copied, rest) = copier.read(space.pid, &pieces);
@@ -98,6 +98,8 @@ pub fn read(work: Work, zero_frame: Option<u64>) -> Result<Done, CheckpointError
 pub struct Beside {
     work: Sender<Work>,
     done: Receiver<Result<Done, CheckpointError>>,
+    /// It has begun something that was not waited for.
+    busy: bool,
 }
 
 impl Beside {
@@ -120,20 +122,32 @@ impl Beside {
         };
         let name = "memory".to_owned();
         std::thread::Builder::new().name(name).spawn(thread)?;
-        Ok(Self { work, done })
+        Ok(Self {
+            work,
+            done,
+            busy: false,
+        })
     }
 
     /// Has it begin.
-    pub fn begin(&self, work: Work) {
+    pub fn begin(&mut self, work: Work) {
         // Should the thread have died, nobody answers either.
         let _ = self.work.send(work);
+        self.busy = true;
+    }
+
+    /// Whether it has begun something that was not waited for.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.busy
     }
 
     /// Waits for what was done.
     ///
     /// # Errors
     /// As [`read`]; or the thread has died.
-    pub fn done(&self) -> Result<Done, CheckpointError> {
+    pub fn done(&mut self) -> Result<Done, CheckpointError> {
+        self.busy = false;
         let died = |_| CheckpointError::Unstable("The thread that reads memory died".into());
         self.done.recv().map_err(died)?
     }
@@ -166,7 +180,7 @@ mod tests {
                 pid: Pid(std::process::id().cast_signed()),
                 vmas: Arc::new(vec![vma]),
                 tracked: None,
-                have: Vec::new(),
+                have: Arc::default(),
             }],
             copier,
             slots: Slots::from(7),
@@ -182,7 +196,7 @@ mod tests {
             pages: 2,
             slot: 7,
         };
-        let beside = Beside::start(zero_frame()).unwrap();
+        let mut beside = Beside::start(zero_frame()).unwrap();
         for (room, copied, rest) in [(0, 0, 1), (1, 0, 1), (2, 2, 0)] {
             beside.begin(work(start, room));
             let done = beside.done().unwrap();

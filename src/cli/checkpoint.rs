@@ -117,7 +117,7 @@ fn take(
     capture.load_lock()?;
     capture.refresh(store, &mut slots, leave_running)?;
     capture.lock_network()?;
-    capture.freeze()?;
+    capture.freeze(slots)?;
     let comparison = known.compare(|| vec![capture.found()]);
     capture.collect_memory(store, &mut slots)?;
     let application = if leave_running {

@@ -366,7 +366,7 @@ impl Update {
             on(capture, Capture::begin_freeze)?;
         }
         for capture in &mut self.captures {
-            on(capture, Capture::freeze)?;
+            on(capture, |capture| capture.freeze(*slots))?;
         }
         in_time()?;
         self.clock.reached("all stopped");

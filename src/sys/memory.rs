@@ -221,12 +221,14 @@ impl Pagemap {
         self.regions.resize(Self::REGIONS, scan::Region::default());
         let mut at = start;
         while at < end {
+            // No more than it can need: the kernel makes as much room of its own, and clears it.
+            let regions = self.regions.len() as u64;
             let mut arguments = Arguments {
                 size: size_of::<Arguments>() as u64,
                 start: at,
                 end,
                 vec: self.regions.as_mut_ptr() as u64,
-                vec_len: self.regions.len() as u64,
+                vec_len: regions.min((end - at).div_ceil(PAGE_SIZE)),
                 return_mask: PRESENT | SWAPPED | ZERO | SOFT_DIRTY,
                 ..question
             };

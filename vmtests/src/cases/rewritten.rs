@@ -14,7 +14,8 @@ use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
 pub const CASES: &[Entry] = &[
-    Entry::carried("memory_rewritten", rewritten),
+    Entry::carried("memory_rewritten", |case| rewritten(case, false)),
+    Entry::carried("memory_rewritten_blocked", |case| rewritten(case, true)),
     Entry::carried("memory_exchanged", exchanged),
 ];
 
@@ -30,8 +31,10 @@ fn words(memory: &Pages) -> &[AtomicU64] {
     unsafe { std::slice::from_raw_parts(memory.address(0) as *const AtomicU64, PAGES * WORDS) }
 }
 
-/// Each page gets the number of the pass, and must have that of the pass before until then.
-fn rewritten(case: &Case) -> Result<()> {
+/// Each page gets the number of the pass, and must have that of the pass before until then. If it is
+/// `blocked`, half of the time there is something open that is not carried: memory begins to be
+/// read before that is known, and is read once more when the application has been frozen again.
+fn rewritten(case: &Case, blocked: bool) -> Result<()> {
     let memory = Pages::new(PAGES * PAGE, MapFlags::MAP_PRIVATE)?;
     // SAFETY: our own mapping; advice changes no content.
     unsafe { madvise(memory.at(0)?, PAGES * PAGE, MmapAdvise::MADV_NOHUGEPAGE) }
@@ -63,6 +66,16 @@ fn rewritten(case: &Case) -> Result<()> {
             }
             wrong
         });
+        if blocked {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let device = File::open("/dev/kmsg");
+                    std::thread::sleep(Duration::from_millis(1));
+                    drop(device);
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+        }
         passes_until(2);
         let ready = case.ready();
         // All that was restored is looked at once.
