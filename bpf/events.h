@@ -139,10 +139,11 @@ struct timer_rec {
 	__u32 base_clock; /* CLOCK_* that expires_ns counts on */
 	__s32 overrun_last;
 	__s64 overrun;
-	__u32 queued; /* its signal is pending */
-	__u32 pad;
+	__u32 queued;    /* its signal is pending */
+	__u32 clock_tid; /* of the thread whose CPU clock it is on, 0 once that has ended */
+	__u64 used_ns;   /* what that clock shows */
 };
-TRK_ASSERT_SIZE(struct timer_rec, 80);
+TRK_ASSERT_SIZE(struct timer_rec, 88);
 
 /* One file descriptor. Details of some kinds follow in a record of their own. */
 /* file_rec.hints */

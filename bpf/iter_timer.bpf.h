@@ -52,6 +52,35 @@ static __always_inline bool timer_queued(struct k_itimer *timer)
 	return sigq && BPF_CORE_READ(sigq, list.next) != &sigq->list;
 }
 
+#define CPUCLOCK_SCHED 2
+#define CPUCLOCK_PERTHREAD 4
+
+/* Of the CPU clock of a thread, its own or another one's of the process: whose it is, and what it
+ * shows. That counts on while the thread runs, which none does that is frozen. */
+static __always_inline void read_thread_clock(struct timer_rec *r, struct k_itimer *timer)
+{
+	struct task_struct *task;
+	struct hlist_node *node;
+	struct pid *pid;
+
+	r->clock_tid = 0;
+	r->used_ns = 0;
+	if (r->clock >= 0 || !(r->clock & CPUCLOCK_PERTHREAD))
+		return;
+	pid = BPF_CORE_READ(timer, it.cpu.pid);
+	node = BPF_CORE_READ(pid, tasks[0].first);
+	if (!node)
+		return;
+	task = (void *)node - bpf_core_field_offset(struct task_struct, pid_links);
+	r->clock_tid = pid_nr(pid);
+	if ((r->clock & 3) == CPUCLOCK_SCHED)
+		r->used_ns = BPF_CORE_READ(task, se.sum_exec_runtime);
+	else
+		r->used_ns = BPF_CORE_READ(task, utime);
+	if (!(r->clock & 3))
+		r->used_ns += BPF_CORE_READ(task, stime);
+}
+
 static __always_inline bool emit_timer(struct k_itimer *timer, u32 pid)
 {
 	struct k_itimer___embedded *embedded = (void *)timer;
@@ -78,6 +107,7 @@ static __always_inline bool emit_timer(struct k_itimer *timer, u32 pid)
 	r->interval_ns = BPF_CORE_READ(timer, it_interval);
 	r->overrun = BPF_CORE_READ(timer, it_overrun);
 	r->overrun_last = BPF_CORE_READ(timer, it_overrun_last);
+	read_thread_clock(r, timer);
 	if (clock < 0 || clock == 2 || clock == 3) {
 		/* CPU clocks: armed while queued */
 		r->base_clock = clock;

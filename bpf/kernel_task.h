@@ -24,9 +24,11 @@ struct alarm {
 	int type;
 	int state;
 };
+struct pid;
 struct cpu_timer {
 	struct timerqueue_node node;
 	void *head;
+	struct pid *pid;
 };
 struct cpu_itimer {
 	u64 expires;
@@ -351,6 +353,7 @@ struct mempolicy {
 struct sched_entity {
 	unsigned char custom_slice;
 	u64 slice;
+	u64 sum_exec_runtime;
 };
 struct task_struct {
 	void *stack;
@@ -380,6 +383,9 @@ struct task_struct {
 	struct task_struct *parent;
 	struct task_struct *group_leader;
 	struct pid *thread_pid;
+	struct hlist_node pid_links[4];
+	u64 utime;
+	u64 stime;
 	int *set_child_tid;
 	int *clear_child_tid;
 	u64 start_boottime;

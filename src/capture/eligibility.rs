@@ -5,7 +5,8 @@ use super::freeze::longer;
 use super::tasks::{SIGNAL_STOP_STOPPED, parents_first};
 use super::view::View;
 use super::{
-    aio, attributes, cgroups, files, message_queues, mm, names, namespaces, semaphores, sysv, uring,
+    aio, attributes, cgroups, files, message_queues, mm, names, namespaces, semaphores, sysv,
+    timers, uring,
 };
 use crate::bpf::events::{FileKind, ProcessRec, RestartKind, ThreadFlag, ThreadRec, VmaRec};
 use crate::bpf::iter::{Iterators, Scope, Tasks};
@@ -206,17 +207,11 @@ pub fn blockers(tasks: &Tasks, vmas: &[VmaRec], ours: &Namespaces) -> Vec<Blocke
             ));
         }
     }
-    for timer in &tasks.timers {
-        // CPUCLOCK_PERTHREAD_MASK of include/linux/posix-timers.h.
-        let per_thread = timer.clock == 3 || timer.clock < 0 && timer.clock & 4 != 0;
-        if per_thread && timer.expires_ns != 0 {
-            found.push(blocker(
-                timer.pid,
-                &format!("timer {} on the CPU clock of a thread", timer.id),
-                "such timers are not carried yet",
-            ));
-        }
-    }
+    let blocked = tasks.timers.iter().filter_map(timers::refusal);
+    found.extend(blocked.map(|(timer, whose)| {
+        let object = format!("timer {} on the CPU clock of {whose}", timer.id);
+        blocker(timer.pid, &object, "such timers are not carried")
+    }));
     found.extend(attributes::blockers(tasks));
     found.extend(namespaces::divided(tasks));
     found.extend(aio::blockers(tasks));

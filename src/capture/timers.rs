@@ -93,6 +93,28 @@ pub fn interval(rec: &ProcessRec, now: &Now) -> [IntervalTimer; 3] {
     ]
 }
 
+/// On the CPU clock of one thread (`CPUCLOCK_PERTHREAD_MASK` of include/linux/posix-timers.h).
+const PER_THREAD: i32 = 4;
+
+/// Which time a CPU clock counts (`CPUCLOCK_CLOCK_MASK`).
+const COUNTED: i32 = 3;
+
+/// Whose CPU clock a timer is on, if it cannot be made again.
+pub fn refusal(rec: &TimerRec) -> Option<(&TimerRec, &'static str)> {
+    let whose = match rec.clock {
+        clock if clock >= 0 => return None,
+        clock if clock & PER_THREAD != 0 => {
+            (rec.clock_tid == 0).then_some("a thread that has ended")
+        }
+        // The number of its process, or 0 for the caller of timer_create(2).
+        clock => {
+            let pid = !(clock >> 3);
+            (pid != 0 && pid != rec.pid.cast_signed()).then_some("another process")
+        }
+    };
+    whose.map(|whose| (rec, whose))
+}
+
 /// The POSIX timers of a process, by their numbers.
 pub fn posix<'a>(
     own: impl Iterator<Item = &'a TimerRec>,
@@ -107,8 +129,8 @@ pub fn posix<'a>(
 fn posix_timer(rec: &TimerRec, process: &ProcessRec, now: &Now) -> PosixTimer {
     let base = rec.base_clock.cast_signed();
     let used = match base {
-        // CPU clocks of a whole process; those of single threads are refused.
-        clock if clock < 0 => match clock & 3 {
+        clock if clock < 0 && clock & PER_THREAD != 0 => rec.used_ns,
+        clock if clock < 0 => match clock & COUNTED {
             0 => process.cpu_utime_ns + process.cpu_stime_ns,
             1 => process.cpu_utime_ns,
             _ => process.cpu_runtime_ns,
@@ -121,9 +143,16 @@ fn posix_timer(rec: &TimerRec, process: &ProcessRec, now: &Now) -> PosixTimer {
     if remaining == 0 && rec.queued != 0 {
         remaining = rec.interval_ns;
     }
+    let clock = match rec.clock {
+        // Who asked for its own clock is named: another thread will ask.
+        clock if clock < 0 && clock & PER_THREAD != 0 => {
+            !rec.clock_tid.cast_signed() << 3 | clock & (PER_THREAD | COUNTED)
+        }
+        clock => clock,
+    };
     PosixTimer {
         id: rec.id,
-        clock: rec.clock,
+        clock,
         notify: rec.notify,
         signo: rec.signo,
         value: rec.value,
@@ -151,6 +180,35 @@ mod tests {
     fn info(signo: i32, code: i32, id: i32) -> SigInfo {
         let words = [signo, 0, code, 0, id];
         SigInfo(words.iter().flat_map(|word| word.to_ne_bytes()).collect())
+    }
+
+    #[test]
+    fn the_cpu_clock_of_a_thread_is_named() {
+        let now = Now {
+            monotonic: 0,
+            boottime: 0,
+            realtime: 0,
+            offset: 0,
+        };
+        let on = |clock: i32, clock_tid| TimerRec {
+            clock,
+            clock_tid,
+            base_clock: clock.cast_unsigned(),
+            expires_ns: 500,
+            used_ns: 300,
+            ..timer()
+        };
+        // CLOCK_THREAD_CPUTIME_ID as the kernel keeps it, and pthread_getcpuclockid(3)'s.
+        for clock in [-2, !9 << 3 | 6] {
+            let rec = on(clock, 9);
+            assert!(refusal(&rec).is_none());
+            let carried = posix_timer(&rec, &ProcessRec::default(), &now);
+            assert_eq!((carried.clock, carried.remaining), (!9 << 3 | 6, 200));
+            assert!(refusal(&on(clock, 0)).is_some());
+        }
+        // That of the process, asked for in two ways, and that of another one.
+        assert!(refusal(&on(-6, 0)).is_none() && refusal(&on(!5 << 3 | 2, 0)).is_none());
+        assert!(refusal(&on(!7 << 3 | 2, 0)).is_some());
     }
 
     #[test]

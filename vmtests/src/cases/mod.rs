@@ -11,6 +11,7 @@ mod aio;
 mod attributes;
 mod cgroup;
 mod child;
+mod cpu_timers;
 mod events;
 mod fanotify;
 mod file;
@@ -89,6 +90,7 @@ pub fn all() -> impl Iterator<Item = &'static Entry> {
         threads::CASES,
         time::CASES,
         timers::CASES,
+        cpu_timers::CASES,
         signals::CASES,
         process::CASES,
         attributes::CASES,

@@ -32,7 +32,7 @@ fn words(memory: &Pages) -> &[AtomicU64] {
 }
 
 /// Each page gets the number of the pass, and must have that of the pass before until then. If it is
-/// `blocked`, half of the time there is something open that is not carried: memory begins to be
+/// `blocked`, a third of the time there is something open that is not carried: memory begins to be
 /// read before that is known, and is read once more when the application has been frozen again.
 fn rewritten(case: &Case, blocked: bool) -> Result<()> {
     let memory = Pages::new(PAGES * PAGE, MapFlags::MAP_PRIVATE)?;
@@ -72,7 +72,7 @@ fn rewritten(case: &Case, blocked: bool) -> Result<()> {
                     let device = File::open("/dev/kmsg");
                     std::thread::sleep(Duration::from_millis(1));
                     drop(device);
-                    std::thread::sleep(Duration::from_millis(1));
+                    std::thread::sleep(Duration::from_millis(2));
                 }
             });
         }

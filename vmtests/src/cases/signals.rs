@@ -341,7 +341,7 @@ pub(super) fn arm_timer(id: i32, first: i64, interval: i64) -> Result<()> {
     .map(|_| ())
 }
 
-fn timer_left(id: i32) -> Result<i64> {
+pub(super) fn timer_left(id: i32) -> Result<i64> {
     // SAFETY: plain numbers, filled by the call.
     let mut time: libc::itimerspec = unsafe { std::mem::zeroed() };
     // SAFETY: as above.
