@@ -19,6 +19,8 @@ const PACKAGES: &[&str] = &[
     "redis-tools",
     "memcached",
     "nginx-light",
+    // Has timers on the CPU clocks of its threads.
+    "haproxy",
     // What is checkpointed with clients connected: many processes, many threads, sessions on
     // terminals.
     "postgresql",

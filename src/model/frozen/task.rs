@@ -176,7 +176,7 @@ pub struct IntervalTimer {
 pub struct PosixTimer {
     /// Kernel id of the timer, which user space holds.
     pub id: i32,
-    /// `CLOCK_*`.
+    /// `CLOCK_*`, or the CPU clock of a thread by its TID (pthread_getcpuclockid(3)).
     pub clock: i32,
     /// `sigev_notify`.
     pub notify: i32,

@@ -58,6 +58,16 @@ def nginx():
     equal(hashlib.sha256(body).digest(), wanted)
 
 
+def haproxy():
+    """Connections that last, through a proxy that keeps its own, and counts what is asked."""
+    kept = [http(8090) for _ in range(8)]
+    for number, connection in enumerate(kept, 1):
+        equal(get(connection), b"%d" % number)
+    between()
+    for number, connection in enumerate(kept, 9):
+        equal(get(connection), b"%d" % number)
+
+
 def node():
     """A server whose counter only it knows, and whose answers come from its worker threads."""
     kept = [http(3000) for _ in range(8)]
@@ -305,6 +315,7 @@ def sshd():
 
 {
     "nginx": nginx,
+    "haproxy": haproxy,
     "node": node,
     "asyncio": lambda: counters(7000),
     "postgres": postgres,

@@ -12,6 +12,7 @@ use crate::vm::{Exec, Vm, VmBuilder};
 /// The scenarios of this file.
 pub const SCENARIOS: &[Scenario] = &[
     of("programs_nginx", |vm| restored(vm, &NGINX)),
+    of("programs_haproxy", |vm| restored(vm, &HAPROXY)),
     of("programs_postgres", |vm| restored(vm, &POSTGRES)),
     of("programs_mariadb", |vm| restored(vm, &MARIADB)),
     of("programs_node", |vm| restored(vm, &NODE)),
@@ -61,6 +62,35 @@ echo hello >/var/www/html/index.html
 dd if=/dev/urandom of=/var/www/html/big bs=1M count=16 status=none",
     command: &["nginx", "-c", "/root/nginx.conf"],
     ready: "start worker process ",
+};
+
+/// A master and a worker of two threads, which watch each other by timers on their CPU clocks. What
+/// its clients ask it asks itself, and counts.
+const HAPROXY: Server = Server {
+    name: "haproxy",
+    prepare: r#"cat >/root/haproxy.cfg <<'END'
+global
+    nbthread 2
+defaults
+    mode http
+    timeout connect 600s
+    timeout client 600s
+    timeout server 600s
+frontend outer
+    bind 127.0.0.1:8090
+    default_backend inner
+backend inner
+    http-reuse always
+    server itself 127.0.0.1:8091
+frontend counter
+    bind 127.0.0.1:8091
+    stick-table type integer size 10 expire 1h store gpc0
+    http-request track-sc0 int(1)
+    http-request sc-inc-gpc0(0)
+    http-request return status 200 content-type text/plain lf-string "%[sc0_get_gpc0]"
+END"#,
+    command: &["haproxy", "-W", "-db", "-f", "/root/haproxy.cfg"],
+    ready: "Loading success",
 };
 
 /// As user postgres, with nothing outside of it but TCP.
