@@ -210,10 +210,9 @@ fn parts(pieces: &[Piece]) -> Vec<Part> {
     for piece in pieces.iter().filter(|piece| piece.copy) {
         let mut rest = piece.run;
         while rest.pages > 0 {
-            let last = parts
+            let mut part = parts
                 .pop_if(|last| last.readable == piece.readable && last.room() > 0)
                 .unwrap_or_else(|| Part::new(piece.readable));
-            let mut part = last;
             let pages = rest.pages.min(part.room()).min(PART - rest.slot % PART);
             part.push(PageRun { pages, ..rest });
             parts.push(part);

@@ -93,19 +93,23 @@ pub fn interval(rec: &ProcessRec, now: &Now) -> [IntervalTimer; 3] {
     ]
 }
 
-/// On the CPU clock of one thread (`CPUCLOCK_PERTHREAD_MASK` of include/linux/posix-timers.h).
+/// What marks the CPU clock of one thread (`CPUCLOCK_PERTHREAD_MASK` of
+/// include/linux/posix-timers.h).
 const PER_THREAD: i32 = 4;
 
 /// Which time a CPU clock counts (`CPUCLOCK_CLOCK_MASK`).
 const COUNTED: i32 = 3;
 
+/// Whether a clock is the CPU clock of one thread.
+fn is_of_thread(clock: i32) -> bool {
+    clock == libc::CLOCK_THREAD_CPUTIME_ID || clock < 0 && clock & PER_THREAD != 0
+}
+
 /// Whose CPU clock a timer is on, if it cannot be made again.
 pub fn refusal(rec: &TimerRec) -> Option<(&TimerRec, &'static str)> {
     let whose = match rec.clock {
-        clock if clock >= 0 => return None,
-        clock if clock & PER_THREAD != 0 => {
-            (rec.clock_tid == 0).then_some("a thread that has ended")
-        }
+        clock if is_of_thread(clock) => (rec.clock_tid == 0).then_some("a thread that has ended"),
+        clock if clock >= 0 => None,
         // The number of its process, or 0 for the caller of timer_create(2).
         clock => {
             let pid = !(clock >> 3);
@@ -129,7 +133,7 @@ pub fn posix<'a>(
 fn posix_timer(rec: &TimerRec, process: &ProcessRec, now: &Now) -> PosixTimer {
     let base = rec.base_clock.cast_signed();
     let used = match base {
-        clock if clock < 0 && clock & PER_THREAD != 0 => rec.used_ns,
+        clock if is_of_thread(clock) => rec.used_ns,
         clock if clock < 0 => match clock & COUNTED {
             0 => process.cpu_utime_ns + process.cpu_stime_ns,
             1 => process.cpu_utime_ns,
@@ -145,7 +149,7 @@ fn posix_timer(rec: &TimerRec, process: &ProcessRec, now: &Now) -> PosixTimer {
     }
     let clock = match rec.clock {
         // Who asked for its own clock is named: another thread will ask.
-        clock if clock < 0 && clock & PER_THREAD != 0 => {
+        clock if is_of_thread(clock) => {
             !rec.clock_tid.cast_signed() << 3 | clock & (PER_THREAD | COUNTED)
         }
         clock => clock,

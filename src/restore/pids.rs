@@ -6,6 +6,7 @@ use crate::model::ids::Pid;
 use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::getsid;
+use procfs::process::Process;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
@@ -74,12 +75,8 @@ pub fn is_free(number: i32) -> bool {
 /// Whether a task is on its way out, or has ended and was not waited for yet (proc_pid_stat(5)).
 fn is_ending(number: i32) -> bool {
     const PF_EXITING: u32 = 4;
-    let stat = std::fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
-    let (_, rest) = stat.rsplit_once(") ").unwrap_or_default();
-    let mut fields = rest.split(' ');
-    let state = fields.next().unwrap_or_default();
-    let flags = fields.nth(5).and_then(|flags| flags.parse().ok());
-    ["Z", "X"].contains(&state) || flags.unwrap_or(0) & PF_EXITING != 0
+    let stat = Process::new(number).and_then(|task| task.stat());
+    stat.is_ok_and(|stat| ['Z', 'X'].contains(&stat.state) || stat.flags & PF_EXITING != 0)
 }
 
 /// Checks that every PID and TID of the application can be given out. Those of tasks that are just
@@ -93,6 +90,9 @@ pub fn check_free(app: &Application) -> Result<(), RestoreError> {
     for process in &app.processes {
         let tids = process.threads.iter().map(|t| ("TID", t.tid.0));
         for (kind, number) in std::iter::once(("PID", process.pid.0)).chain(tids) {
+            if is_free(number) {
+                continue;
+            }
             while is_ending(number) && begun.elapsed() < PATIENCE {
                 std::thread::sleep(Duration::from_millis(2));
             }

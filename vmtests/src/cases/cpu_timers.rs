@@ -4,12 +4,12 @@ use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::signal::{SaFlags, SigSet, Signal};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::gettid;
 
 use super::probe::eventually;
-use super::signals::{arm_timer, create_timer, timer_left};
+use super::signals::{COUNT, LAST_VALUE, arm_timer, create_timer, handle, timer_left};
 use crate::guest::case::{Case, Entry};
 
 /// The cases of this file.
@@ -28,30 +28,6 @@ const SECOND: i64 = 1_000_000_000;
 /// CPU time that is used where some has to be.
 const USED: i64 = SECOND / 5;
 
-/// How often the signal came.
-static COUNT: AtomicU32 = AtomicU32::new(0);
-
-/// With what the last time.
-static VALUE: AtomicI32 = AtomicI32::new(0);
-
-extern "C" fn note(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel passes a siginfo that lives across the handler.
-    let value = unsafe { (*info).si_value().sival_ptr } as usize;
-    VALUE.store(i32::try_from(value).unwrap_or(-1), Ordering::SeqCst);
-    COUNT.fetch_add(1, Ordering::SeqCst);
-}
-
-fn handle() -> Result<()> {
-    let action = SigAction::new(
-        SigHandler::SigAction(note),
-        SaFlags::SA_RESTART,
-        SigSet::empty(),
-    );
-    // SAFETY: the handler touches atomics only.
-    unsafe { sigaction(Signal::SIGUSR2, &action) }.context("sigaction")?;
-    Ok(())
-}
-
 fn cpu_time() -> Result<i64> {
     let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).context("clock_gettime")?;
     Ok(now.tv_sec() * SECOND + now.tv_nsec())
@@ -65,7 +41,7 @@ fn burn(time: i64) -> Result<()> {
 }
 
 /// Uses CPU time until the signal has come as often.
-fn burn_until(count: u32, what: &str) -> Result<()> {
+fn burn_until(count: u64, what: &str) -> Result<()> {
     let until = cpu_time()? + 20 * SECOND;
     while COUNT.load(Ordering::SeqCst) < count {
         ensure!(cpu_time()? < until, "{what} does not fire");
@@ -89,7 +65,7 @@ fn timer(clock: libc::clockid_t, value: usize) -> Result<i32> {
 
 /// On the clock of the process: one far away, and one that goes on ticking.
 fn process(case: &Case) -> Result<()> {
-    handle()?;
+    handle(Signal::SIGUSR2, SaFlags::SA_RESTART, SigSet::empty())?;
     let clock = libc::CLOCK_PROCESS_CPUTIME_ID;
     let (far, ticking) = (timer(clock, 1)?, timer(clock, 2)?);
     arm_timer(far, 1000 * SECOND, 0)?;
@@ -99,7 +75,7 @@ fn process(case: &Case) -> Result<()> {
     case.ready()?;
     ensure_counted(far, "The timer")?;
     burn_until(COUNT.load(Ordering::SeqCst) + 2, "The restored timer")?;
-    let value = VALUE.load(Ordering::SeqCst);
+    let value = LAST_VALUE.load(Ordering::SeqCst);
     ensure!(value == 2, "The signal came with {value}");
     arm_timer(ticking, 0, 0)
 }
@@ -150,7 +126,7 @@ fn work() -> Result<()> {
 /// On the clock of a worker: made by itself and by the first thread, armed and not. Only what the
 /// worker uses counts.
 fn thread(case: &Case) -> Result<()> {
-    handle()?;
+    handle(Signal::SIGUSR2, SaFlags::SA_RESTART, SigSet::empty())?;
     let worker = std::thread::spawn(work);
     wait_for(1)?;
     let foreign = timer(clock_of(WORKER.load(Ordering::SeqCst)), 3)?;
@@ -160,21 +136,21 @@ fn thread(case: &Case) -> Result<()> {
     case.ready()?;
     ensure_counted(OWN.load(Ordering::SeqCst), "The worker's timer")?;
     ensure_counted(foreign, "The first thread's timer")?;
-    let fires = |timer, value, before| -> Result<()> {
+    let fires = |timer, value, before, stage| -> Result<()> {
         arm_timer(timer, SECOND / 20, 0)?;
         burn(USED)?;
         // The worker, which sleeps, uses next to nothing.
         let count = COUNT.load(Ordering::SeqCst);
         ensure!(count == before, "It counts what another thread uses");
-        reach(4 + 2 * before);
+        reach(stage);
         eventually("the timer", || Ok(COUNT.load(Ordering::SeqCst) > before))?;
-        let came = VALUE.load(Ordering::SeqCst);
+        let came = LAST_VALUE.load(Ordering::SeqCst);
         ensure!(came == value, "The signal came with {came}, not {value}");
         Ok(())
     };
-    fires(foreign, 3, 0).context("The first thread's timer")?;
+    fires(foreign, 3, 0, 4).context("The first thread's timer")?;
     wait_for(5)?;
-    fires(IDLE.load(Ordering::SeqCst), 2, 1).context("The worker's timer")?;
+    fires(IDLE.load(Ordering::SeqCst), 2, 1, 6).context("The worker's timer")?;
     worker.join().map_err(|_| anyhow!("The worker panicked"))?
 }
 

@@ -21,8 +21,10 @@ pub const CASES: &[Entry] = &[
     Entry::carried("posix_timer_directed", posix_timer_directed),
 ];
 
-static COUNT: AtomicU64 = AtomicU64::new(0);
-static LAST_VALUE: AtomicI32 = AtomicI32::new(0);
+/// How often the handler ran.
+pub(super) static COUNT: AtomicU64 = AtomicU64::new(0);
+/// With what the last time.
+pub(super) static LAST_VALUE: AtomicI32 = AtomicI32::new(0);
 static LAST_THREAD: AtomicI32 = AtomicI32::new(0);
 static STACK_SEEN: AtomicUsize = AtomicUsize::new(0);
 
@@ -41,7 +43,8 @@ extern "C" fn count(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_
     COUNT.fetch_add(1, Ordering::SeqCst);
 }
 
-fn handle(signal: Signal, flags: SaFlags, mask: SigSet) -> Result<()> {
+/// Has the signal counted.
+pub(super) fn handle(signal: Signal, flags: SaFlags, mask: SigSet) -> Result<()> {
     let action = SigAction::new(
         SigHandler::SigAction(count),
         flags | SaFlags::SA_SIGINFO,

@@ -58,24 +58,24 @@ def nginx():
     equal(hashlib.sha256(body).digest(), wanted)
 
 
-def haproxy():
-    """Connections that last, through a proxy that keeps its own, and counts what is asked."""
-    kept = [http(8090) for _ in range(8)]
+def counted(port, answer):
+    """Connections that last, with a server whose counter of requests only it knows."""
+    kept = [http(port) for _ in range(8)]
     for number, connection in enumerate(kept, 1):
-        equal(get(connection), b"%d" % number)
+        equal(get(connection), answer(number))
     between()
     for number, connection in enumerate(kept, 9):
-        equal(get(connection), b"%d" % number)
+        equal(get(connection), answer(number))
+
+
+def haproxy():
+    """Through a proxy that keeps connections of its own, to itself."""
+    counted(8090, lambda number: b"%d" % number)
 
 
 def node():
-    """A server whose counter only it knows, and whose answers come from its worker threads."""
-    kept = [http(3000) for _ in range(8)]
-    for number, connection in enumerate(kept, 1):
-        equal(get(connection), b"%d %d\n" % (number, number * number))
-    between()
-    for number, connection in enumerate(kept, 9):
-        equal(get(connection), b"%d %d\n" % (number, number * number))
+    """Answers come from worker threads."""
+    counted(3000, lambda number: b"%d %d\n" % (number, number * number))
 
 
 def counters(port):
